@@ -1,0 +1,270 @@
+"""Tokenizer of ChatGLM2: SentencePiece BPE with byte fallback, and the prompt format.
+
+Text is never searched for special tokens: "[gMASK]" or "</s>" in a message are ordinary characters.
+The special tokens exist only as ids, put in front of a text by `build_inputs_with_special_tokens`.
+This file is also Hugging Face remote code.
+"""
+
+import os
+
+import sentencepiece
+from transformers import PreTrainedTokenizer
+from transformers.utils import PaddingStrategy
+
+SPECIAL_TOKENS = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
+
+# Any sequence of roles: all system texts stand before the first question, consecutive messages of
+# one role are joined by a blank line, an answer without a question gets an empty one; nothing is
+# dropped.
+CHAT_TEMPLATE = """\
+{%- macro text(message) -%}
+    {%- if message.content is string -%}
+        {{- message.content -}}
+    {%- else -%}
+        {%- for part in message.content or [] -%}
+            {%- if part.type != 'text' -%}
+                {{- raise_exception('Only text is supported, not a part of type ' ~ part.type) -}}
+            {%- endif -%}
+            {{- part.text -}}
+        {%- endfor -%}
+    {%- endif -%}
+{%- endmacro -%}
+{%- set chat = namespace(system='', round=1, last='') -%}
+{%- for message in messages if message.role == 'system' -%}
+    {%- set chat.system = chat.system ~ text(message) ~ '\\n\\n' -%}
+{%- endfor -%}
+{{- '[Round 1]\\n\\n问：' -}}
+{%- for message in messages if message.role != 'system' -%}
+    {%- if message.role not in ['user', 'assistant'] -%}
+        {{- raise_exception('The roles are system, user and assistant, not ' ~ message.role) -}}
+    {%- endif -%}
+    {%- if loop.first -%}
+        {{- chat.system if message.role == 'user' else chat.system[:-2] -}}
+    {%- endif -%}
+    {%- if message.role == chat.last -%}
+        {{- '\\n\\n' -}}
+    {%- elif message.role == 'assistant' -%}
+        {{- '\\n\\n答：' -}}
+    {%- elif chat.last == 'assistant' -%}
+        {%- set chat.round = chat.round + 1 -%}
+        {{- '\\n\\n[Round ' ~ chat.round ~ ']\\n\\n问：' -}}
+    {%- endif -%}
+    {{- text(message) -}}
+    {%- set chat.last = message.role -%}
+{%- endfor -%}
+{%- if chat.last == '' -%}
+    {{- chat.system[:-2] -}}
+{%- endif -%}
+{%- if chat.last != 'assistant' -%}
+    {{- '\\n\\n答：' -}}
+{%- elif add_generation_prompt -%}
+    {{- '\\n\\n[Round ' ~ (chat.round + 1) ~ ']\\n\\n问：\\n\\n答：' -}}
+{%- endif -%}
+"""
+
+
+class ChatGLMTokenizer(PreTrainedTokenizer):
+    """The official tokenizer's ids, texts and padding on transformers 5.
+
+    Ids: the SentencePiece pieces (`<unk>` 0, `<s>` 1, `</s>` 2, 256 bytes, ...), then
+        `SPECIAL_TOKENS`.
+
+    Args:
+        vocab_file: Path of `tokenizer.model`.
+        padding_side: "left", as generation needs it; "right" serves training.
+    """
+
+    vocab_files_names = {"vocab_file": "tokenizer.model"}
+    model_input_names = ["input_ids", "attention_mask", "position_ids"]
+
+    def __init__(self, vocab_file, padding_side="left", chat_template=None, **kwargs):
+        self.vocab_file = vocab_file
+        with open(vocab_file, "rb") as file:
+            proto = file.read()
+        if proto.startswith(b"version https://git-lfs"):
+            raise OSError(
+                f"{vocab_file} ({len(proto)} bytes) is a Git LFS pointer and not the file itself: "
+                "run `git lfs pull` in the folder, or download the file and put it there."
+            )
+        self.sp_model = sentencepiece.SentencePieceProcessor(model_proto=proto)
+        first_id = self.sp_model.vocab_size()
+        self.special_tokens = {token: first_id + i for i, token in enumerate(SPECIAL_TOKENS)}
+        kwargs.setdefault("split_special_tokens", True)  # text is never searched for special tokens
+        super().__init__(
+            padding_side=padding_side, chat_template=chat_template or CHAT_TEMPLATE, **kwargs
+        )
+
+    # As the original: these are no "special tokens" of the library, so `skip_special_tokens`
+    # changes nothing.
+
+    @property
+    def unk_token(self) -> str:
+        return super().__getattr__("unk_token") or "<unk>"
+
+    @property
+    def unk_token_id(self) -> None:
+        return None
+
+    @property
+    def pad_token(self) -> str:
+        return super().__getattr__("pad_token") or "<unk>"
+
+    @property
+    def pad_token_id(self) -> int:
+        return self.convert_tokens_to_ids(self.pad_token)
+
+    @property
+    def eos_token(self) -> str:
+        return super().__getattr__("eos_token") or "</s>"
+
+    @property
+    def eos_token_id(self) -> int:
+        return self.convert_tokens_to_ids(self.eos_token)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.sp_model.vocab_size() + len(self.special_tokens)
+
+    def get_vocab(self) -> dict[str, int]:
+        pieces = self.sp_model.id_to_piece(list(range(self.sp_model.vocab_size())))
+        return (
+            {piece: i for i, piece in enumerate(pieces)}
+            | self.special_tokens
+            | self.get_added_vocab()
+        )
+
+    def get_command(self, token: str) -> int:
+        """Return the id of "<bos>", "<eos>", "<pad>" or one of `SPECIAL_TOKENS`.
+
+        Raises:
+            AssertionError: `token` is none of them (as the original).
+        """
+        commands = {"<bos>": self.sp_model.bos_id(), "<eos>": self.sp_model.eos_id(), "<pad>": 0}
+        commands |= self.special_tokens
+        if token not in commands:
+            raise AssertionError(
+                f"{token} is not a special token of ChatGLMTokenizer: {list(commands)}"
+            )
+        return commands[token]
+
+    def get_prefix_tokens(self) -> list[int]:
+        """Return the ids of `[gMASK] sop`, which stand in front of every text."""
+        return [self.get_command("[gMASK]"), self.get_command("sop")]
+
+    def _tokenize(self, text: str, **kwargs) -> list[str]:
+        return self.sp_model.encode(text, out_type=str)
+
+    def _convert_token_to_id(self, token: str) -> int:
+        if token in self.special_tokens:
+            return self.special_tokens[token]
+        return self.sp_model.piece_to_id(token)
+
+    def _convert_id_to_token(self, index: int) -> str:
+        if index >= self.vocab_size:
+            raise IndexError(
+                f"id {index} is out of range: the vocabulary has {self.vocab_size} tokens"
+            )
+        # As the original: special tokens have no text.
+        if index < 3 or index >= self.sp_model.vocab_size():
+            return ""
+        return self.sp_model.id_to_piece(index)
+
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        return self.sp_model.decode_pieces(tokens)
+
+    def build_inputs_with_special_tokens(self, token_ids_0, token_ids_1=None) -> list[int]:
+        """`[gMASK] sop a`, or `[gMASK] sop a b </s>` for a pair."""
+        pair = [] if token_ids_1 is None else [*token_ids_1, self.get_command("<eos>")]
+        return [*self.get_prefix_tokens(), *token_ids_0, *pair]
+
+    def _pad(
+        self,
+        encoded_inputs,
+        max_length=None,
+        padding_strategy=PaddingStrategy.DO_NOT_PAD,
+        pad_to_multiple_of=None,
+        padding_side=None,
+        return_attention_mask=None,
+    ):
+        """Pad, and give `position_ids`: 0, 1, ... from the first real token on; pads 0."""
+        length = len(encoded_inputs["input_ids"])
+        positions = list(encoded_inputs.get("position_ids", range(length)))
+        encoded_inputs = super()._pad(
+            encoded_inputs,
+            max_length,
+            padding_strategy,
+            pad_to_multiple_of,
+            padding_side,
+            return_attention_mask,
+        )
+        padding = [0] * (len(encoded_inputs["input_ids"]) - length)
+        is_left = (padding_side or self.padding_side) == "left"
+        encoded_inputs["position_ids"] = padding + positions if is_left else positions + padding
+        return encoded_inputs
+
+    def build_prompt(self, query: str, history=None) -> str:
+        """Return the prompt of a conversation.
+
+        Args:
+            query: The new question.
+            history: Earlier rounds, a list of (question, answer).
+
+        Example:
+            >>> tokenizer.build_prompt("你好")
+            '[Round 1]\\n\\n问：你好\\n\\n答：'
+        """
+        history = history or []
+        rounds = [
+            f"[Round {i}]\n\n问：{old_query}\n\n答：{response}\n\n"
+            for i, (old_query, response) in enumerate(history, start=1)
+        ]
+        return "".join(rounds) + f"[Round {len(history) + 1}]\n\n问：{query}\n\n答："
+
+    def build_round(self, query: str, history) -> list[int]:
+        """Return the ids that continue a conversation: the new round alone, without special tokens.
+
+        The text starts with a line feed, before which SentencePiece puts a dummy space; it is
+        dropped.
+        """
+        text = f"\n\n[Round {len(history) + 1}]\n\n问：{query}\n\n答："
+        return self.encode(text, add_special_tokens=False)[1:]
+
+    def apply_chat_template(
+        self,
+        conversation,
+        *args,
+        tokenize=True,
+        return_dict=True,
+        padding=False,
+        truncation=False,
+        max_length=None,
+        return_tensors=None,
+        tokenizer_kwargs=None,
+        **kwargs,
+    ):
+        """As the library's, but the ids begin with `[gMASK] sop`, as the model was trained."""
+        text = super().apply_chat_template(conversation, *args, tokenize=False, **kwargs)
+        if not tokenize:
+            return text
+        encoded = self(
+            text,
+            padding=padding,
+            truncation=truncation,
+            max_length=max_length,
+            return_tensors=return_tensors,
+            **(tokenizer_kwargs or {}),
+        )
+        return encoded if return_dict else encoded["input_ids"]
+
+    def save_vocabulary(self, save_directory, filename_prefix=None) -> tuple[str]:
+        """Write `tokenizer.model` into a folder and return its path."""
+        name = (f"{filename_prefix}-" if filename_prefix else "") + self.vocab_files_names[
+            "vocab_file"
+        ]
+        path = os.path.join(save_directory, name)
+        with open(path, "wb") as file:
+            file.write(self.sp_model.serialized_model_proto())
+        return (path,)
+
+
+ChatGLMTokenizer.register_for_auto_class()

@@ -1,0 +1,51 @@
+"""Fixtures of several test files: the official tokenizer, the bundled checkpoint."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+OFFICIAL_TOKENIZER = ROOT.parent / "shared" / "tokenizer" / "tokenizer.model"
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint() -> Path:
+    """The folder of the bundled checkpoint."""
+    return ROOT / "resources" / "chatglm2-tiny"
+
+
+@pytest.fixture(scope="session")
+def official_tokenizer():
+    from chatglm2 import ChatGLMTokenizer
+
+    if not OFFICIAL_TOKENIZER.exists():
+        pytest.skip("needs the official tokenizer.model in ../shared/tokenizer")
+    return ChatGLMTokenizer(OFFICIAL_TOKENIZER)
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer(tiny_checkpoint):
+    from chatglm2 import ChatGLMTokenizer
+
+    return ChatGLMTokenizer.from_pretrained(tiny_checkpoint)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_checkpoint):
+    """The bundled checkpoint in float32; a test must leave it as it was."""
+    import torch
+
+    from chatglm2 import ChatGLMForConditionalGeneration
+
+    return ChatGLMForConditionalGeneration.from_pretrained(
+        tiny_checkpoint, dtype=torch.float32
+    ).eval()
+
+
+@pytest.fixture(params=["official_tokenizer", "tiny_tokenizer"])
+def any_tokenizer(request):
+    return request.getfixturevalue(request.param)
