@@ -1,0 +1,42 @@
+"""ChatGLM2-6B on today's transformers.
+
+Importing this package registers its classes with transformers' Auto classes, so that
+`AutoModel.from_pretrained(folder)` runs this code and none from the checkpoint folder.
+"""
+
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
+
+from .configuration_chatglm import ChatGLMConfig
+from .modeling_chatglm import (
+    CHAT_DEFAULTS,
+    ChatGLMCache,
+    ChatGLMForConditionalGeneration,
+    ChatGLMForSequenceClassification,
+    ChatGLMModel,
+)
+from .tokenization_chatglm import ChatGLMTokenizer
+
+__all__ = [
+    "CHAT_DEFAULTS",
+    "ChatGLMCache",
+    "ChatGLMConfig",
+    "ChatGLMForConditionalGeneration",
+    "ChatGLMForSequenceClassification",
+    "ChatGLMModel",
+    "ChatGLMTokenizer",
+]
+
+AutoConfig.register("chatglm", ChatGLMConfig, exist_ok=True)
+for auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM):
+    auto_class.register(ChatGLMConfig, ChatGLMForConditionalGeneration, exist_ok=True)
+AutoModelForSequenceClassification.register(
+    ChatGLMConfig, ChatGLMForSequenceClassification, exist_ok=True
+)
+AutoTokenizer.register(ChatGLMConfig, ChatGLMTokenizer, exist_ok=True)

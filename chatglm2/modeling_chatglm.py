@@ -1,0 +1,1073 @@
+"""The ChatGLM2 model for transformers 5: the network, its cache, chat and stream_chat.
+
+Module and parameter names are the official checkpoint's, so its `.bin` and safetensors files load
+as they are. Letters in shape comments: b batch, s new tokens, k keys (cached and new), h hidden
+size, H query heads, G key/value heads, d head size. This file is also Hugging Face remote code.
+"""
+
+import json
+import queue
+import threading
+import zipfile
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import (
+    Cache,
+    DynamicCache,
+    DynamicLayer,
+    GenerationMixin,
+    GradientCheckpointingLayer,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+from transformers.generation.streamers import BaseStreamer
+from transformers.initialization import no_init_weights
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    SequenceClassifierOutputWithPast,
+)
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import can_return_tuple, logging
+
+from .configuration_chatglm import ChatGLMConfig
+
+logger = logging.get_logger(__name__)
+
+# How chat, stream_chat and every script sample; plain generate stays greedy, as the original.
+CHAT_DEFAULTS = {
+    "do_sample": True,
+    "temperature": 0.8,
+    "top_k": 50,
+    "top_p": 0.8,
+    "max_length": 8192,
+}
+
+CACHE_BLOCK = 256  # tokens by which the capacity of a cache grows
+MAX_GROUPED_TOKENS = (
+    128  # for more new tokens than this, expanded keys are as fast as grouped queries
+)
+
+
+class RotaryEmbedding(nn.Module):
+    """Cosine and sine of the rotary angles (RoFormer, arXiv 2104.09864), exact in every dtype.
+
+    The frequencies are float32 whatever the model's dtype (no buffer, so `.half()` leaves them
+    alone), and only the rows of the given positions are computed.
+    """
+
+    def __init__(self, config: ChatGLMConfig):
+        super().__init__()
+        self.config = config
+        self.frequencies = None
+
+    def compute_frequencies(self, device, length: int | None = None) -> tuple[torch.Tensor, float]:
+        """Return each pair's angle per position, [d / 4], and yarn's factor of cos and sin."""
+        rope = self.config.rope_parameters
+        if rope["rope_type"] == "default":
+            dim = self.config.kv_channels // 2
+            exponents = torch.arange(0, dim, 2, device=device, dtype=torch.float32) / dim
+            frequencies, scaling = 1.0 / rope["rope_theta"] ** exponents, 1.0
+        else:
+            initialize = ROPE_INIT_FUNCTIONS[rope["rope_type"]]
+            frequencies, scaling = initialize(self.config, device, seq_len=length)
+        return frequencies / self.config.rope_ratio, scaling
+
+    @torch.no_grad()
+    def forward(
+        self, x: torch.Tensor, position_ids: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return cos and sin, [b, 1, s, d / 4] each, in the dtype of `x`, for positions [b, s]."""
+        if self.config.rope_parameters["rope_type"] == "dynamic":
+            length = max(int(position_ids.max()) + 1, self.config.seq_length)
+            frequencies, scaling = self.compute_frequencies(x.device, length)
+        else:
+            if self.frequencies is None or self.frequencies[0].device != x.device:
+                self.frequencies = self.compute_frequencies(x.device)
+            frequencies, scaling = self.frequencies
+        angles = position_ids[:, None, :, None].float() * frequencies
+        return (angles.cos() * scaling).to(x.dtype), (angles.sin() * scaling).to(x.dtype)
+
+
+def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate the first half of each head, in neighbouring pairs; the second half passes through.
+
+    With x0, x1 = x[..., 2i], x[..., 2i + 1] and the angle a_i of the position:
+    y[..., 2i] = x0 cos a_i - x1 sin a_i, y[..., 2i + 1] = x1 cos a_i + x0 sin a_i.
+
+    Shapes: x [b, heads, s, d]; cos and sin [b, 1, s, d / 4].
+    """
+    rotated_size = 2 * cos.shape[-1]
+    x0, x1 = x[..., 0:rotated_size:2], x[..., 1:rotated_size:2]
+    rotated = torch.stack((x0 * cos - x1 * sin, x1 * cos + x0 * sin), dim=-1).flatten(-2)
+    return torch.cat((rotated, x[..., rotated_size:]), dim=-1)
+
+
+class RMSNorm(nn.Module):
+    """RMS normalization (arXiv 1910.07467): float32 inside, cast to the weight's dtype last."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wide = x.float()
+        scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return (self.weight * (wide * scale)).to(self.weight.dtype)
+
+
+def create_norm(config: ChatGLMConfig) -> nn.Module:
+    norm = RMSNorm if config.rmsnorm else nn.LayerNorm
+    return norm(config.hidden_size, eps=config.layernorm_epsilon)
+
+
+class ChatGLMCacheLayer(DynamicLayer):
+    """Keys and values of one layer, [b, G, k, d]: views of buffers that grow in blocks.
+
+    New tokens are written in place, so that a token costs what it weighs and not a copy of the
+    cache.
+    """
+
+    def lazy_initialization(self, key_states, value_states):
+        super().lazy_initialization(key_states, value_states)
+        self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
+        self.buffers = None
+
+    def grow(self, length: int):
+        """Make buffers for at least `length` tokens and copy what is held."""
+        capacity = -(-length // CACHE_BLOCK) * CACHE_BLOCK
+        held = self.keys.shape[2]
+        self.buffers = [
+            x.new_empty(*x.shape[:2], capacity, x.shape[3]) for x in (self.keys, self.values)
+        ]
+        for buffer, old in zip(self.buffers, (self.keys, self.values), strict=True):
+            buffer[:, :, :held] = old
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        if key_states.requires_grad:  # a gradient needs tensors that nobody overwrites
+            self.buffers = None
+            return super().update(key_states, value_states)
+        held = self.keys.shape[2]
+        length = held + key_states.shape[2]
+        if self.buffers is None or self.buffers[0].shape[2] < length:
+            self.grow(length)
+        for buffer, new in zip(self.buffers, (key_states, value_states), strict=True):
+            buffer[:, :, held:length] = new
+        self.keys, self.values = (buffer[:, :, :length] for buffer in self.buffers)
+        return self.keys, self.values
+
+    # What makes new tensors leaves the buffers behind; the next update makes new ones.
+
+    def reorder_cache(self, beam_idx):
+        super().reorder_cache(beam_idx)
+        self.buffers = None
+
+    def batch_repeat_interleave(self, repeats):
+        super().batch_repeat_interleave(repeats)
+        self.buffers = None
+
+    def batch_select_indices(self, indices):
+        super().batch_select_indices(indices)
+        self.buffers = None
+
+
+class ChatGLMCache(Cache):
+    """The key/value cache of a conversation: grows in blocks and knows what it holds.
+
+    Attributes:
+        input_ids: The ids whose keys and values are held, in order (batch size 1; set by
+        `stream_chat`).
+        pending_ids: The last generated id if it was not fed to the model yet and belongs to the
+        answer.
+        history: The rounds that the ids stand for, a list of (question, answer); `None` if unknown.
+        prefix_length: Number of P-Tuning v2 keys in front, which are no tokens and not counted.
+    """
+
+    def __init__(self):
+        super().__init__(layer_class_to_replicate=ChatGLMCacheLayer)
+        self.prefix_length = 0
+        self.forget()
+
+    def forget(self):
+        self.input_ids, self.pending_ids, self.history = [], [], None
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return max(super().get_seq_length(layer_idx) - self.prefix_length, 0)
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        return super().get_seq_length(layer_idx)
+
+    def crop(self, tokens_to_remove: int):
+        """Drop the last `-tokens_to_remove` tokens (a negative number, as in transformers 5)."""
+        super().crop(tokens_to_remove)
+        if tokens_to_remove:
+            self.input_ids = self.input_ids[: self.get_seq_length()]
+            self.pending_ids, self.history = [], None
+
+    def reset(self):
+        super().reset()
+        self.prefix_length = 0
+        self.forget()
+
+    def is_consistent(self) -> bool:
+        """Whether all layers hold as many tokens; not so after an error within a forward."""
+        return len({layer.get_seq_length() for layer in self.layers}) <= 1
+
+    def continue_with(self, tokenizer, query: str, history: list) -> tuple[list[int], int]:
+        """Return the ids of a conversation and how many of them are kept.
+
+        If the cache stands for `history`, its ids (and a pending one) are followed by the new
+        round. Otherwise the prompt is encoded anew and the longest common beginning is kept; the
+        last id is always left to be computed. Nothing is changed yet: `crop` does that.
+        """
+        if history and self.history == history:
+            return self.input_ids + self.pending_ids + tokenizer.build_round(query, history), len(
+                self.input_ids
+            )
+        ids = tokenizer.encode(tokenizer.build_prompt(query, history))
+        kept = 0
+        while kept < min(len(self.input_ids), len(ids) - 1) and self.input_ids[kept] == ids[kept]:
+            kept += 1
+        return ids, kept
+
+    def record(self, ids: list[int], history: list, eos_token_ids):
+        """Remember what a finished or stopped generation left: `ids` are prompt and answer."""
+        held = self.get_seq_length()
+        self.input_ids = ids[:held]
+        self.pending_ids = [i for i in ids[held:] if i not in eos_token_ids]
+        self.history = history
+
+
+def group_queries(query: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
+    """View queries that share a key/value head as its rows: [b, H, s, d] -> [b, G, H/G * s, d].
+
+    Row r * s + i of head g is token i of query head g * (H/G) + r. So keys are never expanded.
+    """
+    batch, num_heads, length, head_dim = query.shape
+    return query.reshape(batch, num_kv_heads, num_heads // num_kv_heads * length, head_dim)
+
+
+def eager_attention_forward(
+    module, query, key, value, attention_mask, scaling, dropout=0.0, is_causal=None, **kwargs
+):
+    """Attention (arXiv 1706.03762, 3.2.1) step by step; also returns the weights [b, H, s, k].
+
+    Shapes: query [b, H, s, d]; key and value [b, G, k, d]; attention_mask [b, 1, s, k], added;
+    output [b, s, H, d].
+    """
+    batch, num_heads, length, head_dim = query.shape
+    scores = group_queries(query, key.shape[1]) @ key.transpose(-1, -2) * scaling
+    scores = scores.view(batch, num_heads, length, -1)
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = F.dropout(weights, p=dropout, training=module.training)
+    output = group_queries(weights, key.shape[1]) @ value
+    return output.view(batch, num_heads, length, head_dim).transpose(1, 2), weights
+
+
+class SelfAttention(nn.Module):
+    """Multi-query attention (arXiv 1911.02150): H query heads share G key/value heads.
+
+    `query_key_value` gives, with multi-query attention, all query rows, then all key rows, then all
+    value rows; without it, query, key and value head by head.
+    """
+
+    def __init__(self, config: ChatGLMConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.num_heads = config.num_attention_heads
+        self.num_kv_heads = config.num_key_value_heads
+        self.num_key_value_groups = self.num_heads // self.num_kv_heads
+        self.head_dim = config.kv_channels
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = True
+        query_size = self.num_heads * self.head_dim
+        self.query_key_value = nn.Linear(
+            config.hidden_size,
+            query_size + 2 * self.num_kv_heads * self.head_dim,
+            bias=config.add_bias_linear or config.add_qkv_bias,
+        )
+        self.dense = nn.Linear(query_size, config.hidden_size, bias=config.add_bias_linear)
+
+    def split_heads(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """[b, s, (H + 2G) d] -> query [b, H, s, d], key and value [b, G, s, d]."""
+        if not self.config.multi_query_attention:
+            return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2).chunk(3, dim=-1)
+        heads = x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        return heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
+
+    def attend(self, query, key, value, attention_mask, **kwargs):
+        """Return the heads' outputs [b, s, H, d] and, if eager, the attention weights."""
+        implementation = self.config._attn_implementation
+        length = query.shape[2]
+        can_group = length == 1 or (attention_mask is not None and length <= MAX_GROUPED_TOKENS)
+        if implementation == "sdpa" and self.num_key_value_groups > 1 and can_group:
+            if attention_mask is not None and length > 1:
+                attention_mask = attention_mask.repeat(1, 1, self.num_key_value_groups, 1)
+            rows = group_queries(query, self.num_kv_heads)
+            output = F.scaled_dot_product_attention(
+                rows, key, value, attn_mask=attention_mask, scale=self.scaling
+            )
+            return output.reshape(query.shape).transpose(1, 2), None
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        dropout = self.config.attention_dropout if self.training else 0.0
+        return attention(
+            self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
+        )
+
+    def forward(
+        self, hidden_states, attention_mask, rotary, past_key_values=None, prefix=None, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        query, key, value = self.split_heads(self.query_key_value(hidden_states))
+        query, key = apply_rotary(query, *rotary), apply_rotary(key, *rotary)
+        if prefix is not None:
+            key, value = torch.cat((prefix[0], key), dim=2), torch.cat((prefix[1], value), dim=2)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        output, weights = self.attend(query, key, value, attention_mask, **kwargs)
+        return self.dense(output.flatten(2)), weights
+
+
+class MLP(nn.Module):
+    """SwiGLU (arXiv 2002.05202): the first half of `dense_h_to_4h` is the gate of the second."""
+
+    def __init__(self, config: ChatGLMConfig):
+        super().__init__()
+        size, inner_size, bias = config.hidden_size, config.ffn_hidden_size, config.add_bias_linear
+        self.dense_h_to_4h = nn.Linear(size, 2 * inner_size, bias=bias)
+        self.dense_4h_to_h = nn.Linear(inner_size, size, bias=bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = self.dense_h_to_4h(x).chunk(2, dim=-1)
+        return self.dense_4h_to_h(F.silu(gate) * up)
+
+
+class GLMBlock(GradientCheckpointingLayer):
+    """Norm, attention, residual, norm, MLP, residual."""
+
+    def __init__(self, config: ChatGLMConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.input_layernorm = create_norm(config)
+        self.self_attention = SelfAttention(config, layer_idx)
+        self.post_attention_layernorm = create_norm(config)
+        self.mlp = MLP(config)
+
+    def add(self, hidden_states, normed, output):
+        residual = normed if self.config.apply_residual_connection_post_layernorm else hidden_states
+        return residual + F.dropout(output, p=self.config.hidden_dropout, training=self.training)
+
+    def forward(
+        self, hidden_states: torch.Tensor, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """[b, s, h] -> [b, s, h] and, from eager attention, its weights."""
+        normed = self.input_layernorm(hidden_states)
+        output, weights = self.self_attention(normed, **kwargs)
+        hidden_states = self.add(hidden_states, normed, output)
+        normed = self.post_attention_layernorm(hidden_states)
+        return self.add(hidden_states, normed, self.mlp(normed)), weights
+
+
+class GLMTransformer(nn.Module):
+    """The blocks and the final norm (the checkpoint's `encoder`)."""
+
+    def __init__(self, config: ChatGLMConfig):
+        super().__init__()
+        self.layers = nn.ModuleList(GLMBlock(config, i) for i in range(config.num_layers))
+        if config.post_layer_norm:
+            self.final_layernorm = create_norm(config)
+
+    def forward(self, hidden_states, prefix, output_hidden_states, output_attentions, **kwargs):
+        """Return the last hidden states, all (the last before the norm), all attentions."""
+        all_hidden_states, all_attentions = [hidden_states], []
+        for i, layer in enumerate(self.layers):
+            layer_prefix = None if prefix is None else prefix[i]
+            hidden_states, weights = layer(hidden_states, prefix=layer_prefix, **kwargs)
+            if output_hidden_states:
+                all_hidden_states.append(hidden_states)
+            if output_attentions:
+                all_attentions.append(weights)
+        if hasattr(self, "final_layernorm"):
+            hidden_states = self.final_layernorm(hidden_states)
+        return hidden_states, tuple(all_hidden_states), tuple(all_attentions)
+
+
+class PrefixEncoder(nn.Module):
+    """P-Tuning v2 (arXiv 2110.07602): trained keys and values in front of every layer's own."""
+
+    def __init__(self, config: ChatGLMConfig):
+        super().__init__()
+        self.config = config
+        size = config.num_layers * 2 * config.num_key_value_heads * config.kv_channels
+        self.embedding = nn.Embedding(config.pre_seq_len, size)
+        if config.prefix_projection:
+            self.trans = nn.Sequential(
+                nn.Linear(size, config.hidden_size), nn.Tanh(), nn.Linear(config.hidden_size, size)
+            )
+
+    def forward(self, batch_size: int, dtype: torch.dtype) -> torch.Tensor:
+        """Return [layers, 2 (key, value), b, G, pre_seq_len, d]."""
+        prefix = self.embedding.weight
+        if self.config.prefix_projection:
+            prefix = self.trans(prefix)
+        shape = (
+            self.config.num_layers,
+            2,
+            self.config.num_key_value_heads,
+            self.config.kv_channels,
+        )
+        prefix = prefix.to(dtype).unflatten(-1, shape).permute(1, 2, 3, 0, 4).unsqueeze(2)
+        prefix = prefix.expand(-1, -1, batch_size, -1, -1, -1)
+        return F.dropout(prefix, p=0.1, training=self.training)
+
+
+class Embedding(nn.Module):
+    """The word embeddings, under the checkpoint's name `embedding.word_embeddings`."""
+
+    def __init__(self, config: ChatGLMConfig):
+        super().__init__()
+        self.word_embeddings = nn.Embedding(config.padded_vocab_size, config.hidden_size)
+
+
+def creation(empty_init: bool, device):
+    """Return the contexts to make parameters in: left empty or not, on `device` if given."""
+    return no_init_weights() if empty_init else nullcontext(), torch.device(
+        device
+    ) if device else nullcontext()
+
+
+def find_weight_files(folder: Path) -> list[Path]:
+    """Return the weight files that transformers reads from a checkpoint folder.
+
+    A file that an index names need not exist; the list is empty where there are no weights.
+    """
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{name}.index.json"
+        if (folder / name).exists():
+            return [folder / name]
+        if index.exists():
+            return [
+                folder / shard
+                for shard in sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+            ]
+    return []
+
+
+def check_weight_file(file: Path):
+    """Check that a weight file is whole.
+
+    Raises:
+        OSError: It is missing, a Git LFS pointer, or truncated; one line with its size and what to
+            do.
+    """
+    if not file.exists():
+        raise OSError(f"{file} is missing: download it into the folder.")
+    size = file.stat().st_size
+    with open(file, "rb") as stream:
+        head = stream.read(8)
+        if head == b"version ":  # of https://git-lfs.github.com/spec/v1
+            raise OSError(
+                f"{file} ({size} bytes) is a Git LFS pointer and not the file itself: run "
+                "`git lfs pull` in the folder, or download the file and put it there."
+            )
+        if file.suffix == ".safetensors":
+            length = int.from_bytes(head, "little")
+            header = stream.read(length) if length < size else b""
+            if len(head) == 8 and len(header) == length:
+                tensors = json.loads(header)
+                tensors.pop("__metadata__", None)
+                end = (
+                    8
+                    + length
+                    + max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
+                )
+                if end == size:
+                    return
+        elif size and (head[:2] != b"PK" or zipfile.is_zipfile(file)):
+            return
+    raise OSError(f"{file} ({size} bytes) is truncated or damaged: download it again.")
+
+
+class ChatGLMPreTrainedModel(PreTrainedModel):
+    """What the models share: loading, and what transformers needs to know of them."""
+
+    config_class = ChatGLMConfig
+    base_model_prefix = "transformer"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["GLMBlock"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _keys_to_ignore_on_load_unexpected = [r"rotary_pos_emb\.inv_freq"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, device=None, **kwargs):
+        """As the library's; `device="cuda"` puts the whole model there, as the original's.
+
+        Raises:
+            OSError: A weight file of the folder is missing, a Git LFS pointer, or truncated.
+        """
+        if pretrained_model_name_or_path is not None:
+            for file in find_weight_files(Path(pretrained_model_name_or_path)):
+                check_weight_file(file)
+        if device is not None:
+            kwargs.setdefault("device_map", {"": device})
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
+    def get_position_ids(self, input_ids, device=None) -> torch.Tensor:
+        """Return positions 0..s-1 for ids [b, s], as the original's method did."""
+        batch_size, length = input_ids.shape
+        return torch.arange(length, device=device or input_ids.device).repeat(batch_size, 1)
+
+
+class ChatGLMModel(ChatGLMPreTrainedModel):
+    """Embedding, blocks, final norm; the output layer is kept here, as in the official checkpoint.
+
+    Args:
+        empty_init: Leave the weights uninitialized, to be loaded; False draws them at random.
+        device: Where to make them.
+    """
+
+    def __init__(self, config: ChatGLMConfig, empty_init=True, device=None):
+        super().__init__(config)
+        no_init, on_device = creation(empty_init, device)
+        with no_init, on_device:
+            self.embedding = Embedding(config)
+            self.rotary_pos_emb = RotaryEmbedding(config)
+            self.encoder = GLMTransformer(config)
+            self.output_layer = nn.Linear(config.hidden_size, config.padded_vocab_size, bias=False)
+            if config.pre_seq_len is not None:  # As the original: only the prefix is trained.
+                self.requires_grad_(False)
+                self.prefix_encoder = PrefixEncoder(config)
+            self.post_init()
+
+    def get_input_embeddings(self):
+        return self.embedding.word_embeddings
+
+    def set_input_embeddings(self, value):
+        self.embedding.word_embeddings = value
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """Compute the hidden states.
+
+        Shapes: input_ids and position_ids [b, s]; attention_mask [b, k], 0 for padding, or [b, 1,
+        s, k]; inputs_embeds [b, s, h]; last_hidden_state [b, s, h].
+
+        Raises:
+            ValueError: Not exactly one of `input_ids` and `inputs_embeds` is given.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embedding.word_embeddings(input_ids)
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        if self.is_activation_checkpointing and self.training:
+            use_cache = False
+        if use_cache and past_key_values is None:
+            past_key_values = ChatGLMCache()
+        batch_size, length = inputs_embeds.shape[:2]
+        offset = 0 if past_key_values is None else past_key_values.get_query_offset()
+        mask_cache, prefix = past_key_values, None
+        if self.config.pre_seq_len is not None:
+            if offset == 0:
+                prefix = self.prefix_encoder(batch_size, inputs_embeds.dtype)
+                mask_cache = DynamicCache()
+                mask_cache.update(*prefix[0], layer_idx=0)
+                if isinstance(past_key_values, ChatGLMCache):
+                    past_key_values.prefix_length = self.config.pre_seq_len
+            else:
+                offset -= self.config.pre_seq_len  # the first token after the prefix has position 0
+            if attention_mask is not None:
+                ones = attention_mask.new_ones(batch_size, self.config.pre_seq_len)
+                attention_mask = torch.cat((ones, attention_mask), dim=-1)
+        if position_ids is None:
+            position_ids = torch.arange(offset, offset + length, device=inputs_embeds.device)[None]
+        mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=mask_cache,
+            position_ids=position_ids,
+        )
+        is_first = offset == 0 and prefix is None
+        if is_first and mask is not None and mask.ndim == 4 and attention_mask is not None:
+            # As the original: a padding token sees everything, so no row is wholly masked.
+            is_padding = attention_mask[:, None, -length:, None] == 0
+            mask = mask | is_padding if mask.dtype == torch.bool else mask * ~is_padding
+        hidden_states = inputs_embeds
+        if self.config.fp32_residual_connection:
+            hidden_states = hidden_states.float()
+        hidden_states, all_hidden_states, all_attentions = self.encoder(
+            hidden_states,
+            prefix=prefix,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            attention_mask=mask,
+            rotary=self.rotary_pos_emb(inputs_embeds, position_ids),
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden_states,
+            past_key_values=past_key_values if use_cache else None,
+            hidden_states=all_hidden_states if output_hidden_states else None,
+            attentions=all_attentions if output_attentions else None,
+        )
+
+
+class InvalidScoreLogitsProcessor(LogitsProcessor):
+    """Where a score is not finite, force id 5, as the original, instead of failing in sampling."""
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        if not torch.isfinite(scores).all():
+            logger.warning_once(
+                "The model computed NaN or infinity: broken or incomplete weights, or an overflow "
+                "of float16 (try float32 or bfloat16)."
+            )
+            scores = torch.zeros_like(scores)
+            scores[..., 5] = 5e4
+        return scores
+
+
+class StopOnEvent(StoppingCriteria):
+    """Ends a generation once a `threading.Event` is set."""
+
+    def __init__(self, event: threading.Event):
+        self.event = event
+
+    def __call__(
+        self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs
+    ) -> torch.BoolTensor:
+        return torch.full((input_ids.shape[0],), self.event.is_set(), device=input_ids.device)
+
+
+class TokenStreamer(BaseStreamer):
+    """Hands over the ids of `generate` step by step, to be read by another thread.
+
+    Attributes:
+        sequences: All ids so far, prompt included, [b, length].
+    """
+
+    def __init__(self):
+        self.sequences = None
+        self.steps = queue.SimpleQueue()
+
+    def put(self, value: torch.Tensor):
+        if self.sequences is None:
+            self.sequences = value  # the prompt
+            return
+        self.sequences = torch.cat((self.sequences, value[:, None]), dim=1)
+        self.steps.put(self.sequences)
+
+    def end(self):
+        pass
+
+    def finish(self, error: BaseException | None):
+        """Tell the reader that no step follows, and why."""
+        self.steps.put(error)
+
+    def __iter__(self):
+        while isinstance(step := self.steps.get(), torch.Tensor):
+            yield step
+        if step is not None:
+            raise step
+
+
+def decode_answer(tokenizer, ids: list[int]) -> str:
+    """Decode generated ids, without an unfinished character at the end."""
+    while ids and (text := tokenizer.decode(ids)).endswith("\ufffd"):
+        ids = ids[:-1]
+    return text if ids else ""
+
+
+class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
+    """ChatGLM2 with its output layer: `generate`, and the original's `chat` and `stream_chat`.
+
+    Args:
+        empty_init: Leave the weights uninitialized, to be loaded; False draws them at random.
+        device: Where to make them.
+    """
+
+    _tied_weights_keys = {
+        "transformer.output_layer.weight": "transformer.embedding.word_embeddings.weight"
+    }
+
+    def __init__(self, config: ChatGLMConfig, empty_init=True, device=None):
+        super().__init__(config)
+        no_init, on_device = creation(empty_init, device)
+        with no_init, on_device:
+            self.transformer = ChatGLMModel(config, empty_init)
+            self.post_init()
+        self.tie_weights()  # only if the config says so
+
+    def get_output_embeddings(self):
+        return self.transformer.output_layer
+
+    def set_output_embeddings(self, value):
+        self.transformer.output_layer = value
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        return_last_logit: bool = False,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """Compute logits [b, s, V] and, with `labels` [b, s] (-100: ignored), the mean loss.
+
+        Args:
+            logits_to_keep: Compute the last n positions only, or those of an index tensor; 0 is
+            all.
+            return_last_logit: The original's name for `logits_to_keep=1`.
+        """
+        outputs = self.transformer(
+            input_ids,
+            position_ids,
+            attention_mask,
+            past_key_values,
+            inputs_embeds,
+            use_cache,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        if return_last_logit:
+            logits_to_keep = 1
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.transformer.output_layer(hidden_states[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, self.config.padded_vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def process_response(self, response: str) -> str:
+        """Strip the text and fill in the training date, as the original."""
+        return response.strip().replace("[[训练时间]]", "2023年")
+
+    def build_inputs(self, tokenizer, query: str, history=None):
+        """Return the model inputs of a whole conversation, on the model's device, [1, s]."""
+        return tokenizer([tokenizer.build_prompt(query, history)], return_tensors="pt").to(
+            self.device
+        )
+
+    def build_stream_inputs(self, tokenizer, query: str, history=None):
+        """Return the model inputs of the new round alone; of a first round, the whole prompt."""
+        if not history:
+            return self.build_inputs(tokenizer, query)
+        ids = tokenizer.build_round(query, history)
+        return tokenizer.pad({"input_ids": [ids]}, return_tensors="pt").to(self.device)
+
+    def _chat_settings(
+        self, prompt_length, num_kept, max_length, do_sample, temperature, top_p, kwargs
+    ):
+        """Return the arguments of `generate`, the length limit checked.
+
+        Args:
+            prompt_length: Number of ids before the answer, cached ones included.
+            num_kept: How many of them a kept cache holds; `max_length` does not count them.
+
+        Raises:
+            ValueError: The prompt leaves no room for an answer.
+        """
+        context = self.config.seq_length
+        if (max_new_tokens := kwargs.pop("max_new_tokens", None)) is not None:
+            max_length = prompt_length - num_kept + max_new_tokens
+        limit = min(num_kept + max_length, context)
+        if prompt_length >= limit:
+            raise ValueError(
+                f"The prompt has {prompt_length - num_kept} tokens"
+                + (f" after {num_kept} of the conversation so far" if num_kept else "")
+                + f"; max_length is {max_length} and the context {context}: shorten the prompt or "
+                "the history, or raise max_length."
+            )
+        settings = {"max_length": limit, "do_sample": do_sample and temperature > 0, **kwargs}
+        if settings["do_sample"]:
+            settings = {
+                "top_k": CHAT_DEFAULTS["top_k"],
+                **settings,
+                "temperature": temperature,
+                "top_p": top_p,
+            }
+        return settings
+
+    @torch.no_grad()
+    def chat(
+        self,
+        tokenizer,
+        query: str,
+        history=None,
+        max_length: int = CHAT_DEFAULTS["max_length"],
+        num_beams: int = 1,
+        do_sample: bool = CHAT_DEFAULTS["do_sample"],
+        top_p: float = CHAT_DEFAULTS["top_p"],
+        temperature: float = CHAT_DEFAULTS["temperature"],
+        logits_processor: list | None = None,
+        **kwargs,
+    ) -> tuple[str, list[tuple[str, str]]]:
+        """Answer a question.
+
+        Args:
+            history: Earlier rounds, a list of (question, answer); it is not changed.
+            max_length: Number of tokens of prompt and answer together.
+            temperature: 0 means greedy.
+            kwargs: Further arguments of `generate`.
+
+        Returns:
+            The answer, and the history with the new round.
+
+        Raises:
+            ValueError: The prompt has `max_length` tokens or more, or fills the context.
+        """
+        history = [tuple(turn) for turn in history or []]
+        input_ids = self.build_inputs(tokenizer, query, history)["input_ids"]
+        prompt_length = input_ids.shape[1]
+        settings = self._chat_settings(
+            prompt_length, 0, max_length, do_sample, temperature, top_p, kwargs
+        )
+        sequences = self.generate(
+            input_ids,
+            num_beams=num_beams,
+            past_key_values=ChatGLMCache(),
+            logits_processor=LogitsProcessorList(
+                [*(logits_processor or []), InvalidScoreLogitsProcessor()]
+            ),
+            **settings,
+        )
+        answer = decode_answer(tokenizer, sequences[0, prompt_length:].tolist())
+        response = self.process_response(answer)
+        return response, [*history, (query, response)]
+
+    def stream_chat(
+        self,
+        tokenizer,
+        query: str,
+        history=None,
+        past_key_values: Cache | None = None,
+        max_length: int = CHAT_DEFAULTS["max_length"],
+        do_sample: bool = CHAT_DEFAULTS["do_sample"],
+        top_p: float = CHAT_DEFAULTS["top_p"],
+        temperature: float = CHAT_DEFAULTS["temperature"],
+        logits_processor: list | None = None,
+        return_past_key_values: bool = False,
+        **kwargs,
+    ):
+        """Answer a question token by token: yield (answer so far, history[, cache]).
+
+        Args:
+            past_key_values: The cache that an earlier round returned. If it stands for `history`,
+                only the new round is computed and `max_length` counts only that; if not, what both
+                have in common is kept and the rest computed anew.
+            return_past_key_values: Also yield the cache, for the next round.
+
+        The other arguments are those of `chat`. Closing the generator ends the generation, and the
+        cache then stands for the history yielded last. A partial answer never ends in half a
+        character.
+
+        Raises:
+            ValueError: As `chat`.
+        """
+        history = [tuple(turn) for turn in history or []]
+        cache = past_key_values if isinstance(past_key_values, ChatGLMCache) else ChatGLMCache()
+        ids, num_kept = cache.continue_with(tokenizer, query, history)
+        is_continued = bool(history) and cache.history == history
+        num_free = num_kept if is_continued else 0
+        settings = self._chat_settings(
+            len(ids), num_free, max_length, do_sample, temperature, top_p, kwargs
+        )
+        cache.crop(num_kept - cache.get_seq_length())
+        cache.history = None
+        streamer, response = TokenStreamer(), ""
+        steps = self.stream_generate(
+            torch.tensor([ids], device=self.device),
+            past_key_values=cache,
+            logits_processor=LogitsProcessorList(
+                [*(logits_processor or []), InvalidScoreLogitsProcessor()]
+            ),
+            streamer=streamer,
+            **settings,
+        )
+        try:
+            for sequences in steps:
+                text = tokenizer.decode(sequences[0, len(ids) :].tolist())
+                if text and not text.endswith("\ufffd"):
+                    response = self.process_response(text)
+                    new_history = [*history, (query, response)]
+                    yield (
+                        (response, new_history, cache)
+                        if return_past_key_values
+                        else (response, new_history)
+                    )
+        finally:
+            steps.close()
+            if streamer.sequences is not None and cache.is_consistent():
+                cache.record(
+                    streamer.sequences[0].tolist(),
+                    [*history, (query, response)],
+                    self.eos_token_ids,
+                )
+            else:
+                cache.reset()
+
+    @property
+    def eos_token_ids(self) -> list[int]:
+        """The ids that end an answer."""
+        ids = self.generation_config.eos_token_id
+        return ids if isinstance(ids, list) else [] if ids is None else [ids]
+
+    def stream_generate(
+        self,
+        input_ids: torch.LongTensor,
+        generation_config=None,
+        logits_processor=None,
+        stopping_criteria=None,
+        prefix_allowed_tokens_fn=None,
+        return_past_key_values: bool = False,
+        past_key_values: Cache | None = None,
+        streamer: TokenStreamer | None = None,
+        **kwargs,
+    ):
+        """Run `generate` in a thread and yield all ids so far, [b, length], after each step.
+
+        Closing the generator ends the generation within a token. With `return_past_key_values`,
+        yield (ids, cache). The other arguments are those of `generate` (beam search cannot be
+        streamed).
+        """
+        cache = ChatGLMCache() if past_key_values is None else past_key_values
+        streamer = streamer or TokenStreamer()
+        stop = threading.Event()
+
+        def run():
+            error = None
+            try:
+                self.generate(
+                    input_ids,
+                    generation_config=generation_config,
+                    logits_processor=logits_processor,
+                    stopping_criteria=StoppingCriteriaList(
+                        [*(stopping_criteria or []), StopOnEvent(stop)]
+                    ),
+                    prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
+                    past_key_values=cache,
+                    streamer=streamer,
+                    **kwargs,
+                )
+            except BaseException as exception:  # handed to the reader
+                error = exception
+            streamer.finish(error)
+
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+        try:
+            for sequences in streamer:
+                yield (sequences, cache) if return_past_key_values else sequences
+        finally:
+            stop.set()
+            thread.join()
+
+
+class ChatGLMForSequenceClassification(ChatGLMPreTrainedModel):
+    """ChatGLM2 with a classification head on the last position (so pad on the left)."""
+
+    def __init__(self, config: ChatGLMConfig, empty_init=True, device=None):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        no_init, on_device = creation(empty_init, device)
+        with no_init, on_device:
+            self.transformer = ChatGLMModel(config, empty_init)
+            self.classifier_head = nn.Linear(config.hidden_size, config.num_labels)
+            self.dropout = nn.Dropout(config.classifier_dropout or 0.0)
+            self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> SequenceClassifierOutputWithPast:
+        """Compute logits [b, num_labels] and, with `labels` [b] (or [b, num_labels]), the loss."""
+        outputs = self.transformer(
+            input_ids,
+            position_ids,
+            attention_mask,
+            past_key_values,
+            inputs_embeds,
+            use_cache,
+            **kwargs,
+        )
+        logits = self.classifier_head(self.dropout(outputs.last_hidden_state[:, -1]))
+        loss = None
+        if labels is not None:
+            loss = self.classification_loss(logits.float(), labels)
+        return SequenceClassifierOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def classification_loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Return the loss of `config.problem_type`; if unset, guess it from the labels once."""
+        if self.config.problem_type is None:
+            if self.num_labels == 1:
+                self.config.problem_type = "regression"
+            elif labels.dtype in (torch.long, torch.int):
+                self.config.problem_type = "single_label_classification"
+            else:
+                self.config.problem_type = "multi_label_classification"
+        if self.config.problem_type == "regression":
+            return F.mse_loss(logits.squeeze(), labels.squeeze().float())
+        if self.config.problem_type == "single_label_classification":
+            return F.cross_entropy(logits.view(-1, self.num_labels), labels.view(-1))
+        return F.binary_cross_entropy_with_logits(logits, labels.float())
+
+
+ChatGLMForConditionalGeneration.register_for_auto_class("AutoModel")
+ChatGLMForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
