@@ -513,7 +513,6 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
     _keys_to_ignore_on_load_unexpected = [r"rotary_pos_emb\.inv_freq"]
     _supports_sdpa = True
     _supports_flash_attn = True
-    _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
 
@@ -547,6 +546,11 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
 
     def __init__(self, config: ChatGLMConfig, empty_init=True, device=None):
         super().__init__(config)
+        if config.quantization_bit:
+            raise ValueError(
+                f"the checkpoint has quantization_bit {config.quantization_bit}; this version loads "
+                "unquantized checkpoints only, such as THUDM/chatglm2-6b"
+            )
         no_init, on_device = creation(empty_init, device)
         with no_init, on_device:
             self.embedding = Embedding(config)
@@ -563,6 +567,30 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
 
     def set_input_embeddings(self, value):
         self.embedding.word_embeddings = value
+
+    def prepend_ones(self, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
+        """Let a mask [b, k] also show the P-Tuning v2 prefix."""
+        if attention_mask is None:
+            return None
+        ones = attention_mask.new_ones(len(attention_mask), self.config.pre_seq_len)
+        return torch.cat((ones, attention_mask), dim=-1)
+
+    def create_mask(self, inputs_embeds, attention_mask, past_key_values, position_ids):
+        """Return what the attention implementation takes as mask; `None` where it needs none."""
+        mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        has_past = past_key_values is not None and past_key_values.get_query_offset() > 0
+        is_padded = attention_mask is not None and attention_mask.ndim == 2
+        if not is_padded or has_past or mask is None or mask.ndim != 4:
+            return mask
+        # As the original: a padding token sees everything, so no row is wholly masked.
+        is_padding = attention_mask[:, None, :, None] == 0
+        return mask | is_padding if mask.dtype == torch.bool else mask * ~is_padding
 
     @can_return_tuple
     def forward(
@@ -590,39 +618,28 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.embedding.word_embeddings(input_ids)
         use_cache = self.config.use_cache if use_cache is None else use_cache
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         if self.is_activation_checkpointing and self.training:
             use_cache = False
         if use_cache and past_key_values is None:
             past_key_values = ChatGLMCache()
-        batch_size, length = inputs_embeds.shape[:2]
         offset = 0 if past_key_values is None else past_key_values.get_query_offset()
-        mask_cache, prefix = past_key_values, None
+        prefix, mask_cache = None, past_key_values
         if self.config.pre_seq_len is not None:
+            attention_mask = self.prepend_ones(attention_mask)
             if offset == 0:
-                prefix = self.prefix_encoder(batch_size, inputs_embeds.dtype)
+                prefix = self.prefix_encoder(len(inputs_embeds), inputs_embeds.dtype)
                 mask_cache = DynamicCache()
                 mask_cache.update(*prefix[0], layer_idx=0)
                 if isinstance(past_key_values, ChatGLMCache):
                     past_key_values.prefix_length = self.config.pre_seq_len
             else:
                 offset -= self.config.pre_seq_len  # the first token after the prefix has position 0
-            if attention_mask is not None:
-                ones = attention_mask.new_ones(batch_size, self.config.pre_seq_len)
-                attention_mask = torch.cat((ones, attention_mask), dim=-1)
         if position_ids is None:
+            length = inputs_embeds.shape[1]
             position_ids = torch.arange(offset, offset + length, device=inputs_embeds.device)[None]
-        mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=mask_cache,
-            position_ids=position_ids,
-        )
-        is_first = offset == 0 and prefix is None
-        if is_first and mask is not None and mask.ndim == 4 and attention_mask is not None:
-            # As the original: a padding token sees everything, so no row is wholly masked.
-            is_padding = attention_mask[:, None, -length:, None] == 0
-            mask = mask | is_padding if mask.dtype == torch.bool else mask * ~is_padding
+        mask = self.create_mask(inputs_embeds, attention_mask, mask_cache, position_ids)
         hidden_states = inputs_embeds
         if self.config.fp32_residual_connection:
             hidden_states = hidden_states.float()
@@ -940,14 +957,14 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
                     )
         finally:
             steps.close()
-            if streamer.sequences is not None and cache.is_consistent():
+            if not cache.is_consistent():
+                cache.reset()
+            elif streamer.sequences is not None:
                 cache.record(
                     streamer.sequences[0].tolist(),
                     [*history, (query, response)],
                     self.eos_token_ids,
                 )
-            else:
-                cache.reset()
 
     @property
     def eos_token_ids(self) -> list[int]:

@@ -1,0 +1,188 @@
+"""Put today's code into a downloaded ChatGLM2 folder, so that any tool loads it on transformers 5.
+
+    python -m chatglm2.refresh DIR
+    python -m chatglm2.refresh DIR --undo
+
+DIR is a folder of chatglm2-6b, -int4 or another ChatGLM2 checkpoint, or a snapshot in the Hugging
+Face cache. The remote-code files are replaced, `auto_map` is set in config.json and
+tokenizer_config.json, and nothing else changes. The first refresh keeps the files it found in
+DIR/.before_refresh, later ones leave that backup alone, `--undo` puts it back. Links are replaced
+by files, never written through.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+from huggingface_hub.constants import HF_HOME
+
+from .configuration_chatglm import AUTO_MAP
+
+BACKUP = ".before_refresh"
+STAGING = ".before_refresh.tmp"  # holds what is not complete yet, or not needed any more
+PACKAGE = Path(__file__).parent
+CODE_FILES = sorted([*PACKAGE.glob("*_chatglm.py"), *PACKAGE.glob("quantization.py")])
+AUTO_MAPS = {
+    "config.json": AUTO_MAP,
+    "tokenizer_config.json": {"AutoTokenizer": ["tokenization_chatglm.ChatGLMTokenizer", None]},
+}
+# The original's quantization.py is one of them even while this package has none.
+MANAGED = sorted({file.name for file in CODE_FILES} | {"quantization.py"} | set(AUTO_MAPS))
+
+
+def read_json(path: Path) -> dict:
+    """Return the object in a JSON file.
+
+    Raises:
+        ValueError: It is not JSON in UTF-8, or no object.
+    """
+    try:
+        fields = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}): download it again.") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path} holds no JSON object: download it again.")
+    return fields
+
+
+def check_folder(folder: Path):
+    """Check that a folder holds a ChatGLM2 checkpoint.
+
+    Raises:
+        ValueError: It does not; one line with what it is and what to do.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} has no config.json: give the folder that holds the checkpoint.")
+    config = read_json(path)
+    if config.get("model_type") != "chatglm":
+        raise ValueError(
+            f"{path} has model_type {config.get('model_type')!r}, not 'chatglm': only ChatGLM2 "
+            "checkpoints (such as THUDM/chatglm2-6b) can be refreshed."
+        )
+    if "multi_query_attention" not in config:
+        raise ValueError(
+            f"{path} has no multi_query_attention, so it is not ChatGLM2 (the first ChatGLM-6B?): "
+            "only ChatGLM2 checkpoints (such as THUDM/chatglm2-6b) can be refreshed."
+        )
+    # The configs of ChatGLM3 and GLM-4 have the same fields; their tokenizers know roles.
+    for name in ("tokenizer_config.json", "tokenization_chatglm.py"):
+        if (folder / name).is_file() and b"<|user|>" in (folder / name).read_bytes():
+            raise ValueError(
+                f"{folder / name} knows the token <|user|>, so it is ChatGLM3 or GLM-4: only "
+                "ChatGLM2 checkpoints (such as THUDM/chatglm2-6b) can be refreshed."
+            )
+
+
+def set_auto_map(path: Path, auto_map: dict) -> bytes:
+    """Return the text of a JSON file with this `auto_map`, the other fields as they are."""
+    fields = (read_json(path) if path.exists() else {}) | {"auto_map": auto_map}
+    return (json.dumps(fields, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def put(folder: Path, contents: dict[str, bytes]):
+    """Make `contents` (name: bytes) the managed files of a folder, each replaced in one step."""
+    staging = folder / STAGING
+    staging.mkdir()
+    for name, content in contents.items():
+        (staging / name).write_bytes(content)
+        (staging / name).replace(folder / name)
+    staging.rmdir()
+    for name in set(MANAGED) - set(contents):
+        (folder / name).unlink(missing_ok=True)
+
+
+def drop_cached_code(folder: Path):
+    """Delete the copies that transformers made of a Hugging Face snapshot's code.
+
+    It keeps one for each commit and never compares it with the snapshot again.
+    """
+    folder = folder.resolve()
+    if folder.parent.name == "snapshots":
+        modules = Path(os.environ.get("HF_MODULES_CACHE", Path(HF_HOME, "modules")))
+        for copy in list(modules.glob(f"transformers_modules/**/{folder.name}")):
+            shutil.rmtree(copy)
+
+
+def refresh(folder: Path):
+    """Put today's code and `auto_map` into a checkpoint folder; keep the old files in the backup.
+
+    Raises:
+        ValueError: It is no ChatGLM2 checkpoint.
+    """
+    check_folder(folder)
+    contents = {file.name: file.read_bytes() for file in CODE_FILES}
+    contents |= {name: set_auto_map(folder / name, value) for name, value in AUTO_MAPS.items()}
+    backup, staging = folder / BACKUP, folder / STAGING
+    shutil.rmtree(staging, ignore_errors=True)
+    if not backup.is_dir():
+        staging.mkdir()
+        for name in MANAGED:
+            if (folder / name).exists():
+                shutil.copy2(folder / name, staging / name)
+        staging.rename(backup)
+    put(folder, contents)
+    drop_cached_code(folder)
+
+
+def undo(folder: Path):
+    """Put the files of the backup back and remove it.
+
+    Raises:
+        ValueError: There is no backup.
+    """
+    backup, staging = folder / BACKUP, folder / STAGING
+    shutil.rmtree(staging, ignore_errors=True)
+    if not backup.is_dir():
+        raise ValueError(f"{folder} has no {BACKUP} folder: there is nothing to undo.")
+    put(folder, {file.name: file.read_bytes() for file in backup.iterdir()})
+    drop_cached_code(folder)
+    backup.rename(staging)
+    shutil.rmtree(staging)
+
+
+def describe(folder: Path) -> str:
+    """Return the line that tells what `refresh` did."""
+    names = ", ".join(file.name for file in CODE_FILES)
+    return (
+        f"{folder}: put {names} and auto_map in {' and '.join(AUTO_MAPS)}; the old files are in "
+        f"{folder / BACKUP}; undo with: "
+        f"python -m chatglm2.refresh {shlex.quote(str(folder))} --undo"
+    )
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        prog="python -m chatglm2.refresh",
+        description="Put today's code into a downloaded ChatGLM2 folder.",
+    )
+    parser.add_argument("folder", metavar="DIR", type=Path, help="the checkpoint folder")
+    parser.add_argument("--undo", action="store_true", help="put the old files back")
+    args = parser.parse_args(argv)
+    folder = args.folder
+    try:
+        if not folder.is_dir():
+            raise ValueError(
+                f"{folder} is not a folder: give the path of a downloaded ChatGLM2 checkpoint (`hf "
+                "download THUDM/chatglm2-6b` prints where it put it)."
+            )
+        undo(folder) if args.undo else refresh(folder)
+    except ValueError as error:
+        sys.exit(str(error))
+    except OSError as error:
+        sys.exit(
+            f"{folder} cannot be changed ({error}): nothing is lost; make it writable or use a "
+            "copy, then run the command again."
+        )
+    if args.undo:
+        print(f"{folder}: the old code and auto_map are back, {BACKUP} is removed.")
+    else:
+        print(describe(folder))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,427 @@
+"""The package's files as Hugging Face remote code, and the registered package against foreign code.
+
+One other process, which cannot import this project, loads every kind of folder with
+trust_remote_code=True; what it computes is compared with the package itself.
+"""
+
+import ast
+import importlib
+import inspect
+import io
+import json
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import sentencepiece
+import torch
+import transformers
+
+import chatglm2
+from chatglm2 import refresh
+from chatglm2.configuration_chatglm import AUTO_MAP
+
+MODEL_CLASSES = {
+    "AutoModel": "ChatGLMForConditionalGeneration",
+    "AutoModelForCausalLM": "ChatGLMForConditionalGeneration",
+    "AutoModelForSeq2SeqLM": "ChatGLMForConditionalGeneration",
+    "AutoModelForSequenceClassification": "ChatGLMForSequenceClassification",
+}
+TOKENIZER_CONFIG = {
+    "remove_space": False,
+    "do_lower_case": False,
+    "tokenizer_class": "ChatGLMTokenizer",
+    "auto_map": {"AutoTokenizer": ["tokenization_chatglm.ChatGLMTokenizer", None]},
+}
+CONFIG = {
+    "model_type": "chatglm",
+    "architectures": ["ChatGLMModel"],
+    "auto_map": AUTO_MAP,
+    "add_qkv_bias": True,
+    "ffn_hidden_size": 48,
+    "hidden_size": 32,
+    "kv_channels": 8,
+    "multi_query_attention": True,
+    "multi_query_group_num": 2,
+    "num_attention_heads": 4,
+    "num_layers": 2,
+    "original_rope": True,
+    "padded_vocab_size": 448,
+    "seq_length": 256,
+    "use_cache": True,
+    "torch_dtype": "float32",
+    "transformers_version": "4.27.1",
+    "tie_word_embeddings": False,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+HUB_NAME, COMMIT = "THUDM/chatglm2-6b", "d" * 40
+CODE_NAMES = ("configuration_chatglm.py", "modeling_chatglm.py", "quantization.py")
+CODE_NAMES += ("tokenization_chatglm.py",)
+
+
+def probe(model, tokenizer) -> dict:
+    """Return what a model computes, as plain data."""
+    import torch
+
+    inputs = tokenizer(["你好", "Where do you live?"], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        logits = model(**inputs).logits.tolist()
+    greedy = {"do_sample": False, "max_new_tokens": 6}
+    response, history = model.chat(tokenizer, "你好", **greedy)
+    first = [text for text, _ in model.stream_chat(tokenizer, "你好", **greedy)]
+    turns = list(model.stream_chat(tokenizer, "你好", return_past_key_values=True, **greedy))
+    turns += model.stream_chat(
+        tokenizer, "Again?", history, turns[-1][2], return_past_key_values=True, **greedy
+    )
+    second = [text for text, _, _ in turns]
+    return {"logits": logits, "chat": [response, history], "streams": [first, second]}
+
+
+def load_as_remote_code(work):
+    """Run in the other process: load, probe and save the folders in `work`; write results.json."""
+    import json
+    import sys
+    from pathlib import Path
+
+    sys.modules["chatglm2"] = None  # not even where it is installed
+
+    import torch
+    import transformers
+
+    def load(name, auto_class="AutoModel"):
+        options = {"trust_remote_code": True}
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, **options)
+        auto_class = getattr(transformers, auto_class)
+        return auto_class.from_pretrained(name, dtype=torch.float32, **options).eval(), tokenizer
+
+    def describe(model, tokenizer):
+        module = sys.modules[type(model).__module__]
+        return probe(model, tokenizer) | {
+            "modules": [type(x).__module__ for x in (model, model.config, tokenizer)],
+            "origin": getattr(module, "ORIGIN", None),
+        }
+
+    work = Path(work)
+    first = load(work / "first" / "checkpoint", "AutoModelForCausalLM")
+    second = load(work / "second" / "checkpoint")
+    results = {"first": describe(*first), "second": describe(*second)}
+    results["hub"] = describe(*load("THUDM/chatglm2-6b"))
+    results["saved"] = describe(*load(work / "saved"))
+    for part in first:
+        part.save_pretrained(work / "saved again")
+    results["saved again"] = describe(*load(work / "saved again"))
+    results["first, still"] = describe(*first)
+    results["classes"] = {
+        name: type(load(work / "first" / "checkpoint", name)[0]).__name__
+        for name in ("AutoModelForSeq2SeqLM", "AutoModelForSequenceClassification")
+    }
+    (work / "results.json").write_text(json.dumps(results))
+
+
+def train_tokenizer() -> bytes:
+    """Return a small tokenizer.model of the official one's kind."""
+    texts = [
+        "你好，请问你是谁？",
+        "我住在北京。今天天气很好。",
+        "[Round 1]\n\n问：你好\n\n答：你好！",
+    ]
+    texts += ["Hello, who are you?", "Where do you live? I live in a small house by the sea."]
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts * 4),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=400,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    return model.getvalue()
+
+
+def random_weights(seed: int) -> dict[str, torch.Tensor]:
+    """Return weights under the official names; bytes and special tokens are never the likeliest."""
+    torch.manual_seed(seed)
+    config = chatglm2.ChatGLMConfig(**CONFIG)
+    model = chatglm2.ChatGLMForConditionalGeneration(config, empty_init=False)
+    weights = {name: torch.randn_like(x) * 0.2 for name, x in model.state_dict().items()}
+    output = weights["transformer.output_layer.weight"]
+    output[:259] = output[400:] = 0
+    return weights
+
+
+def write_data(folder: Path, tokenizer_model: bytes, config=CONFIG):
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config), "utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps(TOKENIZER_CONFIG), "utf-8")
+    (folder / "tokenizer.model").write_bytes(tokenizer_model)
+
+
+def write_shards(folder: Path, weights: dict[str, torch.Tensor]):
+    """Write `.bin` shards and their index, with the buffer of the official checkpoint."""
+    weights = {"transformer.rotary_pos_emb.inv_freq": torch.ones(2), **weights}
+    shards = {f"pytorch_model-0000{i + 1}-of-00003.bin": list(weights)[i::3] for i in range(3)}
+    for file, names in shards.items():
+        torch.save({name: weights[name].clone() for name in names}, folder / file)
+    index = {
+        "metadata": {"total_size": sum(x.nbytes for x in weights.values())},
+        "weight_map": {name: file for file, names in shards.items() for name in names},
+    }
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+
+
+def poison(folder: Path, marker: Path):
+    """Write code files that leave `marker` when they are executed."""
+    for name in (*CODE_NAMES, "__init__.py"):
+        text = f"open({str(marker)!r}, 'w').close()\nraise RuntimeError('{name} was executed')\n"
+        (folder / name).write_text(text)
+
+
+def write_snapshot(hub: Path, source: Path) -> Path:
+    """Write a folder as the Hugging Face cache holds it, links to blobs."""
+    repo = hub / f"models--{HUB_NAME.replace('/', '--')}"
+    snapshot = repo / "snapshots" / COMMIT
+    for folder in (snapshot, repo / "blobs", repo / "refs"):
+        folder.mkdir(parents=True)
+    (repo / "refs" / "main").write_text(COMMIT)
+    for i, file in enumerate(source.iterdir()):
+        shutil.copy(file, repo / "blobs" / f"{i}")
+        (snapshot / file.name).symlink_to(Path("..", "..", "blobs", f"{i}"))
+    return snapshot
+
+
+def refresh_snapshot(modules: Path, snapshot: Path):
+    """Refresh a snapshot whose old code transformers has copied already, in a failed attempt."""
+    copies = modules / "transformers_modules" / "THUDM" / "chatglm2_hyphen_6b" / COMMIT
+    copies.mkdir(parents=True)
+    for name in CODE_NAMES:
+        shutil.copy(snapshot / name, copies / name)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv("HF_MODULES_CACHE", str(modules))
+        refresh.main([str(snapshot)])
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory) -> Path:
+    """A folder of checkpoints: written by hand, refreshed, from the hub, saved by the package."""
+    work, tokenizer_model = tmp_path_factory.mktemp("remote code"), train_tokenizer()
+    marker = work / "executed"
+    first, second = work / "first" / "checkpoint", work / "second" / "checkpoint"
+    for folder in (first, second):
+        write_data(folder, tokenizer_model)
+    safetensors.torch.save_file(random_weights(1), first / "model.safetensors", {"format": "pt"})
+    for file in refresh.CODE_FILES:
+        shutil.copy(file, first)
+
+    write_shards(second, random_weights(2))
+    poison(second, marker)
+    snapshot = write_snapshot(work / "hub", second)
+    refresh_snapshot(work / "modules", snapshot)
+    refresh.main([str(second)])
+    with open(second / "modeling_chatglm.py", "a") as file:
+        file.write('\nORIGIN = "second"\n')
+
+    model = chatglm2.ChatGLMForConditionalGeneration.from_pretrained(first)
+    model.save_pretrained(work / "saved")
+    chatglm2.ChatGLMTokenizer.from_pretrained(first).save_pretrained(work / "saved")
+    return work
+
+
+@pytest.fixture(scope="module")
+def remote(work) -> dict:
+    """The results of `load_as_remote_code`."""
+    script = work / "load.py"
+    functions = "\n\n".join(inspect.getsource(f) for f in (probe, load_as_remote_code))
+    script.write_text(f"{functions}\n\nload_as_remote_code({str(work)!r})\n", "utf-8")
+    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "HF_HOME")}
+    environment |= {
+        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_CACHE": str(work / "hub"),
+        "HF_MODULES_CACHE": str(work / "modules"),
+    }
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        cwd=work,
+        env=environment,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "inv_freq" not in done.stderr
+    return json.loads((work / "results.json").read_text())
+
+
+def probe_package(folder: Path) -> dict:
+    """Return what the package itself computes with a folder's weights and vocabulary."""
+    model = chatglm2.ChatGLMForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    results = probe(model.eval(), chatglm2.ChatGLMTokenizer.from_pretrained(folder))
+    return json.loads(json.dumps(results))
+
+
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [
+        ("first", "first"),
+        ("second", "second"),
+        ("hub", "second"),
+        ("saved", "first"),
+        ("saved again", "first"),
+        ("first, still", "first"),
+    ],
+)
+def test_remote_code_computes_what_the_package_does(work, remote, name, source):
+    expected, result = probe_package(work / source / "checkpoint"), remote[name]
+    assert all(module.startswith("transformers_modules.") for module in result["modules"])
+    logits, expected_logits = (torch.tensor(x["logits"]) for x in (result, expected))
+    torch.testing.assert_close(logits, expected_logits, rtol=0, atol=1e-5)
+    assert result["chat"] == expected["chat"]
+    assert result["streams"] == expected["streams"]
+    response, (first, second) = result["chat"][0], result["streams"]
+    assert response and first[-1] == response and response in second and len(second) > len(first)
+
+
+def test_two_folders_in_one_process(work, remote):
+    assert remote["first"]["logits"] != remote["second"]["logits"]
+    assert remote["first"]["logits"] == remote["first, still"]["logits"]
+    assert remote["first"]["modules"] != remote["second"]["modules"]
+    origins = [remote[name]["origin"] for name in ("first", "second", "first, still")]
+    assert origins == [None, "second", None]
+
+
+def test_old_code_is_not_executed(work, remote):
+    assert not (work / "executed").exists()
+    with pytest.raises(RuntimeError, match="was executed"):  # it would have been noticed
+        runpy.run_path(str(work / "second/checkpoint/.before_refresh/modeling_chatglm.py"))
+    (work / "executed").unlink()
+
+
+def test_other_auto_classes(remote):
+    assert len(remote["classes"]) == 2 and remote["classes"].items() <= MODEL_CLASSES.items()
+
+
+@pytest.mark.parametrize("name", ["saved", "saved again"])
+def test_saved_folder(work, remote, name):
+    folder = work / name
+    assert AUTO_MAP.items() <= json.loads((folder / "config.json").read_bytes())["auto_map"].items()
+    tokenizer_config = json.loads((folder / "tokenizer_config.json").read_bytes())
+    assert tokenizer_config["auto_map"] == TOKENIZER_CONFIG["auto_map"]
+    for file in refresh.CODE_FILES:
+        assert (folder / file.name).read_bytes() == file.read_bytes()
+    vocabulary = (work / "first" / "checkpoint" / "tokenizer.model").read_bytes()
+    assert (folder / "tokenizer.model").read_bytes() == vocabulary
+
+
+@pytest.fixture
+def poisoned(work, tmp_path, request) -> Path:
+    """A checkpoint folder with code that must not run; `marker` beside it would tell."""
+    folder = tmp_path / "poisoned"
+    shutil.copytree(work / "first" / "checkpoint", folder)
+    poison(folder, tmp_path / "executed")
+    if not request.param:
+        for name in ("config.json", "tokenizer_config.json"):
+            fields = json.loads((folder / name).read_bytes())
+            del fields["auto_map"]
+            (folder / name).write_text(json.dumps(fields))
+    return folder
+
+
+@pytest.mark.parametrize("poisoned", [True, False], ids=["auto_map", "no auto_map"], indirect=True)
+@pytest.mark.parametrize("options", [{}, {"trust_remote_code": False}], ids=["unset", "False"])
+def test_registered_package_ignores_code_of_the_folder(poisoned, options):
+    classes = MODEL_CLASSES | {"AutoConfig": "ChatGLMConfig", "AutoTokenizer": "ChatGLMTokenizer"}
+    for auto_class, name in classes.items():
+        loaded = getattr(transformers, auto_class).from_pretrained(poisoned, **options)
+        assert type(loaded) is getattr(chatglm2, name)
+    chatglm2.ChatGLMForConditionalGeneration.from_pretrained(poisoned)
+    chatglm2.ChatGLMTokenizer.from_pretrained(poisoned)
+    assert not (poisoned.parent / "executed").exists()
+
+
+def get_package_modules() -> dict:
+    return {name: m for name, m in sys.modules.items() if re.match(r"chatglm2(\.|$)", name)}
+
+
+def test_registering_twice_is_harmless(work):
+    folder = work / "first" / "checkpoint"
+    importlib.reload(chatglm2)
+    assert type(transformers.AutoModel.from_pretrained(folder)) is getattr(
+        chatglm2, MODEL_CLASSES["AutoModel"]
+    )
+    modules = get_package_modules()
+    try:
+        for name in modules:
+            del sys.modules[name]
+        again = importlib.import_module("chatglm2")
+        assert again is not chatglm2
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+        assert type(model) is again.ChatGLMForConditionalGeneration
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        assert type(tokenizer) is again.ChatGLMTokenizer
+    finally:
+        for name in get_package_modules():
+            del sys.modules[name]
+        sys.modules.update(modules)
+        importlib.reload(chatglm2)
+    assert type(transformers.AutoConfig.from_pretrained(folder)) is chatglm2.ChatGLMConfig
+
+
+def catches_import_error(node: ast.AST) -> bool:
+    """Whether a node is a `try` whose body may import what is absent."""
+    return isinstance(node, ast.Try) and any(
+        isinstance(name, ast.Name) and name.id in ("ImportError", "ModuleNotFoundError")
+        for handler in node.handlers
+        if handler.type
+        for name in ast.walk(handler.type)
+    )
+
+
+def find_imports(node: ast.AST, is_optional=False) -> list[tuple[ast.AST, bool]]:
+    """Return all import statements below a node, and whether each may fail."""
+    found = []
+    for field, value in ast.iter_fields(node):
+        optional = is_optional or (field == "body" and catches_import_error(node))
+        for child in value if isinstance(value, list) else [value]:
+            if isinstance(child, ast.Import | ast.ImportFrom):
+                found.append((child, optional))
+            elif isinstance(child, ast.AST):
+                found += find_imports(child, optional)
+    return found
+
+
+def find_siblings(file: Path) -> set[str]:
+    """Return the modules that a remote-code file imports from beside it; check each import."""
+    siblings = set()
+    for node, is_optional in find_imports(ast.parse(file.read_text("utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            place = f"{file.name}:{node.lineno}"
+            assert node.level == 1 and node.module and "." not in node.module, place
+            assert not is_optional, f"{place}: transformers copies the sibling in any case"
+            siblings.add(node.module)
+            continue
+        names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module]
+        for package in {name.split(".")[0] for name in names} - sys.stdlib_module_names:
+            is_required = package in ("torch", "transformers", "sentencepiece")
+            assert is_required or is_optional, f"{file.name}:{node.lineno} needs {package}"
+    return siblings
+
+
+def test_imports_of_the_remote_code_files():
+    siblings = {file.stem: find_siblings(file) for file in refresh.CODE_FILES}
+    assert siblings["configuration_chatglm"] == siblings["tokenization_chatglm"] == set()
+    for modules in siblings.values():
+        for module in modules:
+            assert siblings[module] == set()  # one level deep, so there is no cycle
+    named = {reference.split(".")[0] for reference in AUTO_MAP.values()} | {"tokenization_chatglm"}
+    assert named.union(*(siblings[module] for module in named)) == set(siblings)
+    for file in refresh.CODE_FILES:  # transformers finds them with a regular expression
+        found = transformers.dynamic_module_utils.get_relative_imports(file)
+        assert set(found) == siblings[file.stem]
