@@ -548,8 +548,8 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         super().__init__(config)
         if config.quantization_bit:
             raise ValueError(
-                f"the checkpoint has quantization_bit {config.quantization_bit}; this version loads "
-                "unquantized checkpoints only, such as THUDM/chatglm2-6b"
+                f"the checkpoint has quantization_bit {config.quantization_bit}; this version "
+                "loads unquantized checkpoints only, such as THUDM/chatglm2-6b"
             )
         no_init, on_device = creation(empty_init, device)
         with no_init, on_device:

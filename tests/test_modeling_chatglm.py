@@ -9,7 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import DynamicCache, GlmConfig, GlmForCausalLM, LogitsProcessorList, StaticCache
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    DynamicCache,
+    GlmConfig,
+    GlmForCausalLM,
+    LogitsProcessorList,
+    StaticCache,
+)
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from chatglm2 import (
     CHAT_DEFAULTS,
@@ -24,6 +33,7 @@ from chatglm2.modeling_chatglm import (
     InvalidScoreLogitsProcessor,
     RotaryEmbedding,
     check_weight_file,
+    eager_attention_forward,
     find_weight_files,
 )
 
@@ -875,6 +885,28 @@ def test_empty_init_and_device():
     assert 0.015 < std < 0.025
     assert model.transformer.encoder.layers[0].mlp.dense_4h_to_h.weight.std() > 0
     assert isinstance(ChatGLMModel(config).eval(), ChatGLMModel)
+
+
+def test_attention_implementations_are_found_by_name(model):
+    """Another implementation (such as flash attention) gets all heads, keys not expanded."""
+    shapes = []
+
+    def attention(module, query, key, value, attention_mask, scaling, **kwargs):
+        shapes.append((query.shape, key.shape, value.shape))
+        return eager_attention_forward(module, query, key, value, attention_mask, scaling)
+
+    AttentionInterface.register("recording", attention)
+    AttentionMaskInterface.register("recording", ALL_MASK_ATTENTION_FUNCTIONS["eager"])
+    other = create_model()
+    other.set_attn_implementation("recording")
+    with torch.no_grad():
+        assert_close(other(OUTPUTS["a.input_ids"]).logits, OUTPUTS["a.logits"])
+    assert shapes[0] == ((1, 4, 17, 16), (1, 2, 17, 16), (1, 2, 17, 16))
+
+
+def test_quantized_checkpoints_are_refused():
+    with pytest.raises(ValueError, match="quantization_bit 4; this version loads unquantized"):
+        create_model(quantization_bit=4)
 
 
 def test_tied_embeddings_if_the_config_says_so():
