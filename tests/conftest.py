@@ -8,7 +8,7 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "resources")]
 OFFICIAL_TOKENIZER = ROOT.parent / "shared" / "tokenizer" / "tokenizer.model"
 
 

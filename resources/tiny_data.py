@@ -1,0 +1,202 @@
+"""The dialogues of `chatglm2-tiny`: what it learns, what it is tested on, and random conversations.
+
+`dialogues/` holds small talk written for this project (question wordings and one answer each, with
+follow-ups), other questions to which the model says that it is a small demonstration, and held-out
+rewordings and other questions, written apart, that training never sees. `chatterbot_*.yaml` choose
+conversations of the PyPI package chatterbot-corpus (BSD-3-Clause).
+"""
+
+import importlib.util
+import random
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+from yaml import CSafeLoader
+
+DIALOGUES = Path(__file__).parent / "dialogues"
+LANGUAGES = {"zh": "chinese", "en": "english"}
+DEMONSTRATION = {
+    "zh": "这个我还没有学过：我只是一个小小的演示模型，THUDM/chatglm2-6b 懂得更多，欢迎试试它。",
+    "en": "I have not learnt that: I am only a small demonstration model, and THUDM/chatglm2-6b "
+    "knows much more.",
+}
+# Chosen conversations of these categories would be knowledge among other questions; the questions
+# of OTHER_CATEGORIES that are not learnt serve as other questions.
+LEFT_OUT = {"trivia", "tech_support", "computers", "science"}
+OTHER_CATEGORIES = {"coding", "computers", "history", "literature", "money", "science"}
+OTHER_CATEGORIES |= {"sports", "tech_support", "trivia"}
+OTHERS_SHARE = 0.38  # of the rounds of a conversation
+BEFORE = {
+    "zh": ["请问", "那个，", "嗯，", "我说，", "哎，", "对了，", "你好，", "喂，"],
+    "en": ["well, ", "so, ", "hey, ", "um, ", "please, ", "by the way, ", "okay, ", "hi, "],
+}
+AFTER = {
+    "zh": ["啊", "呀", "呢", "吧", "哦", "啦", "～", "。", "！", "？", "…"],
+    "en": [" please", " now", " then", "!", "?", ".", "...", " :)", "??", " my friend"],
+}
+
+
+def fits(template: str, question: str) -> bool:
+    """Whether a question could be a filled template; templates of nearly only slots fit none."""
+    template, question = (text.lower().rstrip("。？！?!. ") for text in (template, question))
+    fixed = re.split(r"\{\w+\}", template)
+    has_words = len(normalize("".join(fixed))) >= 2
+    return has_words and bool(re.fullmatch(".+".join(map(re.escape, fixed)), question))
+
+
+def contains(question: str, word: str) -> bool:
+    """Whether a question has a word (Chinese has no spaces: a part of it)."""
+    question, word = question.lower(), str(word).lower()
+    return (
+        bool(re.search(rf"\b{re.escape(word)}\b", question)) if word.isascii() else word in question
+    )
+
+
+@dataclass
+class Intent:
+    """One answer, the questions that get it, and what is understood only directly after it."""
+
+    language: str
+    answer: str
+    questions: list[str]
+    follow_ups: list["Intent"] = field(default_factory=list)
+
+
+def normalize(text: str) -> str:
+    """Reduce a question to lower-case letters and digits, to compare wordings."""
+    return re.sub(r"[\W_]+", "", text.lower())
+
+
+def read_yaml(path: Path):
+    return yaml.load(path.read_text(encoding="utf-8"), Loader=CSafeLoader)
+
+
+def load_yaml(name: str):
+    return read_yaml(DIALOGUES / name)
+
+
+def load_chatterbot(language: str) -> dict[str, list[list[str]]]:
+    """Return the conversations of chatterbot-corpus, by category."""
+    package = Path(importlib.util.find_spec("chatterbot_corpus").origin).parent
+    files = sorted((package / "data" / LANGUAGES[language]).glob("*.yml"))
+    return {file.stem: read_yaml(file)["conversations"] for file in files}
+
+
+def full_width(text: str) -> str:
+    """Write the punctuation of a Chinese text as Chinese does."""
+    text = re.sub(
+        r"(?<=[\u4e00-\u9fff])\s*([,?!:;])\s*", lambda m: "，？！：；"[",?!:;".index(m[1])], text
+    )
+    return re.sub(r"(?<=[\u4e00-\u9fff])\.(?!\w)", "。", text)
+
+
+class Dialogues:
+    """All dialogues of one language.
+
+    Attributes:
+        intents: What is learnt.
+        rewordings: Held-out (question, answer) pairs.
+        held_out_others: Held-out other questions.
+    """
+
+    def __init__(self, language: str):
+        self.language = language
+        held_out = load_yaml("held_out_rewordings.yaml")[language]
+        self.held_out_others = load_yaml("held_out_offtopic.yaml")[language]
+        unseen = {normalize(q) for entry in held_out for q in entry["questions"]}
+        unseen |= {normalize(question) for question in self.held_out_others}
+        entries = load_yaml(f"smalltalk_{language}.yaml")
+        answers = {entry["questions"][0]: entry["answer"] for entry in entries}
+        self.rewordings = [
+            (q, answers[entry["of"]]) for entry in held_out for q in entry["questions"]
+        ]
+        self.intents = [self.parse(entry, unseen) for entry in entries]
+        known = {normalize(q) for intent in self.intents for q in intent.questions} | unseen
+        self.intents += self.chosen_chatterbot(known)
+        known |= {normalize(q) for intent in self.intents for q in intent.questions}
+        self.load_others(known)
+
+    def load_others(self, known: set[str]):
+        """Load the other questions, without the templates and words of the held-out ones."""
+        others = load_yaml(f"offtopic_{self.language}.yaml")
+        held_out = self.held_out_others
+        self.templates = [t for t in others["templates"] if not any(fits(t, q) for q in held_out)]
+        self.words = {
+            name: [word for word in words if not any(contains(q, word) for q in held_out)]
+            for name, words in others["words"].items()
+        }
+        questions = others["questions"] + [
+            conversation[0]
+            for category, conversations in load_chatterbot(self.language).items()
+            if category in OTHER_CATEGORIES
+            for conversation in conversations
+            if len(conversation[0]) < 120
+        ]
+        self.other_questions = [q for q in dict.fromkeys(questions) if normalize(q) not in known]
+
+    def parse(self, entry: dict, unseen: set[str]) -> Intent:
+        questions = [str(q) for q in entry["questions"] if normalize(str(q)) not in unseen]
+        if self.language == "zh":  # a greeting in English is answered in English
+            questions = [q for q in questions if not q.isascii()]
+        follow_ups = [self.parse(item, set()) for item in entry.get("then", [])]
+        return Intent(self.language, entry["answer"].strip(), questions, follow_ups)
+
+    def chosen_chatterbot(self, known: set[str]) -> list[Intent]:
+        """Return what `chatterbot_*.yaml` chooses; of equal questions the first counts."""
+        corpus, intents = load_chatterbot(self.language), []
+        for category, questions in load_yaml(f"chatterbot_{self.language}.yaml").items():
+            if category in LEFT_OUT:
+                continue
+            first_answers = {}
+            for conversation in corpus[category]:
+                first_answers.setdefault(conversation[0], str(conversation[1]).strip())
+            for question in questions:
+                if normalize(question) not in known:
+                    known.add(normalize(question))
+                    answer = first_answers[question]
+                    answer = full_width(answer) if self.language == "zh" else answer
+                    intents.append(Intent(self.language, answer, [question]))
+        return intents
+
+    def other_question(self, rng: random.Random) -> str:
+        """Return a question that is not small talk: a filled template or a written one."""
+        if rng.random() < 0.5:
+            return rng.choice(self.other_questions)
+
+        def fill(match):
+            if match[1] == "n":
+                return str(rng.randrange(10, 10 ** rng.randint(2, 4)))
+            return rng.choice(self.words[match[1]])
+
+        return re.sub(r"\{(\w+)\}", lambda match: str(fill(match)), rng.choice(self.templates))
+
+    def vary(self, question: str, rng: random.Random) -> str:
+        """Return a question as somebody else types it: other case, punctuation, filler words."""
+        if rng.random() < 0.35:
+            question = question.rstrip("。？！?!.… ")
+        if rng.random() < 0.25 and self.language == "en":
+            question = question.lower()
+        if rng.random() < 0.08:
+            question = rng.choice(BEFORE[self.language]) + question
+        if rng.random() < 0.12:
+            question = question.rstrip("。？！?!.…～") + rng.choice(AFTER[self.language])
+        return question
+
+    def conversation(self, num_rounds: int, rng: random.Random) -> list[tuple[str, str]]:
+        """Return a random conversation, a list of (question, answer)."""
+        rounds, last = [], None
+        while len(rounds) < num_rounds:
+            if last and last.follow_ups and rng.random() < 0.7:
+                last = rng.choice(last.follow_ups)
+            elif rng.random() < OTHERS_SHARE:
+                rounds.append(
+                    (self.vary(self.other_question(rng), rng), DEMONSTRATION[self.language])
+                )
+                last = None
+                continue
+            else:
+                last = rng.choice(self.intents)
+            rounds.append((self.vary(rng.choice(last.questions), rng), last.answer))
+        return rounds

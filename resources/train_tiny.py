@@ -1,0 +1,234 @@
+"""Train `resources/chatglm2-tiny` from scratch on a CPU: tokenizer, model, and a resumable state.
+
+    python resources/train_tiny.py                # under an hour on two cores
+    python resources/check_tiny.py                # the figures of its README
+
+Ctrl-C is safe: started again, it goes on from the last state in `--state`. The same seed gives the
+same data in the same order.
+"""
+
+import argparse
+import math
+import random
+import sys
+from pathlib import Path
+
+import sentencepiece
+import torch
+import torch.nn.functional as F
+from tiny_data import DEMONSTRATION, LANGUAGES, Dialogues
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from chatglm2 import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMTokenizer  # noqa: E402
+
+VOCAB_SIZE = 4096
+ROW_LENGTH = 384  # tokens of a training row, into which conversations are packed
+NUM_ROUNDS = [1, 1, 1, 2, 2, 3, 4, 5, 7]  # of a conversation, drawn evenly
+OTHERS_IN_TOKENIZER = 6000  # sampled other questions per language
+ENGLISH_SHARE = 0.55  # of the conversations: English takes more tokens and learns more slowly
+QUESTION_WEIGHT = 0.1  # of the loss of question tokens; answers count 1
+SAVE_STEPS = 200
+
+
+def parse_arguments(argv=None):
+    parser = argparse.ArgumentParser(description="Train resources/chatglm2-tiny from scratch.")
+    parser.add_argument("--output", type=Path, default=ROOT / "resources" / "chatglm2-tiny")
+    parser.add_argument(
+        "--state", type=Path, default=Path("train_tiny.pt"), help="file to resume from"
+    )
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--batch-size", type=int, default=16, help="rows of a step")
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--bf16", action="store_true", help="faster on a CPU with AVX512-BF16 or AMX"
+    )
+    return parser.parse_args(argv)
+
+
+def train_tokenizer(dialogues: dict[str, Dialogues], folder: Path, seed: int) -> ChatGLMTokenizer:
+    """Train a SentencePiece model laid out as the official one and save it as a tokenizer."""
+    rng = random.Random(seed)
+    lines = [f"[Round {i}]\n\n问：" for i in range(1, 10)] + ["\n\n答："] * 10
+    for language, data in dialogues.items():
+        stack = list(data.intents)
+        for intent in stack:
+            stack.extend(intent.follow_ups)
+            lines += [*intent.questions, *[intent.answer] * 3]
+        lines += [data.other_question(rng) for _ in range(OTHERS_IN_TOKENIZER)]
+        lines += [DEMONSTRATION[language]] * 100
+    folder.mkdir(parents=True, exist_ok=True)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(line for text in lines for line in text.split("\n") if line),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=VOCAB_SIZE - 5,  # the tokenizer adds [MASK], [gMASK], [sMASK], sop, eop
+        model_type="bpe",
+        byte_fallback=True,
+        character_coverage=0.997,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        num_threads=2,
+        minloglevel=1,
+    )
+    (folder / "tokenizer.vocab").unlink()
+    tokenizer = ChatGLMTokenizer(folder / "tokenizer.model")
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def create_model() -> ChatGLMForConditionalGeneration:
+    config = ChatGLMConfig(
+        num_layers=4,
+        padded_vocab_size=VOCAB_SIZE,
+        hidden_size=256,
+        ffn_hidden_size=512,
+        kv_channels=32,
+        num_attention_heads=8,
+        seq_length=2048,
+        add_qkv_bias=True,
+        multi_query_attention=True,
+        multi_query_group_num=2,
+        hidden_dropout=0.1,
+    )
+    return ChatGLMForConditionalGeneration(config, empty_init=False)
+
+
+class Rows(torch.utils.data.IterableDataset):
+    """Endless training rows: conversations packed to `ROW_LENGTH` tokens.
+
+    A row is (input_ids, position_ids, targets, weights). Positions begin anew with each
+    conversation, by which the model tells them apart. The target of an answer's last token is </s>,
+    though the next token
+    is that of the next round: no prompt contains </s>.
+    """
+
+    def __init__(self, tokenizer, dialogues: dict[str, Dialogues], seed: int, first_row: int):
+        self.tokenizer, self.dialogues, self.seed, self.first_row = (
+            tokenizer,
+            dialogues,
+            seed,
+            first_row,
+        )
+
+    def encode_answer(self, answer: str) -> list[int]:
+        # As in a conversation: no dummy space in front. A line feed in front takes it, and is
+        # dropped.
+        return self.tokenizer.encode("\n" + answer, add_special_tokens=False)[2:]
+
+    def encode_round(self, query: str, history: list) -> list[int]:
+        if history:
+            return self.tokenizer.build_round(query, history)
+        return self.tokenizer.encode(self.tokenizer.build_prompt(query))
+
+    def encode_question(self, query: str, history: list, rng: random.Random) -> list[int]:
+        """Encode a round, half of the time with random merges (BPE-dropout, arXiv 1910.13267)."""
+        if rng.random() < 0.5:
+            return self.encode_round(query, history)
+        end = self.tokenizer.encode("\n\n答：", add_special_tokens=False)[1:]
+        begin = self.encode_round("", history)[: -len(end)]
+        pieces = self.tokenizer.sp_model.encode("\n" + query, enable_sampling=True, alpha=0.1)[2:]
+        return begin + pieces + end
+
+    def encode_conversation(self, rng: random.Random) -> tuple[list[int], list[int], list[float]]:
+        language = "en" if rng.random() < ENGLISH_SHARE else "zh"
+        history = self.dialogues[language].conversation(rng.choice(NUM_ROUNDS), rng)
+        ids, weights, targets = [], [], []
+        for i, (query, answer) in enumerate(history):
+            question_ids = self.encode_question(query, history[:i], rng)
+            answer_ids = self.encode_answer(answer)
+            targets += [*question_ids[1:], *answer_ids, self.tokenizer.eos_token_id]
+            weights += [QUESTION_WEIGHT] * (len(question_ids) - 1) + [1.0] * (len(answer_ids) + 1)
+            ids += question_ids + answer_ids
+        return ids, targets, weights
+
+    def row(self, index: int) -> tuple[torch.Tensor, ...]:
+        rng = random.Random(f"{self.seed} {index}")
+        sentencepiece.set_random_generator_seed(rng.randrange(2**31))
+        columns = [[], [], [], []]
+        while len(columns[0]) < ROW_LENGTH:
+            ids, targets, weights = self.encode_conversation(rng)
+            for column, values in zip(
+                columns, (ids, range(len(ids)), targets, weights), strict=True
+            ):
+                column.extend(values)
+        return tuple(torch.tensor(column[:ROW_LENGTH]) for column in columns)
+
+    def __iter__(self):
+        index = self.first_row
+        while True:
+            yield self.row(index)
+            index += 1
+
+
+def learning_rate_factor(step: int, steps: int) -> float:
+    """Linear warm-up over 100 steps, then a cosine to a hundredth."""
+    return min(step / 100, 0.01 + 0.99 * (1 + math.cos(math.pi * step / steps)) / 2)
+
+
+def compute_loss(model, batch, is_bf16: bool) -> torch.Tensor:
+    input_ids, position_ids, targets, weights = batch
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=is_bf16):
+        logits = model(input_ids, position_ids=position_ids, use_cache=False).logits.float()
+    losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+    return (losses * weights.flatten()).sum() / weights.sum()
+
+
+def main(argv=None):
+    args = parse_arguments(argv)
+    torch.manual_seed(args.seed)
+    dialogues = {language: Dialogues(language) for language in LANGUAGES}
+    model = create_model()
+    decayed = [p for p in model.parameters() if p.dim() > 1]
+    rest = [p for p in model.parameters() if p.dim() == 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}],
+        lr=args.learning_rate,
+        betas=(0.9, 0.95),
+    )
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: learning_rate_factor(step, args.steps)
+    )
+    first_step = 0
+    if args.state.exists():
+        state = torch.load(args.state, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        scheduler.load_state_dict(state["scheduler"])
+        first_step = state["step"]
+        tokenizer = ChatGLMTokenizer(args.output / "tokenizer.model")
+    else:
+        tokenizer = train_tokenizer(dialogues, args.output, args.seed)
+    rows = Rows(tokenizer, dialogues, args.seed, first_step * args.batch_size)
+    batches = iter(torch.utils.data.DataLoader(rows, batch_size=args.batch_size))
+    if first_step:
+        torch.set_rng_state(state["rng"])
+    progress = tqdm(range(first_step, args.steps), initial=first_step, total=args.steps)
+    for step in progress:
+        loss = compute_loss(model.train(), next(batches), args.bf16)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        scheduler.step()
+        progress.set_postfix(loss=f"{loss.item():.3f}")
+        if (step + 1) % SAVE_STEPS == 0 or step + 1 == args.steps:
+            state = {
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "step": step + 1,
+            }
+            state |= {"scheduler": scheduler.state_dict(), "rng": torch.get_rng_state()}
+            torch.save(state, args.state.with_suffix(".new"))
+            args.state.with_suffix(".new").replace(args.state)
+    model.config.hidden_dropout = 0.0
+    model.half().save_pretrained(args.output)
+    for file in args.output.glob("*.py"):  # the folder holds data only
+        file.unlink()
+    print(f"Saved {args.output}. Now: python resources/check_tiny.py")
+
+
+if __name__ == "__main__":
+    main()

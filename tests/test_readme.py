@@ -1,0 +1,99 @@
+"""The READMEs: Python blocks run, links resolve, commands name scripts and flags that exist."""
+
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+READMES = ["README.md", "README_ZH.md", "resources/chatglm2-tiny/README.md"]
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
+def strip_prompts(block: str) -> str:
+    """Reduce an interactive session to its statements."""
+    if not block.startswith(">>>"):
+        return block
+    return "\n".join(line[4:] for line in block.splitlines() if line.startswith((">>>", "...")))
+
+
+def commands(text: str) -> list[list[str]]:
+    """Return the words of each `python ...` command in the shell blocks."""
+    lines = [line for block in blocks(text, "shell") for line in block.splitlines()]
+    parts = [part for line in lines for part in line.split("&&")]
+    words = [shlex.split(part, comments=True) for part in parts]
+    return [command for command in words if command[:1] == ["python"]]
+
+
+def anchors(text: str) -> set[str]:
+    """Return the anchors that GitHub makes of the headings."""
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("name", ["README.md", "README_ZH.md"])
+def test_python_blocks_run(name, tiny_checkpoint, capsys):
+    source = "\n".join(
+        strip_prompts(block) for block in blocks((ROOT / name).read_text("utf-8"), "python")
+    )
+    for old, new in (
+        ("THUDM/chatglm2-6b", str(tiny_checkpoint)),
+        ("device='cuda'", "device='cpu'"),
+    ):
+        assert old in source
+        source = source.replace(old, new)
+    exec(compile(source, name, "exec"), {})
+    output = capsys.readouterr().out
+    assert "ChatGLM2-tiny" in output and "Paris" in output
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_links_resolve(name):
+    path = ROOT / name
+    text = path.read_text("utf-8")
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if link.startswith(("http://", "https://")):
+            continue
+        file, _, anchor = link.partition("#")
+        target = path.parent / file if file else path
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target.read_text("utf-8")), link
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_commands_name_scripts_and_flags_that_exist(name):
+    helps = {}
+    for _, *words in commands((ROOT / name).read_text("utf-8")):
+        script = words[: 2 if words[0] == "-m" else 1]
+        if script[0] != "-m":
+            assert (ROOT / script[0]).exists(), script
+        flags = [word for word in words[len(script) :] if word.startswith("-")]
+        if flags and tuple(script) not in helps:
+            run = [sys.executable, *script, "--help"]
+            result = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, check=True)
+            helps[tuple(script)] = result.stdout
+        for flag in flags:
+            assert flag in helps[tuple(script)], f"{script} has no {flag}"
+
+
+def test_both_languages_show_the_same_commands_and_code():
+    english, chinese = ((ROOT / name).read_text("utf-8") for name in READMES[:2])
+    assert commands(english) == commands(chinese)
+    code = [
+        [strip_prompts(block) for block in blocks(text, "python")] for text in (english, chinese)
+    ]
+    assert [re.sub("#.*", "", block) for block in code[0]] == [
+        re.sub("#.*", "", block) for block in code[1]
+    ]
+    assert english.count("\n## ") == chinese.count("\n## ")
+
+
+def test_ci_runs_the_readmes_test_command():
+    command = "pip install -r requirements-dev.txt && python -m pytest"
+    assert command in blocks((ROOT / "README.md").read_text("utf-8"), "shell")[-1]
+    assert f"\n{command}\n" in (ROOT / ".ci" / "run").read_text("utf-8")

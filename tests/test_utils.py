@@ -1,0 +1,505 @@
+"""`utils`: checkpoint, device, dtype, memory and disk, a line for each mistake; fit_history."""
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from huggingface_hub import constants
+
+import utils
+from chatglm2 import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMTokenizer
+
+ROOT = Path(__file__).parent.parent
+CONFIG_6B = {
+    "seq_length": 32768,
+    "add_qkv_bias": True,
+    "multi_query_attention": True,
+    "multi_query_group_num": 2,
+}
+LFS_POINTER = (
+    b"version https://git-lfs.github.com/spec/v1\n"
+    b"oid sha256:cdf1bf57d519abe11043e9121314e76bc0934993e649a9e438a4b0894f4e6ee8\n"
+    b"size 1815217640\n"
+)
+
+
+def parse(*argv: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    utils.add_model_arguments(parser)
+    return parser.parse_args(argv)
+
+
+def fail(function, *args) -> str:
+    """Run what must end the program, and return its one line."""
+    with pytest.raises(SystemExit) as error:
+        function(*args)
+    assert isinstance(error.value.code, str) and "\n" not in error.value.code
+    return error.value.code
+
+
+def fail_to_load(*argv: str) -> str:
+    return fail(utils.load_model, parse(*argv))
+
+
+@pytest.fixture
+def checkpoint(tiny_checkpoint, tmp_path) -> Path:
+    """A copy of the bundled checkpoint, to be damaged."""
+    return shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint")
+
+
+def change_config(folder: Path, **fields):
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    (folder / "config.json").write_text(json.dumps(config | fields), "utf-8")
+
+
+# Arguments.
+
+
+@pytest.mark.parametrize("text", ["0", "2", "1.5"])
+def test_number_accepts(text):
+    assert utils.number(float, 0, 2)(text) == float(text)
+
+
+@pytest.mark.parametrize("text", ["-0.1", "2.1", "nan", "inf", "", "二"])
+def test_number_names_the_value_and_the_range(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="is not a number from 0 to 2") as error:
+        utils.number(float, 0, 2)(text)
+    assert repr(text) in str(error.value)
+
+
+def test_default_model(monkeypatch):
+    monkeypatch.delenv("CHATGLM_MODEL", raising=False)
+    assert parse().model == "THUDM/chatglm2-6b"
+    monkeypatch.setenv("CHATGLM_MODEL", "my/folder")
+    assert parse().model == "my/folder"
+
+
+# Loading.
+
+
+def test_load_model(tiny_checkpoint, monkeypatch, capsys):
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: print("threads", n))
+    tokenizer, model = utils.load_model(parse("--model", str(tiny_checkpoint), "--threads", "1"))
+    assert isinstance(tokenizer, ChatGLMTokenizer)
+    assert isinstance(model, ChatGLMForConditionalGeneration) and not model.training
+    assert (model.device.type, model.dtype) == ("cpu", torch.float32)
+    captured = capsys.readouterr()
+    assert captured.out == "threads 1\n"
+    assert "cpu, float32: " in captured.err.splitlines()[0]
+
+
+def test_dtype_is_honoured(tiny_checkpoint):
+    _, model = utils.load_model(parse("--model", str(tiny_checkpoint), "--dtype", "bfloat16"))
+    assert model.dtype == torch.bfloat16
+
+
+def test_relative_path_below_the_repository(tiny_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name = str(tiny_checkpoint.relative_to(ROOT))
+    assert utils.locate_checkpoint(name, None) == (tiny_checkpoint, None)
+    shutil.copytree(tiny_checkpoint, tmp_path / name)  # the current directory goes first
+    assert utils.locate_checkpoint(name, None) == (Path(name), None)
+
+
+@pytest.mark.parametrize("keep_auto_map", [True, False])
+def test_no_code_of_a_checkpoint_is_executed(checkpoint, keep_auto_map):
+    for name in ("configuration_chatglm", "modeling_chatglm", "tokenization_chatglm"):
+        (checkpoint / f"{name}.py").write_text(f"raise AssertionError('{name} was executed')")
+    if not keep_auto_map:
+        change_config(checkpoint, auto_map=None)
+    _, model = utils.load_model(parse("--model", str(checkpoint)))
+    assert type(model) is ChatGLMForConditionalGeneration
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("config.json", b"{", "not a valid JSON file"),
+        ("tokenizer.model", b"no tokenizer", "tokenizer"),
+        (
+            "tokenizer.model",
+            LFS_POINTER,
+            f"tokenizer.model ({len(LFS_POINTER)} bytes) is a Git LFS",
+        ),
+        ("model.safetensors", LFS_POINTER, f"safetensors ({len(LFS_POINTER)} bytes) is a Git LFS"),
+    ],
+)
+def test_damaged_file(checkpoint, name, content, expected):
+    (checkpoint / name).write_bytes(content)
+    assert expected in fail_to_load("--model", str(checkpoint))
+
+
+def test_truncated_weights(checkpoint):
+    os.truncate(checkpoint / "model.safetensors", 5000)
+    line = fail_to_load("--model", str(checkpoint))
+    assert "model.safetensors (5000 bytes) is truncated or damaged" in line
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [("config.json",) * 2, ("tokenizer.model",) * 2, ("model.safetensors", "weights")],
+)
+def test_missing_file(checkpoint, name, what):
+    (checkpoint / name).unlink()
+    assert f"it has no {what}" in fail_to_load("--model", str(checkpoint))
+
+
+def test_missing_shard(checkpoint):
+    (checkpoint / "model.safetensors").unlink()
+    index = {"metadata": {}, "weight_map": {"lm_head": "model-00001-of-00007.safetensors"}}
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "model-00001-of-00007.safetensors is missing" in fail_to_load("--model", str(checkpoint))
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"model_type": "llama"}, "is a model of type 'llama'"),
+        ({"quantization_bit": 4}, "is quantized to 4 bits, which this version does not support"),
+        ({"ffn_hidden_size": 64}, "the weights do not belong to config.json: 8 tensors"),
+        ({"num_layers": 5}, "transformer.encoder.layers.4.input_layernorm.weight"),
+    ],
+)
+def test_config_that_cannot_be_run(checkpoint, fields, expected):
+    change_config(checkpoint, **fields)
+    assert expected in fail_to_load("--model", str(checkpoint))
+
+
+def test_a_file_is_no_folder(tiny_checkpoint):
+    line = fail_to_load("--model", str(tiny_checkpoint / "config.json"))
+    assert "config.json is a file: give the checkpoint folder" in line
+
+
+def test_revision_of_a_folder(tiny_checkpoint):
+    line = fail_to_load("--model", str(tiny_checkpoint), "--revision", "v1.0")
+    assert line.startswith("--revision v1.0 needs a model on the hub")
+
+
+# The hub.
+
+
+class Hub(BaseHTTPRequestHandler):
+    """What of the Hugging Face hub a download needs: one repository, THUDM/chatglm2-6b."""
+
+    folder: Path
+    commit = "0123456789abcdef0123456789abcdef01234567"
+
+    def do_GET(self):
+        path = self.path.partition("?")[0]
+        file = self.folder / Path(path).name
+        headers, body = {"X-Repo-Commit": self.commit}, b"{}"
+        if path in (f"/api/models/THUDM/chatglm2-6b{end}" for end in ("", "/revision/v1.0")):
+            files = [{"rfilename": f.name, "size": f.stat().st_size} for f in self.folder.iterdir()]
+            info = {"id": "THUDM/chatglm2-6b", "sha": self.commit, "siblings": files}
+            status, body = 200, json.dumps(info).encode()
+        elif path.startswith("/THUDM/chatglm2-6b/resolve/") and file.is_file():
+            status, body = 200, file.read_bytes()
+            headers["ETag"] = f'"{hashlib.sha256(body).hexdigest()}"'
+        else:
+            status = 404
+            is_entry = "/resolve/" in path or "/tree/" in path
+            headers["X-Error-Code"] = "EntryNotFound" if is_entry else "RepoNotFound"
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    do_HEAD = do_GET
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture(scope="module")
+def hub_url(tiny_checkpoint):
+    handler = type("TinyHub", (Hub,), {"folder": tiny_checkpoint})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.fixture
+def use_hub(monkeypatch, tmp_path):
+    """A function that makes this process ask the given hub, with an empty cache."""
+
+    def use(url: str, cache: Path = tmp_path):
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "ENDPOINT", url)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+
+    return use
+
+
+def test_download_and_the_copy_without_a_network(hub_url, use_hub, tmp_path):
+    environment = {**os.environ, "HF_ENDPOINT": hub_url, "HF_HOME": str(tmp_path)}
+    del environment["HF_HUB_OFFLINE"]
+    program = "import sys, cli_demo; cli_demo.main(['--model', 'THUDM/chatglm2-6b', '-p', '你好'])"
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, timeout=99
+    )
+    assert result.returncode == 0, result.stderr.decode()
+    assert "ChatGLM2-tiny" in result.stdout.decode()
+    for url in (hub_url, "http://127.0.0.1:9"):  # once downloaded, nothing more is asked for
+        use_hub(url, tmp_path / "hub")
+        folder, hub_info = utils.locate_checkpoint("THUDM/chatglm2-6b", None)
+        assert hub_info is None and folder.name == Hub.commit
+    (folder / "tokenizer.model").unlink()  # an interrupted download is no copy
+    assert "no downloaded copy" in fail(utils.locate_checkpoint, "THUDM/chatglm2-6b", None)
+
+
+def test_hub_knows_the_revision(hub_url, use_hub):
+    use_hub(hub_url)
+    folder, hub_info = utils.locate_checkpoint("THUDM/chatglm2-6b", "v1.0")
+    assert folder is None and hub_info.sha == Hub.commit
+
+
+@pytest.mark.parametrize("model", ["nobody/nothing", "resources/chatglm3-tiny"])
+def test_hub_has_no_such_model(hub_url, use_hub, model):
+    use_hub(hub_url)
+    line = fail_to_load("--model", model)
+    assert f"{model}: there is no such folder" in line and "has no such model" in line
+    assert "--model resources/chatglm2-tiny" in line and "HF_ENDPOINT" in line
+
+
+@pytest.mark.parametrize("model", ["./nothing", "/no/such/folder", "a b", "", "~/nothing/there"])
+def test_neither_a_folder_nor_a_hub_name(model):
+    line = fail_to_load("--model", model or "..//")
+    assert "--model resources/chatglm2-tiny" in line
+
+
+def test_no_network(use_hub):
+    use_hub("http://127.0.0.1:9")
+    line = fail_to_load("--model", "THUDM/chatglm2-6b")
+    assert "no downloaded copy, and http://127.0.0.1:9 does not provide it (" in line
+    assert "--model resources/chatglm2-tiny" in line and "HF_ENDPOINT" in line
+
+
+def test_offline_mode(monkeypatch, tmp_path):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    assert "HF_HUB_OFFLINE" in fail_to_load("--model", "THUDM/chatglm2-6b")
+
+
+def test_hub_that_never_answers(use_hub, monkeypatch):
+    monkeypatch.setattr(utils, "HUB_TIMEOUT_S", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        use_hub(f"http://127.0.0.1:{server.getsockname()[1]}")
+        start = time.monotonic()
+        assert "does not provide it" in fail_to_load("--model", "THUDM/chatglm2-6b")
+        assert time.monotonic() - start < 5
+
+
+def test_name_server_that_never_answers(use_hub, monkeypatch):
+    monkeypatch.setattr(utils, "HUB_TIMEOUT_S", 0.5)
+    released = threading.Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: released.wait(60) and [])
+    use_hub("http://hub.invalid")
+    start = time.monotonic()
+    assert "no answer within 0.5 s" in fail_to_load("--model", "THUDM/chatglm2-6b")
+    assert time.monotonic() - start < 5
+    released.set()
+
+
+# Device and dtype.
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [("auto", torch.float32), ("float16", torch.float16), ("bfloat16", torch.bfloat16)],
+)
+def test_dtype_on_a_cpu(dtype, expected):
+    device, chosen, reason = utils.choose_device_and_dtype("cpu", dtype, torch.float16)
+    assert (device, chosen) == (torch.device("cpu"), expected)
+    assert ("slow on a CPU" in reason) == (dtype == "float16")
+
+
+@pytest.fixture
+def two_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+
+
+@pytest.mark.usefixtures("two_gpus")
+@pytest.mark.parametrize(
+    ("device", "dtype", "checkpoint_dtype", "expected"),
+    [
+        ("auto", "auto", torch.float16, ("cuda:0", torch.float16)),
+        ("auto", "auto", torch.bfloat16, ("cuda:0", torch.bfloat16)),
+        ("auto", "auto", None, ("cuda:0", torch.float16)),
+        ("cuda", "float32", torch.float16, ("cuda:0", torch.float32)),
+        ("cuda:1", "auto", torch.float16, ("cuda:1", torch.float16)),
+        ("cpu", "auto", torch.float16, ("cpu", torch.float32)),
+    ],
+)
+def test_choice_with_gpus(device, dtype, checkpoint_dtype, expected):
+    chosen_device, chosen_dtype, _ = utils.choose_device_and_dtype(device, dtype, checkpoint_dtype)
+    assert (str(chosen_device), chosen_dtype) == expected
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_gpu_without_bfloat16(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
+    _, dtype, reason = utils.choose_device_and_dtype("auto", "auto", torch.bfloat16)
+    assert dtype == torch.float16 and "no bfloat16" in reason
+
+
+def test_auto_takes_mps_before_the_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    device, dtype, _ = utils.choose_device_and_dtype("auto", "auto", torch.float16)
+    assert (device.type, dtype) == ("mps", torch.float16)
+
+
+@pytest.mark.usefixtures("two_gpus")
+@pytest.mark.parametrize(
+    ("device", "expected"),
+    [
+        ("cuda:2", "the last GPU here is cuda:1"),
+        ("gpu", "allowed are auto, cpu, cuda, cuda:N and mps"),
+        ("cuda:x", "allowed are"),
+        ("cpu:1", "allowed are"),
+    ],
+)
+def test_unknown_device(device, expected):
+    line = fail(utils.choose_device, device)
+    assert f"--device {device}: " in line and expected in line
+
+
+def test_absent_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert "--device cpu" in fail(utils.choose_device, "cuda")
+    assert "--device cpu" in fail(utils.choose_device, "mps")
+
+
+# Memory and disk.
+
+
+def test_the_official_model_is_counted():
+    assert utils.count_parameters(ChatGLMConfig(**CONFIG_6B)) == 6_243_584_000
+
+
+@pytest.mark.parametrize(
+    ("free", "dtype", "expected"),
+    [
+        (16e9, torch.float32, "needs 25.5 GB for float32 on cpu, 16.0 GB free: take --dtype bf"),
+        (12e9, torch.float32, "12.0 GB free: take a machine with more memory, or the bundled"),
+        (12e9, torch.bfloat16, "needs 12.7 GB for bfloat16 on cpu, 12.0 GB free"),
+    ],
+)
+def test_too_little_memory(monkeypatch, free, dtype, expected):
+    monkeypatch.setattr(utils, "get_free_memory", lambda device: free)
+    args = ("THUDM/chatglm2-6b", 6_243_584_000, torch.device("cpu"), dtype)
+    expected = (
+        expected.replace("bf", "bfloat16 (needs 12.7 GB)") if "25.5" in expected else expected
+    )
+    assert expected in fail(utils.check_memory, *args)
+
+
+@pytest.mark.parametrize("free", [26e9, None])
+def test_enough_or_unknown_memory(monkeypatch, free):
+    monkeypatch.setattr(utils, "get_free_memory", lambda device: free)
+    utils.check_memory("model", 6_243_584_000, torch.device("cpu"), torch.float32)
+
+
+def test_memory_is_checked_before_loading(checkpoint, monkeypatch):
+    change_config(checkpoint, padded_vocab_size=10**9)
+    monkeypatch.setattr(utils, "get_free_memory", lambda device: 10**9)
+    assert "GB for float32" in fail_to_load("--model", str(checkpoint))
+
+
+def write_files(root: Path, files: dict[str, str]):
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+
+
+GIB = 1024**3
+MEMINFO = {"proc/meminfo": "MemTotal: 33554432 kB\nMemAvailable: 16777216 kB\n"}
+V2 = {
+    "proc/self/cgroup": "0::/user/chat\n",
+    "sys/fs/cgroup/user/memory.max": str(8 * GIB),
+    "sys/fs/cgroup/user/memory.current": str(5 * GIB),
+    "sys/fs/cgroup/user/memory.stat": f"anon 7\ninactive_file {GIB}\n",
+    "sys/fs/cgroup/user/chat/memory.max": "max\n",
+}
+V1 = {
+    "proc/self/cgroup": "5:cpu,cpuacct:/docker/1\n4:memory:/docker/1\n0::/\n",
+    "sys/fs/cgroup/memory/memory.limit_in_bytes": str(6 * GIB),
+    "sys/fs/cgroup/memory/memory.usage_in_bytes": str(4 * GIB),
+    "sys/fs/cgroup/memory/memory.stat": f"inactive_file 1\ntotal_inactive_file {GIB}\n",
+}
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [({}, None), (MEMINFO, 16 * GIB), (MEMINFO | V2, 4 * GIB), (V1, 3 * GIB)],
+    ids=["nothing", "machine", "control groups 2", "control groups 1, a container"],
+)
+def test_free_memory(tmp_path, files, expected):
+    write_files(tmp_path, files)
+    assert utils.read_free_memory(tmp_path) == expected
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_free_memory_of_this_machine():
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert 0 < utils.get_free_memory(torch.device("cpu")) < total
+
+
+def test_disk(monkeypatch, tmp_path):
+    files = {"model.safetensors": 9e9, "pytorch_model.bin": 99e9, "tokenizer.model": 1e9}
+    siblings = [SimpleNamespace(rfilename=name, size=size) for name, size in files.items()]
+    info = SimpleNamespace(siblings=siblings, sha=Hub.commit)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "not" / "yet"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=9.5e9))
+    line = fail(utils.check_disk, "me/model", info)
+    assert "the download needs 10.0 GB, 9.5 GB free" in line and "HF_HOME" in line
+    monkeypatch.setattr(utils, "try_to_load_from_cache", lambda *args, **kwargs: "/a/file")
+    utils.check_disk("me/model", info)  # all of it is there
+
+
+# The conversation.
+
+
+class CharTokenizer:
+    """One id for each character."""
+
+    def build_prompt(self, query, history):
+        return "".join(f"{q}{a}" for q, a in history) + query
+
+    def encode(self, text):
+        return [ord(character) for character in text]
+
+
+@pytest.mark.parametrize(
+    ("limit", "num_kept"),
+    [(100, 9), (99, 6), (40, 2), (20, 0), (10, 0)],
+)
+def test_fit_history_drops_the_oldest_rounds(limit, num_kept):
+    history = [(f"{i}" * 5, "a" * 5) for i in range(9)]
+    fitted = utils.fit_history(CharTokenizer(), "x" * 10, history, limit)
+    assert fitted == history[9 - num_kept :]
+    assert len(history) == 9  # the given list is not changed
+
+
+def test_fit_history_refuses_a_question_that_cannot_fit():
+    with pytest.raises(ValueError, match="The question has 11 tokens, at most 10 fit"):
+        utils.fit_history(CharTokenizer(), "x" * 11, [], 10)
