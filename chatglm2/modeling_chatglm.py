@@ -530,11 +530,6 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
             kwargs.setdefault("device_map", {"": device})
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
-    def get_position_ids(self, input_ids, device=None) -> torch.Tensor:
-        """Return positions 0..s-1 for ids [b, s], as the original's method did."""
-        batch_size, length = input_ids.shape
-        return torch.arange(length, device=device or input_ids.device).repeat(batch_size, 1)
-
 
 class ChatGLMModel(ChatGLMPreTrainedModel):
     """Embedding, blocks, final norm; the output layer is kept here, as in the official checkpoint.

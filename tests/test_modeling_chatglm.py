@@ -904,6 +904,17 @@ def test_attention_implementations_are_found_by_name(model):
     assert shapes[0] == ((1, 4, 17, 16), (1, 2, 17, 16), (1, 2, 17, 16))
 
 
+@torch.no_grad()
+def test_compiles_without_a_graph_break(model):
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    ids = OUTPUTS["a.input_ids"]
+    assert_close(compiled(ids, use_cache=False).logits, OUTPUTS["a.logits"])
+    cache = StaticCache(config=model.config, max_cache_len=64)
+    model(ids[:, :10], past_key_values=cache)
+    step = compiled(ids[:, 10:11], past_key_values=cache, position_ids=torch.tensor([[10]]))
+    assert_close(step.logits, OUTPUTS["a.logits"][:, 10:11])
+
+
 def test_quantized_checkpoints_are_refused():
     with pytest.raises(ValueError, match="quantization_bit 4; this version loads unquantized"):
         create_model(quantization_bit=4)
