@@ -53,9 +53,7 @@ CHAT_DEFAULTS = {
 }
 
 CACHE_BLOCK = 256  # tokens by which the capacity of a cache grows
-MAX_GROUPED_TOKENS = (
-    128  # for more new tokens than this, expanded keys are as fast as grouped queries
-)
+MAX_GROUPED_TOKENS = 128  # beyond, expanded keys are as fast as grouped queries
 
 
 class RotaryEmbedding(nn.Module):
@@ -467,6 +465,16 @@ def find_weight_files(folder: Path) -> list[Path]:
     return []
 
 
+def is_whole_header(header: bytes, num_data_bytes: int) -> bool:
+    """Whether a safetensors header is JSON whose tensors fill the data bytes exactly."""
+    try:
+        tensors = json.loads(header)
+        ends = [entry["data_offsets"][1] for name, entry in tensors.items() if name[:2] != "__"]
+    except (ValueError, AttributeError, KeyError, TypeError):
+        return False
+    return max(ends, default=0) == num_data_bytes
+
+
 def check_weight_file(file: Path):
     """Check that a weight file is whole.
 
@@ -487,16 +495,8 @@ def check_weight_file(file: Path):
         if file.suffix == ".safetensors":
             length = int.from_bytes(head, "little")
             header = stream.read(length) if length < size else b""
-            if len(head) == 8 and len(header) == length:
-                tensors = json.loads(header)
-                tensors.pop("__metadata__", None)
-                end = (
-                    8
-                    + length
-                    + max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
-                )
-                if end == size:
-                    return
+            if is_whole_header(header, size - 8 - length):
+                return
         elif size and (head[:2] != b"PK" or zipfile.is_zipfile(file)):
             return
     raise OSError(f"{file} ({size} bytes) is truncated or damaged: download it again.")
@@ -521,10 +521,14 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
         """As the library's; `device="cuda"` puts the whole model there, as the original's.
 
         Raises:
-            OSError: A weight file of the folder is missing, a Git LFS pointer, or truncated.
+            OSError: The folder has no config.json, or a weight file is missing, a Git LFS pointer,
+                or truncated.
         """
-        if pretrained_model_name_or_path is not None:
-            for file in find_weight_files(Path(pretrained_model_name_or_path)):
+        folder = Path(pretrained_model_name_or_path or "")
+        if pretrained_model_name_or_path and folder.is_dir():
+            if "config" not in kwargs and not (folder / "config.json").exists():
+                raise OSError(f"{folder} has no config.json: it is no checkpoint folder.")
+            for file in find_weight_files(folder):
                 check_weight_file(file)
         if device is not None:
             kwargs.setdefault("device_map", {"": device})
@@ -929,37 +933,30 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         )
         cache.crop(num_kept - cache.get_seq_length())
         cache.history = None
-        streamer, response = TokenStreamer(), ""
         steps = self.stream_generate(
             torch.tensor([ids], device=self.device),
             past_key_values=cache,
             logits_processor=LogitsProcessorList(
                 [*(logits_processor or []), InvalidScoreLogitsProcessor()]
             ),
-            streamer=streamer,
             **settings,
         )
+        shown_ids, response = ids, ""
         try:
             for sequences in steps:
                 text = tokenizer.decode(sequences[0, len(ids) :].tolist())
                 if text and not text.endswith("\ufffd"):
+                    shown_ids = sequences[0].tolist()
                     response = self.process_response(text)
-                    new_history = [*history, (query, response)]
-                    yield (
-                        (response, new_history, cache)
-                        if return_past_key_values
-                        else (response, new_history)
-                    )
+                    step = (response, [*history, (query, response)])
+                    yield (*step, cache) if return_past_key_values else step
         finally:
             steps.close()
-            if not cache.is_consistent():
+            if cache.is_consistent():  # generate may be ahead of what was yielded
+                cache.crop(min(len(shown_ids) - 1 - cache.get_seq_length(), 0))
+                cache.record(shown_ids, [*history, (query, response)], self.eos_token_ids)
+            else:
                 cache.reset()
-            elif streamer.sequences is not None:
-                cache.record(
-                    streamer.sequences[0].tolist(),
-                    [*history, (query, response)],
-                    self.eos_token_ids,
-                )
 
     @property
     def eos_token_ids(self) -> list[int]:

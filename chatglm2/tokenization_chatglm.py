@@ -82,7 +82,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         with open(vocab_file, "rb") as file:
             proto = file.read()
         if proto.startswith(b"version https://git-lfs"):
-            raise OSError(
+            raise ValueError(  # transformers hides the text of an OSError
                 f"{vocab_file} ({len(proto)} bytes) is a Git LFS pointer and not the file itself: "
                 "run `git lfs pull` in the folder, or download the file and put it there."
             )

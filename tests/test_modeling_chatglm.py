@@ -3,6 +3,7 @@
 import json
 import pickle
 import threading
+import time
 import zipfile
 from pathlib import Path
 
@@ -665,6 +666,23 @@ def test_history_and_cache_agree_after_a_stopped_answer(tiny_model, tiny_tokeniz
     assert cache.get_seq_length() > held
 
 
+def test_cache_stands_for_what_was_yielded_though_generate_runs_ahead(tiny_model, tiny_tokenizer):
+    steps = tiny_model.stream_chat(
+        tiny_tokenizer, "讲个故事", do_sample=False, return_past_key_values=True
+    )
+    for _ in range(3):
+        response, history, cache = next(steps)
+    while cache.get_seq_length() < len(cache.input_ids) + 20:  # until it is well ahead
+        time.sleep(0.01)
+    steps.close()
+    ids = cache.input_ids + cache.pending_ids
+    prompt = tiny_tokenizer.encode(tiny_tokenizer.build_prompt("讲个故事"))
+    assert ids[: len(prompt)] == prompt
+    assert tiny_tokenizer.decode(ids[len(prompt) :]) == response
+    assert cache.get_seq_length() == len(ids) - 1
+    assert cache.history == history
+
+
 def test_failing_generation_leaves_a_usable_cache(tiny_model, tiny_tokenizer):
     _, history, cache = stream(tiny_model, tiny_tokenizer, "你好", max_length=512)
 
@@ -948,12 +966,16 @@ def test_broken_checkpoint_folders_are_told_in_one_line(tmp_path):
     save_file(state, safetensors, metadata={"format": "pt"})
     check_weight_file(safetensors)
     whole = safetensors.read_bytes()
-    for length in (0, 5, 100, len(whole) - 1):
-        safetensors.write_bytes(whole[:length])
+    damaged = [whole[:length] for length in (0, 5, 100, len(whole) - 1)]
+    for content in [*damaged, bytes(len(whole)), whole[:8] + b"[1]" + whole[11:]]:
+        safetensors.write_bytes(content)
+        length = len(content)
         with pytest.raises(OSError, match=rf"\({length} bytes\) is truncated or damaged") as error:
             load(tmp_path)
         assert "\n" not in str(error.value)
     safetensors.unlink()
+    with pytest.raises(OSError, match=r"has no config\.json"):
+        load(tmp_path / "..")
     index = {"weight_map": dict.fromkeys(state, shard.name)}
     (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
     assert find_weight_files(tmp_path) == [shard]

@@ -179,5 +179,5 @@ def test_vocabulary_that_is_a_git_lfs_pointer(tmp_path):
     pointer.write_text(
         "version https://git-lfs.github.com/spec/v1\noid sha256:e7dc\nsize 1018370\n"
     )
-    with pytest.raises(OSError, match=r"tokenizer\.model \(\d+ bytes\) is a Git LFS pointer"):
-        ChatGLMTokenizer(pointer)
+    with pytest.raises(ValueError, match=r"tokenizer\.model \(\d+ bytes\) is a Git LFS pointer"):
+        ChatGLMTokenizer.from_pretrained(tmp_path)

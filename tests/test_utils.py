@@ -489,10 +489,7 @@ class CharTokenizer:
         return [ord(character) for character in text]
 
 
-@pytest.mark.parametrize(
-    ("limit", "num_kept"),
-    [(100, 9), (99, 6), (40, 2), (20, 0), (10, 0)],
-)
+@pytest.mark.parametrize(("limit", "num_kept"), [(100, 9), (99, 6), (40, 2), (20, 0), (10, 0)])
 def test_fit_history_drops_the_oldest_rounds(limit, num_kept):
     history = [(f"{i}" * 5, "a" * 5) for i in range(9)]
     fitted = utils.fit_history(CharTokenizer(), "x" * 10, history, limit)
