@@ -1,0 +1,223 @@
+"""Chat with ChatGLM2 in the terminal.
+
+    python cli_demo.py --model resources/chatglm2-tiny
+    python cli_demo.py -p "你好"            # ask once, print the answer
+    python cli_demo.py < questions.txt      # one question a line
+
+Ctrl-C ends an answer and keeps the conversation; Ctrl-D leaves.
+"""
+
+import argparse
+import locale
+import os
+import signal
+import sys
+import threading
+from contextlib import closing, contextmanager, suppress
+
+import torch
+
+import utils
+from chatglm2 import CHAT_DEFAULTS, ChatGLMCache
+
+WELCOME = (
+    "欢迎使用 ChatGLM2-6B 模型，输入内容即可进行对话，clear 清空对话历史，stop 终止程序\n"
+    "Welcome to ChatGLM2-6B: type a message, clear to start anew, stop to leave"
+)
+CLEAR_SCREEN = "\033[2J\033[3J\033[H"
+MAX_ANSWER_ROOM = 512  # tokens kept free for an answer; a quarter of the limit if that is less
+
+
+def notice(chinese: str, english: str):
+    print(f"[{chinese} / {english}]", file=sys.stderr, flush=True)
+
+
+class Conversation:
+    """History and cache of one chat, kept within `--max-length` tokens."""
+
+    def __init__(self, model, tokenizer, args):
+        self.model, self.tokenizer = model, tokenizer
+        self.limit = min(args.max_length, model.config.seq_length)
+        self.sampling = {"top_p": args.top_p, "temperature": args.temperature}
+        self.clear()
+
+    def clear(self):
+        self.history, self.cache = [], ChatGLMCache()
+
+    def make_room(self, query: str) -> int:
+        """Drop the oldest rounds if they leave too little room for an answer; return the room.
+
+        Raises:
+            ValueError: The question alone is too long; the conversation is unchanged.
+        """
+        prompt_limit = self.limit - min(self.limit // 4, MAX_ANSWER_ROOM)
+        ids, _ = self.cache.continue_with(self.tokenizer, query, self.history)
+        if len(ids) > prompt_limit:
+            history = utils.fit_history(self.tokenizer, query, self.history, prompt_limit)
+            if dropped := len(self.history) - len(history):
+                notice(
+                    f"对话过长，已忘记最早的 {dropped} 轮",
+                    f"too long a conversation: the oldest {dropped} rounds are dropped",
+                )
+            # A new cache even if none is dropped: an answer may be spelt with more ids than needed.
+            self.history, self.cache = history, ChatGLMCache()
+            ids, _ = self.cache.continue_with(self.tokenizer, query, history)
+        return self.limit - len(ids)
+
+    def ask(self, query: str, room: int, stop: threading.Event):
+        """Print the answer as it grows, until it ends, has `room` tokens, or `stop` is set."""
+        answers = self.model.stream_chat(
+            self.tokenizer,
+            query,
+            self.history,
+            past_key_values=self.cache,
+            return_past_key_values=True,
+            max_new_tokens=room,
+            **self.sampling,
+        )
+        shown = ""
+        with closing(answers):
+            for answer, self.history, self.cache in answers:
+                if not answer.startswith(shown):  # a placeholder was filled in: print it anew
+                    print()
+                    shown = ""
+                print(answer[len(shown) :], end="", flush=True)
+                shown = answer
+                if stop.is_set():
+                    break
+        print(flush=True)
+        if stop.is_set():
+            notice("已停止，对话保留", "stopped, the conversation is kept")
+        elif self.cache.pending_ids:  # the last id is no end of an answer
+            notice("回答达到长度上限，已截断", "the answer was cut: --max-length is reached")
+
+
+@contextmanager
+def ctrl_c_event(is_interactive: bool):
+    """Turn Ctrl-C into an event, which strikes between two tokens; without a terminal, do not."""
+    event = threading.Event()
+    if not is_interactive:
+        yield event
+        return
+    previous = signal.signal(signal.SIGINT, lambda *_: event.set())
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def read_queries(is_interactive: bool):
+    """Yield line after line, typed or piped in, until the input ends."""
+    if not is_interactive:
+        yield from (line.rstrip("\r\n") for line in sys.stdin)
+        return
+    while True:
+        try:
+            yield input("\n用户：")
+        except KeyboardInterrupt:
+            print()
+            notice("输入 stop 或按 Ctrl-D 退出", "type stop or press Ctrl-D to leave")
+        except EOFError:
+            print()
+            return
+
+
+def respond(conversation: Conversation, query: str, is_interactive: bool):
+    try:
+        room = conversation.make_room(query)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return
+    if is_interactive:
+        print("\nChatGLM：", end="", flush=True)
+    with ctrl_c_event(is_interactive) as stop:
+        conversation.ask(query, room, stop)
+
+
+def chat_loop(model, tokenizer, args):
+    """Answer line after line of the terminal or of a pipe, until `stop` or the end of the input."""
+    is_interactive = sys.stdin.isatty()
+    conversation = Conversation(model, tokenizer, args)
+    if is_interactive:
+        print(WELCOME)
+    for query in read_queries(is_interactive):
+        match query.strip():
+            case "":
+                continue
+            case "stop":
+                return
+            case "clear":
+                conversation.clear()
+                if is_interactive:
+                    print(CLEAR_SCREEN if sys.stdout.isatty() else "", WELCOME, sep="")
+            case _:
+                respond(conversation, query, is_interactive)
+
+
+def ask_once(model, tokenizer, args):
+    conversation = Conversation(model, tokenizer, args)
+    query = os.fsencode(args.prompt).decode("utf-8", "replace")  # its bytes, whatever the locale
+    try:
+        room = conversation.make_room(query)
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
+    conversation.ask(query, room, threading.Event())
+
+
+def use_utf8():
+    """Read and write UTF-8 whatever the locale says, and edit typed lines with readline."""
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        stream.reconfigure(encoding="utf-8", errors="replace")
+    if locale.getencoding().lower() not in ("utf-8", "utf8"):
+        os.environ["LC_ALL"] = "C.UTF-8"  # for readline, which erases characters by the locale
+    if sys.stdin.isatty():
+        with suppress(ImportError):  # not on Windows
+            import readline  # noqa: F401
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    utils.add_model_arguments(parser)
+    parser.add_argument("-p", "--prompt", help="ask this once, print the answer and leave")
+    parser.add_argument(
+        "--max-length",
+        type=utils.number(int, 1),
+        default=CHAT_DEFAULTS["max_length"],
+        help="tokens of a conversation; the oldest rounds go first (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--top-p",
+        type=utils.number(float, 0, 1),
+        default=CHAT_DEFAULTS["top_p"],
+        help="sample from the likeliest tokens of this total probability (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--temperature",
+        type=utils.number(float, 0),
+        default=CHAT_DEFAULTS["temperature"],
+        help="0 takes the likeliest token always (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seed", type=utils.number(int, 0, 2**64 - 1), help="the same seed, the same answers"
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    use_utf8()
+    args = parse_args(argv)
+    tokenizer, model = utils.load_model(args)
+    if args.seed is not None:
+        torch.manual_seed(args.seed)
+    run = chat_loop if args.prompt is None else ask_once
+    run(model, tokenizer, args)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of the output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)

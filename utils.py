@@ -1,0 +1,418 @@
+"""What every script shares: the model's arguments, loading it, and fitting a conversation into it.
+
+The only place that chooses device and dtype. Whatever a user can put right ends in a `SystemExit`
+with one line. No code of a checkpoint folder is ever executed.
+"""
+
+import argparse
+import math
+import os
+import re
+import shutil
+import sys
+import threading
+from pathlib import Path
+
+import torch
+from huggingface_hub import HfApi, constants, try_to_load_from_cache
+from huggingface_hub.errors import (
+    HFValidationError,
+    HTTPError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import validate_repo_id
+
+from chatglm2 import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMTokenizer
+from chatglm2.modeling_chatglm import check_weight_file, find_weight_files
+
+ROOT = Path(__file__).resolve().parent
+DEFAULT_MODEL = "THUDM/chatglm2-6b"
+CURE = (
+    "try the bundled checkpoint (--model resources/chatglm2-tiny), a folder with a downloaded one "
+    "(--model FOLDER), or a mirror of the hub (environment variable HF_ENDPOINT)"
+)
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+HUB_TIMEOUT_S = 8
+MEMORY_MARGIN = 1.02  # what loading and the first rounds need beside the weights
+
+
+def number(kind: type, low, high=None):
+    """Return an argparse type: a finite `kind` (int or float) from `low` to `high`."""
+
+    def convert(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if math.isfinite(value) and low <= value and (high is None or value <= high):
+            return value
+        noun = "an integer" if kind is int else "a number"
+        allowed = f"of at least {low}" if high is None else f"from {low} to {high}"
+        raise argparse.ArgumentTypeError(f"{text!r} is not {noun} {allowed}")
+
+    return convert
+
+
+def add_model_arguments(parser: argparse.ArgumentParser):
+    """Add what `load_model` reads."""
+    parser.add_argument(
+        "--model",
+        default=os.environ.get("CHATGLM_MODEL") or DEFAULT_MODEL,
+        help="checkpoint folder or hub name (default: $CHATGLM_MODEL, else " + DEFAULT_MODEL + ")",
+    )
+    parser.add_argument("--revision", help="branch, tag or commit of a model on the hub")
+    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:N or mps")
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        choices=["auto", *DTYPES],
+        help="auto (default): the checkpoint's own on a GPU, float32 on a CPU",
+    )
+    parser.add_argument("--threads", type=number(int, 1), help="CPU threads (default: PyTorch's)")
+
+
+def load_model(args: argparse.Namespace):
+    """Load what `add_model_arguments` describes; say in one line on stderr where and how.
+
+    Returns:
+        Tokenizer and model.
+
+    Raises:
+        SystemExit: There is no such checkpoint, it is damaged or of another kind, the device is
+            absent, or memory or disk is too small.
+    """
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    folder, hub_info = locate_checkpoint(args.model, args.revision)
+    source = args.model if folder is None else folder
+    revision = {} if hub_info is None else {"revision": args.revision or "main"}
+    try:
+        config = read_config(source, **revision)
+        device, dtype, reason = choose_device_and_dtype(args.device, args.dtype, config.dtype)
+        print(f"{args.model}: {device}, {name_of(dtype)}: {reason}", file=sys.stderr)
+        check_memory(args.model, count_parameters(config), device, dtype)
+        if hub_info is not None:
+            check_disk(args.model, hub_info)
+        tokenizer = ChatGLMTokenizer.from_pretrained(source, **revision)
+        return tokenizer, load_weights(source, config, device, dtype, **revision)
+    except (OSError, HTTPError, RuntimeError) as error:
+        raise SystemExit(f"{args.model}: {one_line(error)}") from error
+
+
+def load_weights(
+    source, config: ChatGLMConfig, device: torch.device, dtype: torch.dtype, **revision
+):
+    model, loading = ChatGLMForConditionalGeneration.from_pretrained(
+        source,
+        config=config,
+        dtype=dtype,
+        device=None if device.type == "cpu" else device,
+        ignore_mismatched_sizes=True,  # refused below, with a tensor's name
+        output_loading_info=True,
+        **revision,
+    )
+    unusable = {*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])}
+    if unusable:
+        raise SystemExit(
+            f"{source}: the weights do not belong to config.json: {len(unusable)} tensors are "
+            f"missing or have another shape, among them {min(unusable)}; download both again."
+        )
+    return model
+
+
+def one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def gigabytes(size: float) -> str:
+    return f"{size / 1e9:.1f} GB"
+
+
+# Which checkpoint: a folder, a copy in the hub's cache, or the hub.
+
+
+def locate_checkpoint(model: str, revision: str | None):
+    """Return the folder of a checkpoint and None, or None and the hub's information about it.
+
+    A relative path is looked up below the current directory, then below the repository. A complete
+    copy in the hub's cache is taken if the hub has nothing newer, or does not answer.
+    """
+    for folder in (Path(model).expanduser(), ROOT / model):
+        if folder.exists():
+            if revision is not None:
+                raise SystemExit(
+                    f"--revision {revision} needs a model on the hub; {model} is a folder."
+                )
+            check_folder(folder)
+            return folder, None
+    try:
+        validate_repo_id(model)
+        hub_info = query_hub(model, revision)
+    except HFValidationError as error:
+        raise SystemExit(f"{model}: there is no such folder: {CURE}.") from error
+    except (OSError, HTTPError, ValueError) as error:
+        cause = f"does not provide it ({one_line(error)})"
+        if isinstance(error, RepositoryNotFoundError | RevisionNotFoundError):
+            cause = "has no such model or revision, or it is private"
+        if folder := find_cached_copy(model, revision):
+            print(
+                f"{model}: {constants.ENDPOINT} {cause}; using the copy in {folder}",
+                file=sys.stderr,
+            )
+            return folder, None
+        raise SystemExit(
+            f"{model}: there is no such folder and no downloaded copy, and {constants.ENDPOINT} "
+            f"{cause}: {CURE}."
+        ) from error
+    if folder := find_cached_copy(model, hub_info.sha):
+        return folder, None
+    check_file_names(model, {file.rfilename for file in hub_info.siblings})
+    return None, hub_info
+
+
+def query_hub(model: str, revision: str | None):
+    """Return the hub's `ModelInfo`, with the files' sizes, within `HUB_TIMEOUT_S`.
+
+    A thread keeps the time, for a resolver that does not answer knows no time-out.
+
+    Raises:
+        OSError, HTTPError, ValueError: The hub is out of reach, or has no such model.
+    """
+    outcome = []
+
+    def ask():
+        try:
+            outcome.append(
+                HfApi().model_info(
+                    model, revision=revision, files_metadata=True, timeout=HUB_TIMEOUT_S
+                )
+            )
+        except (OSError, HTTPError, ValueError) as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(HUB_TIMEOUT_S)
+    if not outcome:
+        raise TimeoutError(f"no answer within {HUB_TIMEOUT_S} s")
+    if isinstance(outcome[0], Exception):
+        raise outcome[0]
+    return outcome[0]
+
+
+def find_cached_copy(model: str, revision: str | None) -> Path | None:
+    """Return the folder of a completely downloaded model in the hub's cache."""
+    config = try_to_load_from_cache(model, "config.json", revision=revision)
+    if not isinstance(config, str):
+        return None
+    folder = Path(config).parent
+    files = [folder / "tokenizer.model", *find_weight_files(folder)]
+    return folder if len(files) > 1 and all(file.exists() for file in files) else None
+
+
+def check_file_names(model: str, names: set[str]):
+    """Check that what a checkpoint needs is among the names of its files."""
+    weights = {"model.safetensors", "pytorch_model.bin"}
+    weights |= {f"{name}.index.json" for name in weights}
+    for needed, what in (
+        ({"config.json"}, "config.json"),
+        ({"tokenizer.model"}, "tokenizer.model"),
+        (weights, "weights (model.safetensors or pytorch_model.bin, or their index)"),
+    ):
+        if not needed & names:
+            raise SystemExit(f"{model} is no complete checkpoint: it has no {what}; {CURE}.")
+
+
+def check_folder(folder: Path):
+    if not folder.is_dir():
+        raise SystemExit(f"{folder} is a file: give the checkpoint folder that holds it.")
+    check_file_names(str(folder), {file.name for file in folder.iterdir()})
+    try:
+        check_weight_file(folder / "tokenizer.model")
+    except OSError as error:
+        raise SystemExit(one_line(error)) from error
+
+
+def read_config(source, **revision) -> ChatGLMConfig:
+    """Return the configuration of a checkpoint that this version can run."""
+    fields, _ = ChatGLMConfig.get_config_dict(source, **revision)
+    if fields.get("model_type") != "chatglm":
+        raise SystemExit(
+            f"{source} is a model of type {fields.get('model_type')!r}: this program runs ChatGLM2 "
+            "models (model_type 'chatglm')."
+        )
+    if bits := fields.get("quantization_bit"):
+        raise SystemExit(
+            f"{source} is quantized to {bits} bits, which this version does not support yet: take "
+            f"the checkpoint that is not quantized ({DEFAULT_MODEL})."
+        )
+    return ChatGLMConfig.from_dict(fields)
+
+
+# Where and how: device, dtype, memory, disk.
+
+
+def choose_device_and_dtype(
+    device: str, dtype: str, checkpoint_dtype: torch.dtype | None
+) -> tuple[torch.device, torch.dtype, str]:
+    """Resolve `--device` and `--dtype`; the last item says why."""
+    chosen, reason = choose_device(device)
+    if dtype != "auto":
+        reason += f", {dtype} was asked for"
+        if chosen.type == "cpu" and dtype == "float16":
+            reason += " (slow on a CPU: float32 or bfloat16 is faster)"
+        return chosen, DTYPES[dtype], reason
+    if chosen.type == "cpu":
+        return chosen, torch.float32, f"{reason}, float32 is exact and fast on a CPU"
+    own = checkpoint_dtype or torch.float16
+    if own == torch.bfloat16 and chosen.type == "cuda" and not torch.cuda.is_bf16_supported():
+        return chosen, torch.float16, f"{reason}, float16 because the GPU has no bfloat16"
+    return chosen, own, f"{reason}, {name_of(own)} is the checkpoint's own"
+
+
+def choose_device(device: str) -> tuple[torch.device, str]:
+    if device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda:0"), "there is a CUDA GPU"
+        if torch.backends.mps.is_available():
+            return torch.device("mps"), "there is an Apple GPU"
+        return torch.device("cpu"), "no GPU was found"
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", device):
+        raise SystemExit(f"--device {device}: allowed are auto, cpu, cuda, cuda:N and mps.")
+    chosen = torch.device("cuda:0" if device == "cuda" else device)
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        cause = "finds no CUDA GPU" if torch.version.cuda else "was built without CUDA"
+        raise SystemExit(
+            f"--device {device}: the installed PyTorch {torch.__version__} {cause}: take "
+            "--device cpu, or install PyTorch's CUDA build and the GPU's driver."
+        )
+    if chosen.type == "cuda" and chosen.index >= torch.cuda.device_count():
+        raise SystemExit(
+            f"--device {device}: the last GPU here is cuda:{torch.cuda.device_count() - 1}."
+        )
+    if chosen.type == "mps" and not torch.backends.mps.is_available():
+        raise SystemExit(f"--device {device}: PyTorch finds no Apple GPU here: take --device cpu.")
+    return chosen, "the device was asked for"
+
+
+def count_parameters(config: ChatGLMConfig) -> int:
+    with torch.device("meta"):
+        return sum(p.numel() for p in ChatGLMForConditionalGeneration(config).parameters())
+
+
+def check_memory(model: str, num_parameters: int, device: torch.device, dtype: torch.dtype):
+    """Stop before loading what cannot fit; where free memory cannot be read, go on."""
+    needed = num_parameters * dtype.itemsize * MEMORY_MARGIN
+    free = get_free_memory(device)
+    if free is None or needed <= free:
+        return
+    steps = [
+        "a machine with more memory",
+        "the bundled checkpoint (--model resources/chatglm2-tiny)",
+    ]
+    if dtype == torch.float32 and needed / 2 <= free:
+        steps.insert(0, f"--dtype bfloat16 (needs {gigabytes(needed / 2)})")
+    raise SystemExit(
+        f"{model} needs {gigabytes(needed)} for {name_of(dtype)} on {device}, {gigabytes(free)} "
+        f"free: take {', or '.join(steps)}."
+    )
+
+
+def get_free_memory(device: torch.device) -> int | None:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "cpu" and sys.platform == "linux":
+        return read_free_memory(Path("/"))
+    return None
+
+
+def read_free_memory(root: Path) -> int | None:
+    """Return the bytes that Linux and the control groups of this process leave free."""
+    meminfo, own_groups = root / "proc/meminfo", root / "proc/self/cgroup"
+    free = []
+    if meminfo.exists() and (match := re.search(r"MemAvailable:\s+(\d+)", meminfo.read_text())):
+        free.append(1024 * int(match[1]))
+    for line in own_groups.read_text().splitlines() if own_groups.exists() else ():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            mount, files = "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            mount = "sys/fs/cgroup/memory"
+            files = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        group = Path(path.lstrip("/"))
+        folders = [root / mount / parent for parent in (group, *group.parents)]
+        free += [
+            left for folder in folders if (left := read_group_memory(folder, *files)) is not None
+        ]
+    return min(free, default=None)
+
+
+def read_group_memory(folder: Path, limit: str, usage: str, cached: str) -> int | None:
+    """Return the limit of a control group minus its usage without file pages that can go."""
+    if (
+        not (folder / limit).exists()
+        or (bytes_limit := (folder / limit).read_text().strip()) == "max"
+    ):
+        return None
+    match = re.search(rf"^{cached} (\d+)", (folder / "memory.stat").read_text(), re.MULTILINE)
+    reclaimable = int(match[1]) if match else 0
+    return int(bytes_limit) - int((folder / usage).read_text()) + reclaimable
+
+
+def check_disk(model: str, hub_info):
+    """Stop before a download that the disk of the hub's cache cannot hold."""
+    names = {file.rfilename for file in hub_info.siblings}
+    suffix = ".safetensors" if any(name.endswith(".safetensors") for name in names) else ".bin"
+    needed = sum(
+        file.size or 0
+        for file in hub_info.siblings
+        if file.rfilename.endswith((suffix, ".model", ".json"))
+        and not isinstance(
+            try_to_load_from_cache(model, file.rfilename, revision=hub_info.sha), str
+        )
+    )
+    folder = Path(constants.HF_HUB_CACHE)
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise SystemExit(
+            f"{model}: the download needs {gigabytes(needed)}, {gigabytes(free)} free in "
+            f"{constants.HF_HUB_CACHE}: make room, or name another disk (environment variable "
+            "HF_HOME)."
+        )
+
+
+# The conversation.
+
+
+def count_prompt(tokenizer, query: str, history) -> int:
+    return len(tokenizer.encode(tokenizer.build_prompt(query, history)))
+
+
+def fit_history(tokenizer, query: str, history: list, limit: int) -> list:
+    """Return `history` if its prompt has at most `limit` ids, else without its oldest rounds.
+
+    Then it is cut to three quarters of `limit`, so that the prompt, which has to be computed anew,
+    can be continued for some rounds with a kept cache.
+
+    Raises:
+        ValueError: The question alone is longer than `limit`.
+    """
+    if (length := count_prompt(tokenizer, query, [])) > limit:
+        raise ValueError(
+            f"问题有 {length} 个 token，最多 {limit} 个，请缩短。"
+            f"The question has {length} tokens, at most {limit} fit: shorten it."
+        )
+    if count_prompt(tokenizer, query, history) <= limit:
+        return history
+    while history and count_prompt(tokenizer, query, history) > limit * 3 // 4:
+        history = history[1:]
+    return history
