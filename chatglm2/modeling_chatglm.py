@@ -532,7 +532,10 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
                 check_weight_file(file)
         if device is not None:
             kwargs.setdefault("device_map", {"": device})
-        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.base_model.freeze_for_prefix()  # the loader makes every parameter trainable
+        return loaded
 
 
 class ChatGLMModel(ChatGLMPreTrainedModel):
@@ -556,16 +559,22 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             self.rotary_pos_emb = RotaryEmbedding(config)
             self.encoder = GLMTransformer(config)
             self.output_layer = nn.Linear(config.hidden_size, config.padded_vocab_size, bias=False)
-            if config.pre_seq_len is not None:  # As the original: only the prefix is trained.
-                self.requires_grad_(False)
+            if config.pre_seq_len is not None:
                 self.prefix_encoder = PrefixEncoder(config)
             self.post_init()
+        self.freeze_for_prefix()
 
     def get_input_embeddings(self):
         return self.embedding.word_embeddings
 
     def set_input_embeddings(self, value):
         self.embedding.word_embeddings = value
+
+    def freeze_for_prefix(self):
+        """As the original: of a model with a P-Tuning v2 prefix, only that is trained."""
+        if self.config.pre_seq_len is not None:
+            self.requires_grad_(False)
+            self.prefix_encoder.requires_grad_(True)
 
     def prepend_ones(self, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
         """Let a mask [b, k] also show the P-Tuning v2 prefix."""

@@ -175,7 +175,7 @@ def test_gradient_checkpointing_gives_the_same_gradients():
     for is_checkpointing in (False, True):
         model = create_model().train()
         if is_checkpointing:
-            model.gradient_checkpointing_enable()
+            model.activation_checkpointing_enable()
         outputs = model(ids, labels=ids)
         assert (outputs.past_key_values is None) == is_checkpointing
         outputs.loss.backward()
@@ -251,7 +251,7 @@ def test_prefix_is_trained_alone_also_with_checkpointing():
         model = create_model(weights=weights, pre_seq_len=4)
         model.transformer.encoder.train()  # the prefix's own dropout stays off
         if is_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.activation_checkpointing_enable({"use_reentrant": False})
         model(OUTPUTS["a.input_ids"], labels=OUTPUTS["a.input_ids"]).loss.backward()
         assert model.transformer.output_layer.weight.grad is None
         gradients.append(model.transformer.prefix_encoder.embedding.weight.grad)
@@ -884,6 +884,14 @@ def test_save_and_reload(model, tmp_path):
     for name, value in model.state_dict().items():
         assert torch.equal(reloaded.state_dict()[name], value)
     assert json.loads((tmp_path / "config.json").read_text("utf-8"))["original_rope"] is True
+
+
+def test_only_the_prefix_of_a_loaded_model_is_trained(tmp_path):
+    config = ChatGLMConfig(**CONFIG, pre_seq_len=4)
+    ChatGLMForConditionalGeneration(config, empty_init=False).save_pretrained(tmp_path)
+    model = ChatGLMForConditionalGeneration.from_pretrained(tmp_path)
+    trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert trainable == ["transformer.prefix_encoder.embedding.weight"]
 
 
 def test_dtype_follows_the_checkpoint_and_changes_by_name(tmp_path):
