@@ -34,6 +34,7 @@ class ChatGLMConfig(PreTrainedConfig):
         rope_ratio: Positions are divided by it (the 32K model; linear position interpolation).
         rope_parameters: transformers' standard dictionary (`rope_type` default, linear, dynamic or
             yarn; `rope_theta`, `factor`, ...). Half of each head is rotated whatever it says.
+            "dynamic" acts beyond `seq_length`, to which chat keeps.
         original_rope, apply_query_key_layer_scaling, attention_softmax_in_fp32,
             bias_dropout_fusion: As in the official file; they change nothing (other tools read
             them).

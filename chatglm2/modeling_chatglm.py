@@ -5,6 +5,7 @@ as they are. Letters in shape comments: b batch, s new tokens, k keys (cached an
 size, H query heads, G key/value heads, d head size. This file is also Hugging Face remote code.
 """
 
+import atexit
 import json
 import queue
 import threading
@@ -141,6 +142,10 @@ class ChatGLMCacheLayer(DynamicLayer):
         self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
         self.buffers = None
 
+    def is_frozen(self) -> bool:
+        """Whether the buffers were made in torch.inference_mode, outside of which they are read."""
+        return self.buffers[0].is_inference() and not torch.is_inference_mode_enabled()
+
     def grow(self, length: int):
         """Make buffers for at least `length` tokens and copy what is held."""
         capacity = -(-length // CACHE_BLOCK) * CACHE_BLOCK
@@ -159,7 +164,7 @@ class ChatGLMCacheLayer(DynamicLayer):
             return super().update(key_states, value_states)
         held = self.keys.shape[2]
         length = held + key_states.shape[2]
-        if self.buffers is None or self.buffers[0].shape[2] < length:
+        if self.buffers is None or self.buffers[0].shape[2] < length or self.is_frozen():
             self.grow(length)
         for buffer, new in zip(self.buffers, (key_states, value_states), strict=True):
             buffer[:, :, held:length] = new
@@ -223,6 +228,10 @@ class ChatGLMCache(Cache):
         """Whether all layers hold as many tokens; not so after an error within a forward."""
         return len({layer.get_seq_length() for layer in self.layers}) <= 1
 
+    def stands_for(self, history: list) -> bool:
+        """Whether the next round of `history` can follow on what is held."""
+        return bool(history) and self.history == history
+
     def continue_with(self, tokenizer, query: str, history: list) -> tuple[list[int], int]:
         """Return the ids of a conversation and how many of them are kept.
 
@@ -230,7 +239,7 @@ class ChatGLMCache(Cache):
         round. Otherwise the prompt is encoded anew and the longest common beginning is kept; the
         last id is always left to be computed. Nothing is changed yet: `crop` does that.
         """
-        if history and self.history == history:
+        if self.stands_for(history):
             return self.input_ids + self.pending_ids + tokenizer.build_round(query, history), len(
                 self.input_ids
             )
@@ -311,6 +320,7 @@ class SelfAttention(nn.Module):
     def attend(self, query, key, value, attention_mask, **kwargs):
         """Return the heads' outputs [b, s, H, d] and, if eager, the attention weights."""
         implementation = self.config._attn_implementation
+        dropout = self.config.attention_dropout if self.training else 0.0
         length = query.shape[2]
         can_group = length == 1 or (attention_mask is not None and length <= MAX_GROUPED_TOKENS)
         if implementation == "sdpa" and self.num_key_value_groups > 1 and can_group:
@@ -318,11 +328,10 @@ class SelfAttention(nn.Module):
                 attention_mask = attention_mask.repeat(1, 1, self.num_key_value_groups, 1)
             rows = group_queries(query, self.num_kv_heads)
             output = F.scaled_dot_product_attention(
-                rows, key, value, attn_mask=attention_mask, scale=self.scaling
+                rows, key, value, attention_mask, dropout, scale=self.scaling
             )
             return output.reshape(query.shape).transpose(1, 2), None
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
-        dropout = self.config.attention_dropout if self.training else 0.0
         return attention(
             self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
         )
@@ -452,16 +461,21 @@ def find_weight_files(folder: Path) -> list[Path]:
     """Return the weight files that transformers reads from a checkpoint folder.
 
     A file that an index names need not exist; the list is empty where there are no weights.
+
+    Raises:
+        OSError: The index is damaged.
     """
     for name in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{name}.index.json"
         if (folder / name).exists():
             return [folder / name]
         if index.exists():
-            return [
-                folder / shard
-                for shard in sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-            ]
+            try:
+                shards = set(json.loads(index.read_bytes())["weight_map"].values())
+            except (ValueError, TypeError, KeyError, AttributeError) as error:
+                size = index.stat().st_size
+                raise OSError(f"{index} ({size} bytes) is damaged: download it again.") from error
+            return [folder / shard for shard in sorted(shards)]
     return []
 
 
@@ -497,7 +511,7 @@ def check_weight_file(file: Path):
             header = stream.read(length) if length < size else b""
             if is_whole_header(header, size - 8 - length):
                 return
-        elif size and (head[:2] != b"PK" or zipfile.is_zipfile(file)):
+        elif zipfile.is_zipfile(file) or head[:1] == b"\x80":  # \x80: a pickle, before torch 1.6
             return
     raise OSError(f"{file} ({size} bytes) is truncated or damaged: download it again.")
 
@@ -524,12 +538,13 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
             OSError: The folder has no config.json, or a weight file is missing, a Git LFS pointer,
                 or truncated.
         """
-        folder = Path(pretrained_model_name_or_path or "")
+        folder = Path(pretrained_model_name_or_path or "", kwargs.get("subfolder", ""))
         if pretrained_model_name_or_path and folder.is_dir():
             if "config" not in kwargs and not (folder / "config.json").exists():
                 raise OSError(f"{folder} has no config.json: it is no checkpoint folder.")
-            for file in find_weight_files(folder):
-                check_weight_file(file)
+            if not {"variant", "use_safetensors"} & set(kwargs):  # else other files are read
+                for file in find_weight_files(folder):
+                    check_weight_file(file)
         if device is not None:
             kwargs.setdefault("device_map", {"": device})
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
@@ -628,6 +643,8 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
         if self.is_activation_checkpointing and self.training:
             use_cache = False
         if use_cache and past_key_values is None:
@@ -698,20 +715,14 @@ class StopOnEvent(StoppingCriteria):
 class TokenStreamer(BaseStreamer):
     """Hands over the ids of `generate` step by step, to be read by another thread.
 
-    Attributes:
-        sequences: All ids so far, prompt included, [b, length].
+    Iterating yields all ids so far, prompt included, [b, length], after each step.
     """
 
     def __init__(self):
-        self.sequences = None
         self.steps = queue.SimpleQueue()
 
     def put(self, value: torch.Tensor):
-        if self.sequences is None:
-            self.sequences = value  # the prompt
-            return
-        self.sequences = torch.cat((self.sequences, value[:, None]), dim=1)
-        self.steps.put(self.sequences)
+        self.steps.put(value)  # the prompt [b, length], then the new ids [b] or [b, n]
 
     def end(self):
         pass
@@ -721,10 +732,37 @@ class TokenStreamer(BaseStreamer):
         self.steps.put(error)
 
     def __iter__(self):
+        sequences = None
         while isinstance(step := self.steps.get(), torch.Tensor):
-            yield step
+            if sequences is None:
+                sequences = step
+                continue
+            sequences = torch.cat((sequences, step.view(len(sequences), -1)), dim=1)
+            yield sequences
         if step is not None:
             raise step
+
+
+class AnswerDecoder:
+    """Decodes a growing answer without decoding all of it at each step.
+
+    What is decoded anew starts at the previous step that ended in a whole character, so that
+    SentencePiece sees where spaces belong.
+    """
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+        self.start, self.end, self.text = 0, 0, ""
+
+    def decode(self, ids: list[int]) -> str | None:
+        """Return the text of all ids so far; `None` while it ends within a character."""
+        known = self.tokenizer.decode(ids[self.start : self.end])
+        window = self.tokenizer.decode(ids[self.start :])
+        if window.endswith("\ufffd"):
+            return None
+        self.text += window[len(known) :]
+        self.start, self.end = self.end, len(ids)
+        return self.text
 
 
 def decode_answer(tokenizer, ids: list[int]) -> str:
@@ -732,6 +770,22 @@ def decode_answer(tokenizer, ids: list[int]) -> str:
     while ids and (text := tokenizer.decode(ids)).endswith("\ufffd"):
         ids = ids[:-1]
     return text if ids else ""
+
+
+def read_history(history) -> list[tuple[str, str]]:
+    """Return a history as a list of (question, answer).
+
+    Raises:
+        ValueError: It is not that, such as a list of messages with roles.
+    """
+    turns = list(history or [])
+    for turn in turns:
+        if not isinstance(turn, list | tuple) or [type(text) for text in turn] != [str, str]:
+            raise ValueError(
+                f"history is a list of (question, answer), not of {turn!r}; for messages with "
+                "roles use tokenizer.apply_chat_template and generate."
+            )
+    return [tuple(turn) for turn in turns]
 
 
 class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
@@ -788,6 +842,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             past_key_values,
             inputs_embeds,
             use_cache,
+            return_dict=True,
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
@@ -824,7 +879,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         return tokenizer.pad({"input_ids": [ids]}, return_tensors="pt").to(self.device)
 
     def _chat_settings(
-        self, prompt_length, num_kept, max_length, do_sample, temperature, top_p, kwargs
+        self, tokenizer, prompt_length, num_kept, max_length, do_sample, temperature, top_p, kwargs
     ):
         """Return the arguments of `generate`, the length limit checked.
 
@@ -835,6 +890,8 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: The prompt leaves no room for an answer.
         """
+        if "stop_strings" in kwargs:
+            kwargs["tokenizer"] = tokenizer
         context = self.config.seq_length
         if (max_new_tokens := kwargs.pop("max_new_tokens", None)) is not None:
             max_length = prompt_length - num_kept + max_new_tokens
@@ -884,11 +941,11 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: The prompt has `max_length` tokens or more, or fills the context.
         """
-        history = [tuple(turn) for turn in history or []]
+        history = read_history(history)
         input_ids = self.build_inputs(tokenizer, query, history)["input_ids"]
         prompt_length = input_ids.shape[1]
         settings = self._chat_settings(
-            prompt_length, 0, max_length, do_sample, temperature, top_p, kwargs
+            tokenizer, prompt_length, 0, max_length, do_sample, temperature, top_p, kwargs
         )
         sequences = self.generate(
             input_ids,
@@ -932,13 +989,12 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: As `chat`.
         """
-        history = [tuple(turn) for turn in history or []]
+        history = read_history(history)
         cache = past_key_values if isinstance(past_key_values, ChatGLMCache) else ChatGLMCache()
         ids, num_kept = cache.continue_with(tokenizer, query, history)
-        is_continued = bool(history) and cache.history == history
-        num_free = num_kept if is_continued else 0
+        num_free = num_kept if cache.stands_for(history) else 0
         settings = self._chat_settings(
-            len(ids), num_free, max_length, do_sample, temperature, top_p, kwargs
+            tokenizer, len(ids), num_free, max_length, do_sample, temperature, top_p, kwargs
         )
         cache.crop(num_kept - cache.get_seq_length())
         cache.history = None
@@ -950,11 +1006,10 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             ),
             **settings,
         )
-        shown_ids, response = ids, ""
+        decoder, shown_ids, response = AnswerDecoder(tokenizer), ids, ""
         try:
             for sequences in steps:
-                text = tokenizer.decode(sequences[0, len(ids) :].tolist())
-                if text and not text.endswith("\ufffd"):
+                if text := decoder.decode(sequences[0, len(ids) :].tolist()):
                     shown_ids = sequences[0].tolist()
                     response = self.process_response(text)
                     step = (response, [*history, (query, response)])
@@ -982,46 +1037,53 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         prefix_allowed_tokens_fn=None,
         return_past_key_values: bool = False,
         past_key_values: Cache | None = None,
-        streamer: TokenStreamer | None = None,
         **kwargs,
     ):
         """Run `generate` in a thread and yield all ids so far, [b, length], after each step.
 
         Closing the generator ends the generation within a token. With `return_past_key_values`,
-        yield (ids, cache). The other arguments are those of `generate` (beam search cannot be
-        streamed).
+        yield (ids, cache); the thread goes on meanwhile, so the cache may be ahead of the ids. The
+        other arguments are those of `generate` (beam search cannot be streamed).
         """
         cache = ChatGLMCache() if past_key_values is None else past_key_values
-        streamer = streamer or TokenStreamer()
-        stop = threading.Event()
+        streamer, stop, device = TokenStreamer(), threading.Event(), self.device.type
+        is_autocast = torch.is_autocast_enabled(device)  # of this thread; the other has its own
+        autocast = torch.autocast(device, torch.get_autocast_dtype(device), is_autocast)
 
         def run():
             error = None
             try:
-                self.generate(
-                    input_ids,
-                    generation_config=generation_config,
-                    logits_processor=logits_processor,
-                    stopping_criteria=StoppingCriteriaList(
-                        [*(stopping_criteria or []), StopOnEvent(stop)]
-                    ),
-                    prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
-                    past_key_values=cache,
-                    streamer=streamer,
-                    **kwargs,
-                )
+                with autocast:
+                    self.generate(
+                        input_ids,
+                        generation_config=generation_config,
+                        logits_processor=logits_processor,
+                        stopping_criteria=StoppingCriteriaList(
+                            [*(stopping_criteria or []), StopOnEvent(stop)]
+                        ),
+                        prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
+                        past_key_values=cache,
+                        streamer=streamer,
+                        **kwargs,
+                    )
             except BaseException as exception:  # handed to the reader
                 error = exception
             streamer.finish(error)
 
         thread = threading.Thread(target=run, daemon=True)
+
+        def end():
+            stop.set()
+            thread.join()
+
+        atexit.register(end)  # a thread within torch must not outlive the interpreter
         thread.start()
         try:
             for sequences in streamer:
                 yield (sequences, cache) if return_past_key_values else sequences
         finally:
-            stop.set()
-            thread.join()
+            end()
+            atexit.unregister(end)
 
 
 class ChatGLMForSequenceClassification(ChatGLMPreTrainedModel):
@@ -1057,6 +1119,7 @@ class ChatGLMForSequenceClassification(ChatGLMPreTrainedModel):
             past_key_values,
             inputs_embeds,
             use_cache,
+            return_dict=True,
             **kwargs,
         )
         logits = self.classifier_head(self.dropout(outputs.last_hidden_state[:, -1]))

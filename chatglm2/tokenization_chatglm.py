@@ -29,6 +29,9 @@ CHAT_TEMPLATE = """\
         {%- endfor -%}
     {%- endif -%}
 {%- endmacro -%}
+{%- if tools -%}
+    {{- raise_exception('ChatGLM2 is not trained for tools') -}}
+{%- endif -%}
 {%- set chat = namespace(system='', round=1, last='') -%}
 {%- for message in messages if message.role == 'system' -%}
     {%- set chat.system = chat.system ~ text(message) ~ '\\n\\n' -%}
@@ -37,6 +40,9 @@ CHAT_TEMPLATE = """\
 {%- for message in messages if message.role != 'system' -%}
     {%- if message.role not in ['user', 'assistant'] -%}
         {{- raise_exception('The roles are system, user and assistant, not ' ~ message.role) -}}
+    {%- endif -%}
+    {%- if message.tool_calls -%}
+        {{- raise_exception('ChatGLM2 is not trained for tool_calls') -}}
     {%- endif -%}
     {%- if loop.first -%}
         {{- chat.system if message.role == 'user' else chat.system[:-2] -}}
@@ -86,7 +92,13 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
                 f"{vocab_file} ({len(proto)} bytes) is a Git LFS pointer and not the file itself: "
                 "run `git lfs pull` in the folder, or download the file and put it there."
             )
-        self.sp_model = sentencepiece.SentencePieceProcessor(model_proto=proto)
+        self.sp_model = sentencepiece.SentencePieceProcessor()
+        try:
+            self.sp_model.load_from_serialized_proto(proto or b"empty")
+        except RuntimeError as error:
+            raise ValueError(
+                f"{vocab_file} ({len(proto)} bytes) is truncated or damaged: download it again."
+            ) from error
         first_id = self.sp_model.vocab_size()
         self.special_tokens = {token: first_id + i for i, token in enumerate(SPECIAL_TOKENS)}
         kwargs.setdefault("split_special_tokens", True)  # text is never searched for special tokens
@@ -177,6 +189,16 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         pair = [] if token_ids_1 is None else [*token_ids_1, self.get_command("<eos>")]
         return [*self.get_prefix_tokens(), *token_ids_0, *pair]
 
+    def get_special_tokens_mask(
+        self, token_ids_0, token_ids_1=None, already_has_special_tokens=False
+    ) -> list[int]:
+        """Return 1 for each token that `build_inputs_with_special_tokens` adds, else 0."""
+        if already_has_special_tokens:
+            special = {self.get_command("<eos>"), *self.special_tokens.values()}
+            return [int(i in special) for i in token_ids_0]
+        pair = [] if token_ids_1 is None else [*[0] * len(token_ids_1), 1]
+        return [1, 1, *[0] * len(token_ids_0), *pair]
+
     def _pad(
         self,
         encoded_inputs,
@@ -242,7 +264,14 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         tokenizer_kwargs=None,
         **kwargs,
     ):
-        """As the library's, but the ids begin with `[gMASK] sop`, as the model was trained."""
+        """As the library's, but the ids begin with `[gMASK] sop`, as the model was trained.
+
+        Raises:
+            ValueError: `return_assistant_tokens_mask` is asked for.
+        """
+        if kwargs.pop("return_assistant_tokens_mask", False):
+            raise ValueError("return_assistant_tokens_mask needs a fast tokenizer")
+        kwargs.pop("sanitize_control_tokens", None)  # text never becomes a control token
         text = super().apply_chat_template(conversation, *args, tokenize=False, **kwargs)
         if not tokenize:
             return text

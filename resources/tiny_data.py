@@ -109,10 +109,14 @@ class Dialogues:
         unseen |= {normalize(question) for question in self.held_out_others}
         entries = load_yaml(f"smalltalk_{language}.yaml")
         answers = {entry["questions"][0]: entry["answer"] for entry in entries}
-        self.rewordings = [
-            (q, answers[entry["of"]]) for entry in held_out for q in entry["questions"]
-        ]
         self.intents = [self.parse(entry, unseen) for entry in entries]
+        varied = self.all_variations()
+        self.rewordings = [
+            (question, answers[entry["of"]].strip())
+            for entry in held_out
+            for question in entry["questions"]
+            if normalize(question) not in varied
+        ]
         known = {normalize(q) for intent in self.intents for q in intent.questions} | unseen
         self.intents += self.chosen_chatterbot(known)
         known |= {normalize(q) for intent in self.intents for q in intent.questions}
@@ -171,6 +175,12 @@ class Dialogues:
             return rng.choice(self.words[match[1]])
 
         return re.sub(r"\{(\w+)\}", lambda match: str(fill(match)), rng.choice(self.templates))
+
+    def all_variations(self) -> set[str]:
+        """Return what `vary` can make of the small talk, normalized; none of it is held out."""
+        befores, afters = ["", *BEFORE[self.language]], ["", *AFTER[self.language]]
+        questions = [question for intent in self.intents for question in intent.questions]
+        return {normalize(b + q + a) for q in questions for b in befores for a in afters}
 
     def vary(self, question: str, rng: random.Random) -> str:
         """Return a question as somebody else types it: other case, punctuation, filler words."""

@@ -8,6 +8,7 @@ same data in the same order.
 """
 
 import argparse
+import hashlib
 import math
 import random
 import sys
@@ -16,13 +17,14 @@ from pathlib import Path
 import sentencepiece
 import torch
 import torch.nn.functional as F
-from tiny_data import DEMONSTRATION, LANGUAGES, Dialogues
+from tiny_data import DEMONSTRATION, DIALOGUES, LANGUAGES, Dialogues
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from chatglm2 import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMTokenizer  # noqa: E402
+from chatglm2.refresh import CODE_FILES  # noqa: E402
 
 VOCAB_SIZE = 4096
 ROW_LENGTH = 384  # tokens of a training row, into which conversations are packed
@@ -168,6 +170,14 @@ def learning_rate_factor(step: int, steps: int) -> float:
     return min(step / 100, 0.01 + 0.99 * (1 + math.cos(math.pi * step / steps)) / 2)
 
 
+def describe_run(args) -> dict:
+    """Return what a state must have in common with the training that resumes it."""
+    files = sorted(DIALOGUES.glob("*.yaml"))
+    digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
+    names = ("steps", "batch_size", "learning_rate", "seed")
+    return {name: getattr(args, name) for name in names} | {"dialogues": digest}
+
+
 def compute_loss(model, batch, is_bf16: bool) -> torch.Tensor:
     input_ids, position_ids, targets, weights = batch
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=is_bf16):
@@ -192,8 +202,14 @@ def main(argv=None):
         optimizer, lambda step: learning_rate_factor(step, args.steps)
     )
     first_step = 0
+    run = describe_run(args)
     if args.state.exists():
         state = torch.load(args.state, weights_only=True)
+        if state["run"] != run:
+            raise SystemExit(
+                f"{args.state} is of another training ({state['run']}, not {run}): delete it, or "
+                "name another file with --state."
+            )
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         scheduler.load_state_dict(state["scheduler"])
@@ -220,13 +236,14 @@ def main(argv=None):
                 "optimizer": optimizer.state_dict(),
                 "step": step + 1,
             }
-            state |= {"scheduler": scheduler.state_dict(), "rng": torch.get_rng_state()}
+            state |= {"scheduler": scheduler.state_dict(), "run": run, "rng": torch.get_rng_state()}
             torch.save(state, args.state.with_suffix(".new"))
             args.state.with_suffix(".new").replace(args.state)
     model.config.hidden_dropout = 0.0
     model.half().save_pretrained(args.output)
-    for file in args.output.glob("*.py"):  # the folder holds data only
-        file.unlink()
+    for file in CODE_FILES:  # the folder holds data only
+        (args.output / file.name).unlink(missing_ok=True)
+    args.state.unlink()
     print(f"Saved {args.output}. Now: python resources/check_tiny.py")
 
 

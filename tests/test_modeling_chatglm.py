@@ -2,6 +2,8 @@
 
 import json
 import pickle
+import subprocess
+import sys
 import threading
 import time
 import zipfile
@@ -13,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
+    BatchEncoding,
     DynamicCache,
     GlmConfig,
     GlmForCausalLM,
@@ -22,7 +25,6 @@ from transformers import (
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from chatglm2 import (
-    CHAT_DEFAULTS,
     ChatGLMCache,
     ChatGLMConfig,
     ChatGLMForConditionalGeneration,
@@ -31,6 +33,7 @@ from chatglm2 import (
 )
 from chatglm2.modeling_chatglm import (
     CACHE_BLOCK,
+    AnswerDecoder,
     InvalidScoreLogitsProcessor,
     RotaryEmbedding,
     check_weight_file,
@@ -462,7 +465,8 @@ def test_stream_generate_yields_all_ids_at_each_step(model):
     golden = GENERATION["stream_generate_max_length_25"]["yielded"]
     assert [step[0].tolist() for step in steps] == golden
     for sequences, cache in model.stream_generate(ids, max_length=19, return_past_key_values=True):
-        assert cache.get_seq_length() == sequences.shape[1] - 1
+        assert cache.get_seq_length() >= sequences.shape[1] - 1
+    assert cache.get_seq_length() == 18
 
 
 def test_stream_generate_ends_when_it_is_closed_and_hands_over_errors(model):
@@ -478,27 +482,50 @@ def test_stream_generate_ends_when_it_is_closed_and_hands_over_errors(model):
         next(model.stream_generate(ids, max_length=25, not_an_argument=1))
 
 
-def test_warpers_of_chat(model):
-    """chat's scores (temperature, top_k, top_p), compared by what can be sampled."""
+class Sampled(Exception):
+    """Carries the probabilities from which a token was to be sampled."""
 
-    class Stop(Exception):
-        pass
 
-    settings = {name: CHAT_DEFAULTS[name] for name in ("temperature", "top_k", "top_p")}
-    seen = {}
-
+@pytest.fixture
+def sampling(monkeypatch):
     def multinomial(probabilities, num_samples):
-        seen["probabilities"] = probabilities
-        raise Stop
+        raise Sampled(probabilities)
 
-    patch = pytest.MonkeyPatch()
-    patch.setattr(torch, "multinomial", multinomial)
-    with pytest.raises(Stop):
-        model.generate(OUTPUTS["a.input_ids"], do_sample=True, max_length=18, **settings)
-    patch.undo()
-    golden = OUTPUTS["e.warped_scores_chat_defaults"].softmax(-1)
-    assert_close(seen["probabilities"], golden, 1e-5)
-    assert (seen["probabilities"] > 0).sum() == (golden > 0).sum()
+    monkeypatch.setattr(torch, "multinomial", multinomial)
+
+
+class FixedTokenizer:
+    """Gives the golden ids whatever the prompt."""
+
+    def build_prompt(self, query, history=None):
+        return query
+
+    def encode(self, text, **kwargs):
+        return OUTPUTS["a.input_ids"][0].tolist()
+
+    def __call__(self, texts, return_tensors):
+        return BatchEncoding({"input_ids": OUTPUTS["a.input_ids"]})
+
+
+@pytest.mark.parametrize("method", ["chat", "stream_chat"])
+def test_chat_samples_from_the_golden_probabilities(model, sampling, method):
+    """Temperature, top_k and top_p of the original, by default and as given."""
+    for golden, settings in (("chat_defaults", {}), ("top_p.8_t.95", {"temperature": 0.95})):
+        with pytest.raises(Sampled) as sampled:
+            next(iter(getattr(model, method)(FixedTokenizer(), "x", max_length=64, **settings)))
+        probabilities = sampled.value.args[0]
+        expected = OUTPUTS[f"e.warped_scores_{golden}"].softmax(-1)
+        assert_close(probabilities, expected, 1e-5)
+        assert (probabilities > 0).sum() == (expected > 0).sum()
+
+
+@pytest.mark.parametrize("method", ["chat", "stream_chat"])
+def test_chat_survives_scores_that_are_no_numbers(sampling, method):
+    model = create_model()
+    torch.nn.init.constant_(model.transformer.output_layer.weight, float("nan"))
+    with pytest.raises(Sampled) as sampled:
+        next(iter(getattr(model, method)(FixedTokenizer(), "x", max_length=64)))
+    assert sampled.value.args[0].argmax() == 5
 
 
 def test_invalid_scores_force_id_5(caplog):
@@ -656,13 +683,13 @@ def test_history_and_cache_agree_after_a_stopped_answer(tiny_model, tiny_tokeniz
     steps.close()
     assert cache.history == history == [("你好", response)]
     assert cache.get_seq_length() == len(cache.input_ids)
-    held = len(cache.input_ids)
+    held, before = len(cache.input_ids), list(cache.input_ids)
     _, fed = count_fed_ids(
         tiny_model,
         lambda: stream(tiny_model, tiny_tokenizer, "再见", history, cache, max_new_tokens=1),
     )
     assert fed <= 2 + len(tiny_tokenizer.build_round("再见", history))
-    assert cache.input_ids[:held] == cache.input_ids[:held]
+    assert cache.input_ids[:held] == before
     assert cache.get_seq_length() > held
 
 
@@ -731,6 +758,48 @@ def test_chat_samples_by_its_seed_and_temperature_0_is_greedy(tiny_model, tiny_t
     assert list(steps)[-1] == answers[0], "chat and stream_chat sample alike"
     greedy = tiny_model.chat(tiny_tokenizer, "abc", do_sample=False)
     assert tiny_model.chat(tiny_tokenizer, "abc", temperature=0) == greedy
+
+
+def test_stop_strings_and_prompt_lookup(tiny_model, tiny_tokenizer):
+    settings = {"do_sample": False, "max_length": 256}
+    answer, _ = tiny_model.chat(tiny_tokenizer, "你好", **settings)
+    stop = answer[5:7]
+    response, _ = tiny_model.chat(tiny_tokenizer, "你好", stop_strings=[stop], **settings)
+    assert stop in response and len(response) < len(answer)
+    steps = tiny_model.stream_chat(tiny_tokenizer, "你好", prompt_lookup_num_tokens=3, **settings)
+    assert list(steps)[-1][0] == answer
+
+
+@pytest.mark.parametrize("history", [[{"role": "user", "content": "x"}], [("a", None)], ["ab"]])
+def test_history_of_another_form_is_refused(tiny_model, tiny_tokenizer, history):
+    with pytest.raises(ValueError, match=r"history is a list of \(question, answer\), not of"):
+        tiny_model.chat(tiny_tokenizer, "你好", history)
+    with pytest.raises(ValueError, match="apply_chat_template"):
+        next(tiny_model.stream_chat(tiny_tokenizer, "你好", history))
+
+
+def test_answer_decoder_gives_what_decoding_all_ids_gives(any_tokenizer):
+    text = "你好👋 Hello,  world!\n\n1. 一二\n```python\nprint('🦭')\n``` 𠮷 é"
+    ids = any_tokenizer.encode("\n" + text, add_special_tokens=False)[2:]
+    broken = [3 + 0xE4, 3 + 0xBD, *ids, 3 + 0xFF, *ids, 2]  # half a character, a byte of none
+    for sequence in (ids, broken):
+        decoder = AnswerDecoder(any_tokenizer)
+        for length in range(1, len(sequence) + 1):
+            whole = any_tokenizer.decode(sequence[:length])
+            expected = None if whole.endswith("\ufffd") else whole
+            assert decoder.decode(sequence[:length]) == expected
+
+
+def test_program_can_end_amid_an_answer(tiny_checkpoint):
+    script = (
+        "import sys, chatglm2; load = chatglm2.ChatGLMForConditionalGeneration.from_pretrained; "
+        "tokenizer = chatglm2.ChatGLMTokenizer.from_pretrained(sys.argv[1]); "
+        "steps = load(sys.argv[1]).float().stream_chat(tokenizer, '讲个故事'); "
+        "next(steps); sys.exit(7)"
+    )
+    run = [sys.executable, "-c", script, str(tiny_checkpoint)]
+    cwd = Path(__file__).parent.parent
+    assert subprocess.run(run, cwd=cwd, capture_output=True).returncode == 7
 
 
 def test_caller_s_logits_processors_are_not_changed(tiny_model, tiny_tokenizer):
@@ -910,7 +979,64 @@ def test_empty_init_and_device():
     std = model.transformer.embedding.word_embeddings.weight.std().item()
     assert 0.015 < std < 0.025
     assert model.transformer.encoder.layers[0].mlp.dense_4h_to_h.weight.std() > 0
-    assert isinstance(ChatGLMModel(config).eval(), ChatGLMModel)
+    assert (
+        ChatGLMModel(config, empty_init=False)(torch.tensor([[1, 2]])).last_hidden_state.std() > 0
+    )
+
+
+@torch.no_grad()
+def test_keys_are_not_expanded_for_decoding(model, monkeypatch):
+    """One new token, and a few after a cache: the heads of a group are rows of one head."""
+    shapes, attend = [], torch.nn.functional.scaled_dot_product_attention
+
+    def record(query, key, *args, **kwargs):
+        shapes.append((tuple(query.shape), tuple(key.shape)))
+        assert not kwargs.get("enable_gqa") and not kwargs.get("is_causal")
+        return attend(query, key, *args, **kwargs)
+
+    cache, ids = ChatGLMCache(), OUTPUTS["a.input_ids"]
+    model(ids[:, :10], past_key_values=cache)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", record)
+    model(ids[:, 10:11], past_key_values=cache)
+    model(ids[:, 11:14], past_key_values=cache)
+    assert shapes[0] == ((1, 2, 2, 16), (1, 2, 11, 16))
+    assert shapes[-1] == ((1, 2, 6, 16), (1, 2, 14, 16))
+
+
+def test_kept_cache_survives_inference_mode(model):
+    ids, cache = OUTPUTS["a.input_ids"], ChatGLMCache()
+    with torch.inference_mode():
+        model(ids[:, :10], past_key_values=cache)
+    with torch.no_grad():
+        assert_close(model(ids[:, 10:], past_key_values=cache).logits, OUTPUTS["a.logits"][:, 10:])
+
+
+def test_stream_generate_computes_under_the_callers_autocast(model):
+    dtypes = set()
+    hook = model.transformer.encoder.layers[0].mlp.register_forward_hook(
+        lambda module, inputs, output: dtypes.add(output.dtype)
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        list(model.stream_generate(OUTPUTS["a.input_ids"], max_length=19))
+    hook.remove()
+    assert dtypes == {torch.bfloat16}
+
+
+def test_half_precision_with_a_float32_residual():
+    model = create_model(fp32_residual_connection=True).bfloat16()
+    with torch.no_grad():
+        outputs = model(OUTPUTS["a.input_ids"], output_hidden_states=True)
+    assert {h.dtype for h in outputs.hidden_states} == {torch.float32}
+    assert_close(outputs.logits, OUTPUTS["a.logits"], 0.15)
+
+
+def test_dropout_acts_only_in_training():
+    model = create_model(hidden_dropout=0.5, attention_dropout=0.5)
+    ids = OUTPUTS["a.input_ids"]
+    with torch.no_grad():
+        assert_close(model(ids).logits, OUTPUTS["a.logits"])
+        model.train()
+        assert not torch.equal(model(ids).logits, model(ids).logits)
 
 
 def test_attention_implementations_are_found_by_name(model):
@@ -992,6 +1118,18 @@ def test_broken_checkpoint_folders_are_told_in_one_line(tmp_path):
     write_pointer(shard)
     with pytest.raises(OSError, match="Git LFS pointer"):
         load(tmp_path)
+    for content in (b"<!DOCTYPE html>not found", bytes(100)):
+        shard.write_bytes(content)
+        with pytest.raises(OSError, match="truncated or damaged"):
+            load(tmp_path)
+    whole_index = (tmp_path / "pytorch_model.bin.index.json").read_text()
+    for content in ("{}", "", "[]"):
+        (tmp_path / "pytorch_model.bin.index.json").write_text(content)
+        with pytest.raises(
+            OSError, match=r"index\.json \(\d bytes\) is damaged: download it again"
+        ):
+            load(tmp_path)
+    (tmp_path / "pytorch_model.bin.index.json").write_text(whole_index)
     torch.save(state, shard)
     assert zipfile.is_zipfile(shard)
     shard.write_bytes(shard.read_bytes()[:-1000])

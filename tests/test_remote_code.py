@@ -113,6 +113,7 @@ def load_as_remote_code(work):
     second = load(work / "second" / "checkpoint")
     results = {"first": describe(*first), "second": describe(*second)}
     results["hub"] = describe(*load("THUDM/chatglm2-6b"))
+    results["bundled"] = describe(*load(work / "bundled" / "checkpoint"))
     results["saved"] = describe(*load(work / "saved"))
     for part in first:
         part.save_pretrained(work / "saved again")
@@ -210,8 +211,8 @@ def refresh_snapshot(modules: Path, snapshot: Path):
 
 
 @pytest.fixture(scope="module")
-def work(tmp_path_factory) -> Path:
-    """A folder of checkpoints: written by hand, refreshed, from the hub, saved by the package."""
+def work(tmp_path_factory, tiny_checkpoint) -> Path:
+    """A folder of checkpoints: by hand, refreshed, from the hub, saved by the package, bundled."""
     work, tokenizer_model = tmp_path_factory.mktemp("remote code"), train_tokenizer()
     marker = work / "executed"
     first, second = work / "first" / "checkpoint", work / "second" / "checkpoint"
@@ -228,6 +229,9 @@ def work(tmp_path_factory) -> Path:
     refresh.main([str(second)])
     with open(second / "modeling_chatglm.py", "a") as file:
         file.write('\nORIGIN = "second"\n')
+
+    shutil.copytree(tiny_checkpoint, work / "bundled" / "checkpoint")
+    refresh.main([str(work / "bundled" / "checkpoint")])
 
     model = chatglm2.ChatGLMForConditionalGeneration.from_pretrained(first)
     model.save_pretrained(work / "saved")
@@ -273,6 +277,7 @@ def probe_package(folder: Path) -> dict:
         ("first", "first"),
         ("second", "second"),
         ("hub", "second"),
+        ("bundled", "bundled"),
         ("saved", "first"),
         ("saved again", "first"),
         ("first, still", "first"),

@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import pytest
 from tiny_data import (
+    BEFORE,
     DEMONSTRATION,
     LANGUAGES,
     Dialogues,
@@ -37,7 +38,13 @@ def test_held_out_questions_share_nothing_with_training(dialogues):
     others = {normalize(question) for question in dialogues.other_questions}
     held_out = [question for question, _ in dialogues.rewordings] + dialogues.held_out_others
     assert len(dialogues.held_out_others) == 100
-    assert len(dialogues.rewordings) >= 2 * 150
+    assert len(dialogues.rewordings) >= 2 * 160
+    rng = random.Random(0)
+    varied = {normalize(dialogues.vary("你好 hi", rng)) for _ in range(2000)}
+    befores = len({normalize(b) for b in ["", *BEFORE[dialogues.language]]})
+    assert len(varied) >= befores, "vary is what all_variations enumerates"
+    reachable = dialogues.all_variations()
+    assert not any(normalize(question) in reachable for question, _ in dialogues.rewordings)
     for question in map(normalize, held_out):
         assert question not in learnt | others
     for question in dialogues.held_out_others:

@@ -181,3 +181,34 @@ def test_vocabulary_that_is_a_git_lfs_pointer(tmp_path):
     )
     with pytest.raises(ValueError, match=r"tokenizer\.model \(\d+ bytes\) is a Git LFS pointer"):
         ChatGLMTokenizer.from_pretrained(tmp_path)
+
+
+def test_damaged_vocabulary(any_tokenizer, tmp_path):
+    any_tokenizer.save_pretrained(tmp_path)
+    file = tmp_path / "tokenizer.model"
+    for content in (file.read_bytes()[:-1000], b"<html>not found</html>", b""):
+        file.write_bytes(content)
+        message = rf"tokenizer\.model \({len(content)} bytes\) is truncated or damaged"
+        with pytest.raises(ValueError, match=message):
+            ChatGLMTokenizer.from_pretrained(tmp_path)
+
+
+def test_special_tokens_mask(any_tokenizer):
+    for texts in (["a b"], ["a", "b c"]):
+        encoded = any_tokenizer(*texts, return_special_tokens_mask=True)
+        mask, ids = encoded["special_tokens_mask"], encoded["input_ids"]
+        assert len(mask) == len(ids) and mask[:3] == [1, 1, 0]
+        again = any_tokenizer.get_special_tokens_mask(ids, already_has_special_tokens=True)
+        assert again == mask
+
+
+def test_chat_template_refuses_what_it_cannot_do(any_tokenizer):
+    messages = [{"role": "user", "content": "x"}]
+    with pytest.raises(Exception, match="not trained for tools"):
+        any_tokenizer.apply_chat_template(messages, tools=[{"type": "function"}])
+    with pytest.raises(Exception, match="not trained for tool_calls"):
+        any_tokenizer.apply_chat_template([{**messages[0], "tool_calls": [{"id": "1"}]}])
+    with pytest.raises(ValueError, match="needs a fast tokenizer"):
+        any_tokenizer.apply_chat_template(messages, return_assistant_tokens_mask=True)
+    encoded = any_tokenizer.apply_chat_template(messages, sanitize_control_tokens=True)
+    assert encoded["input_ids"] == any_tokenizer.encode(any_tokenizer.build_prompt("x"))

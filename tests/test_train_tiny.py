@@ -40,9 +40,9 @@ def test_training_resumed_is_training_unbroken(tmp_path, monkeypatch):
     monkeypatch.setattr(train_tiny, "SAVE_STEPS", 1)
     compute_loss = train_tiny.compute_loss
 
-    def train(name):
+    def train(name, *more):
         arguments = ["--output", tmp_path / name, "--state", tmp_path / f"{name}.pt"]
-        main([str(argument) for argument in [*arguments, "--steps", 3, "--batch-size", 1]])
+        main([str(argument) for argument in [*arguments, "--steps", 3, "--batch-size", 1, *more]])
         return load_file(tmp_path / name / "model.safetensors")
 
     def interrupt(*args, calls=[]):  # noqa: B006
@@ -55,6 +55,10 @@ def test_training_resumed_is_training_unbroken(tmp_path, monkeypatch):
     monkeypatch.setattr(train_tiny, "compute_loss", interrupt)
     with pytest.raises(KeyboardInterrupt):
         train("resumed")
+    with pytest.raises(SystemExit, match=r"resumed\.pt is of another training"):
+        train("resumed", "--seed", 1)
+    (tmp_path / "resumed" / "mine.py").touch()
     resumed = train("resumed")
     assert all(torch.equal(unbroken[name], resumed[name]) for name in unbroken)
-    assert not list((tmp_path / "resumed").glob("*.py"))
+    assert [file.name for file in (tmp_path / "resumed").glob("*.py")] == ["mine.py"]
+    assert not (tmp_path / "resumed.pt").exists()
