@@ -24,7 +24,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 
 from chatglm2 import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMTokenizer
-from chatglm2.modeling_chatglm import check_weight_file, find_weight_files
+from chatglm2.modeling_chatglm import find_weight_files
 
 ROOT = Path(__file__).resolve().parent
 DEFAULT_MODEL = "THUDM/chatglm2-6b"
@@ -96,7 +96,7 @@ def load_model(args: argparse.Namespace):
             check_disk(args.model, hub_info)
         tokenizer = ChatGLMTokenizer.from_pretrained(source, **revision)
         return tokenizer, load_weights(source, config, device, dtype, **revision)
-    except (OSError, HTTPError, RuntimeError) as error:
+    except (OSError, ValueError, HTTPError, RuntimeError) as error:
         raise SystemExit(f"{args.model}: {one_line(error)}") from error
 
 
@@ -232,10 +232,6 @@ def check_folder(folder: Path):
     if not folder.is_dir():
         raise SystemExit(f"{folder} is a file: give the checkpoint folder that holds it.")
     check_file_names(str(folder), {file.name for file in folder.iterdir()})
-    try:
-        check_weight_file(folder / "tokenizer.model")
-    except OSError as error:
-        raise SystemExit(one_line(error)) from error
 
 
 def read_config(source, **revision) -> ChatGLMConfig:
