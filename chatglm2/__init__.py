@@ -21,6 +21,7 @@ from .modeling_chatglm import (
     ChatGLMForSequenceClassification,
     ChatGLMModel,
 )
+from .quantization import ChatGLMQuantizationConfig
 from .tokenization_chatglm import ChatGLMTokenizer
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "ChatGLMForConditionalGeneration",
     "ChatGLMForSequenceClassification",
     "ChatGLMModel",
+    "ChatGLMQuantizationConfig",
     "ChatGLMTokenizer",
 ]
 

@@ -38,7 +38,8 @@ class ChatGLMConfig(PreTrainedConfig):
         original_rope, apply_query_key_layer_scaling, attention_softmax_in_fp32,
             bias_dropout_fusion: As in the official file; they change nothing (other tools read
             them).
-        quantization_bit: 4 or 8 in an official quantized checkpoint, else 0.
+        quantization_bit: 4 or 8 in a quantized checkpoint, else 0. The official ones say nothing
+            more; `quantization_config`, which transformers looks for, follows from it.
     """
 
     model_type = "chatglm"
@@ -91,6 +92,12 @@ class ChatGLMConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         self.auto_map = {**AUTO_MAP, **(self.auto_map or {})}
         kwargs["partial_rotary_factor"] = 0.5
+        quantization = dict(kwargs.get("quantization_config") or {})
+        if quantization.get("quant_method") == "chatglm":
+            self.quantization_bit = quantization["bits"]
+        elif self.quantization_bit and not quantization:
+            kwargs["quantization_config"] = {"quant_method": "chatglm"}
+            kwargs["quantization_config"] |= {"bits": self.quantization_bit, "group_size": None}
         super().__post_init__(**kwargs)
 
     @property

@@ -41,6 +41,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import can_return_tuple, logging
 
 from .configuration_chatglm import ChatGLMConfig
+from .quantization import get_quantization, quantize_model, replace_layers
 
 logger = logging.get_logger(__name__)
 
@@ -552,6 +553,35 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
         model.base_model.freeze_for_prefix()  # the loader makes every parameter trainable
         return loaded
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that the model computes in; a quantized one stores its embedding otherwise."""
+        return getattr(self.get_input_embeddings(), "compute_dtype", None) or super().dtype
+
+    # The library refuses `.float()` and `.half()` of a quantized model, as it refuses `.to(dtype)`
+    # where a quantization cannot bear it; ours can.
+
+    def float(self):
+        return self.to(torch.float32)
+
+    def half(self):
+        return self.to(torch.float16)
+
+    def quantize(self, bits: int, group_size: int | None = None):
+        """Round the blocks' weights to INT8 or INT4, in place, one by one; return the model.
+
+        Embedding and output layer are then stored in 16 bits, whatever the model computes in.
+        Weights, scales and packing are the official ones unless `group_size` is given.
+
+        Args:
+            bits: 8, 4, or 0 for nothing. A model that has as many bits already stays as it is.
+            group_size: 128 with 4 bits: a scale for each 128 columns of a row, for better quality.
+
+        Raises:
+            ValueError: Other values, or the model is quantized already in another way.
+        """
+        return quantize_model(self, bits, group_size)
+
 
 class ChatGLMModel(ChatGLMPreTrainedModel):
     """Embedding, blocks, final norm; the output layer is kept here, as in the official checkpoint.
@@ -563,11 +593,6 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
 
     def __init__(self, config: ChatGLMConfig, empty_init=True, device=None):
         super().__init__(config)
-        if config.quantization_bit:
-            raise ValueError(
-                f"the checkpoint has quantization_bit {config.quantization_bit}; this version "
-                "loads unquantized checkpoints only, such as THUDM/chatglm2-6b"
-            )
         no_init, on_device = creation(empty_init, device)
         with no_init, on_device:
             self.embedding = Embedding(config)
@@ -577,6 +602,8 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             if config.pre_seq_len is not None:
                 self.prefix_encoder = PrefixEncoder(config)
             self.post_init()
+            if config.quantization_bit:
+                replace_layers(self, get_quantization(config), empty=empty_init)
         self.freeze_for_prefix()
 
     def get_input_embeddings(self):

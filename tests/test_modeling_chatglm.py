@@ -1067,11 +1067,6 @@ def test_compiles_without_a_graph_break(model):
     assert_close(step.logits, OUTPUTS["a.logits"][:, 10:11])
 
 
-def test_quantized_checkpoints_are_refused():
-    with pytest.raises(ValueError, match="quantization_bit 4; this version loads unquantized"):
-        create_model(quantization_bit=4)
-
-
 def test_tied_embeddings_if_the_config_says_so():
     model = ChatGLMForConditionalGeneration(
         ChatGLMConfig(**{**CONFIG, "tie_word_embeddings": True})

@@ -1,0 +1,380 @@
+"""INT8 and INT4 weights: the official row-wise format, and INT4 with a scale for each group.
+
+The four linear layers of each block hold `weight` (int8; INT4 packed two to a byte) and
+`weight_scale`; a weight is level * scale. This file is also Hugging Face remote code: several
+copies of it may live in one process.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from transformers.utils import logging
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+logger = logging.get_logger(__name__)
+
+QUANT_METHOD = "chatglm"
+GROUP_SIZE = 128  # columns that share a scale in group-wise INT4
+LINEAR_NAMES = (
+    "self_attention.query_key_value",
+    "self_attention.dense",
+    "mlp.dense_h_to_4h",
+    "mlp.dense_4h_to_h",
+)
+CHUNK_WEIGHTS = 1 << 19  # as many are float at a time on a CPU: they stay in its cache
+
+
+def quantize_rows(
+    weight: torch.Tensor, bits: int, group_size: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Round a float matrix to levels, not packed, and scales.
+
+    As the original, the scale of a row is its largest magnitude / 7 (INT4) or / 127 (INT8), and all
+    arithmetic is in the weight's dtype; unlike there, no level wraps around. Of a group of
+    `group_size` columns, the value of largest magnitude gets the level -8, which the rows leave
+    unused (so the scale may be negative): a seventh finer steps.
+
+    >>> quantize_rows(torch.tensor([[3.5, -0.7, 0.2, -1.0], [0.0, 0.0, 0.0, 0.0]]), bits=4)
+    (tensor([[ 7, -1,  0, -2],
+            [ 0,  0,  0,  0]], dtype=torch.int8), tensor([0.5000, 0.0000]))
+
+    Shapes: weight [out, in]; levels [out, in]; scales [out], or [out, in / group_size].
+    """
+    lowest, highest = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    if group_size is None:
+        groups = weight
+        scale = weight.abs().amax(-1, keepdim=True) / highest
+    else:
+        groups = weight.unflatten(-1, (-1, group_size))
+        scale = groups.gather(-1, groups.abs().argmax(-1, keepdim=True)) / lowest
+    ratio = (groups / scale).nan_to_num_(nan=0, posinf=0, neginf=0)  # where the scale is 0
+    levels = ratio.round_().clamp_(lowest, highest).to(torch.int8)
+    return levels.view(weight.shape), scale.squeeze(-1)
+
+
+def pack_int4(levels: torch.Tensor) -> torch.Tensor:
+    """Pack two levels into each byte: the even column in the high four bits.
+
+    >>> pack_int4(torch.tensor([[1, 2, -1, 7]], dtype=torch.int8))  # 0x12, 0xf7
+    tensor([[18, -9]], dtype=torch.int8)
+    """
+    return (levels[..., 0::2] << 4) | (levels[..., 1::2] & 0xF)
+
+
+def unpack_int4(packed: torch.Tensor) -> torch.Tensor:
+    """Undo `pack_int4`; the shifts extend the sign.
+
+    >>> unpack_int4(torch.tensor([[18, -9]], dtype=torch.int8))
+    tensor([[ 1,  2, -1,  7]], dtype=torch.int8)
+    """
+    return torch.stack((packed >> 4, (packed << 4) >> 4), dim=-1).flatten(-2)
+
+
+def dequantize(weight: torch.Tensor, weight_scale: torch.Tensor, bits: int, dtype: torch.dtype):
+    """Return the float matrix [out, in] that a stored one stands for, in `dtype`."""
+    levels = (unpack_int4(weight) if bits == 4 else weight).to(dtype)
+    scale = weight_scale.to(dtype).reshape(len(levels), -1, 1)
+    return (levels.unflatten(-1, (scale.shape[1], -1)) * scale).flatten(-2)
+
+
+class ChunkedLinear(torch.autograd.Function):
+    """x @ W.T, where W is made a chunk of rows at a time, and again for the gradient of x.
+
+    So the float matrix never exists as a whole on a CPU, and is not kept for the backward pass.
+    """
+
+    @staticmethod
+    def forward(ctx, x, make_rows, *stored):
+        ctx.make_rows = make_rows
+        ctx.chunk_size = len(stored[0])
+        if x.device.type == "cpu":
+            ctx.chunk_size = max(1, CHUNK_WEIGHTS // x.shape[-1])
+        ctx.save_for_backward(*stored)
+        chunks = zip(*(tensor.split(ctx.chunk_size) for tensor in stored), strict=True)
+        return torch.cat([F.linear(x, make_rows(*chunk, dtype=x.dtype)) for chunk in chunks], -1)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        stored = [tensor.split(ctx.chunk_size) for tensor in ctx.saved_tensors]
+        grads = grad_output.split(ctx.chunk_size, dim=-1)
+        grad_x = sum(
+            grad @ ctx.make_rows(*chunk, dtype=grad.dtype)
+            for grad, *chunk in zip(grads, *stored, strict=True)
+        )
+        return grad_x, None, *(None for _ in stored)
+
+
+def torch_matmul(x: torch.Tensor, layer: "QuantizedLinear") -> torch.Tensor:
+    """Multiply in plain torch: any device, any dtype; what other backends are tested against."""
+    make_rows = partial(dequantize, bits=layer.bits)
+    return ChunkedLinear.apply(x, make_rows, layer.weight, layer.weight_scale)
+
+
+# name: function of (x [..., in], layer) that returns x @ W.T [..., out], differentiable in x
+BACKENDS = {"torch": torch_matmul}
+
+
+class QuantizedLinear(nn.Module):
+    """A linear layer with a quantized weight; it computes in the dtype of its input.
+
+    Attributes:
+        weight: int8 [out, in] for 8 bits, [out, in / 2] for 4; no conversion changes its dtype.
+        weight_scale: [out], or [out, in / group_size].
+        backend: Key of `BACKENDS`.
+    """
+
+    backend = "torch"
+
+    def __init__(
+        self, in_features, out_features, bits, group_size=None, bias=None, dtype=None, device=None
+    ):
+        super().__init__()
+        if in_features % (group_size or 2):
+            raise ValueError(
+                f"a layer with {in_features} inputs cannot have {bits}-bit weights: the number "
+                f"must be a multiple of {group_size or 2}"
+            )
+        self.in_features, self.out_features = in_features, out_features
+        self.bits, self.group_size = bits, group_size
+        shape = (out_features, in_features * bits // 8)
+        scale_shape = (out_features, in_features // group_size) if group_size else (out_features,)
+        weight = torch.empty(shape, dtype=torch.int8, device=device)
+        scale = torch.empty(scale_shape, dtype=dtype, device=device)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.weight_scale = nn.Parameter(scale, requires_grad=False)
+        self.bias = bias
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, bits: int, group_size: int | None, empty=False):
+        """Return the quantized layer; with `empty` only its shapes, to be loaded."""
+        options = {"dtype": linear.weight.dtype, "device": linear.weight.device}
+        if not empty:
+            options["device"] = "meta"
+        sizes = linear.in_features, linear.out_features
+        layer = cls(*sizes, bits, group_size, linear.bias, **options)
+        if not empty:
+            weight, scale = layer.quantize(linear.weight)
+            layer.weight = nn.Parameter(weight, requires_grad=False)
+            layer.weight_scale = nn.Parameter(scale, requires_grad=False)
+        return layer
+
+    @torch.no_grad()
+    def quantize(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what this layer stores for a float weight [out, in]."""
+        size = max(1, CHUNK_WEIGHTS // self.in_features)
+        chunks = (quantize_rows(rows, self.bits, self.group_size) for rows in weight.split(size))
+        stored = [(pack_int4(x) if self.bits == 4 else x, scale) for x, scale in chunks]
+        levels, scales = zip(*stored, strict=True)
+        return torch.cat(levels), torch.cat(scales)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = BACKENDS[self.backend](x, self)
+        return y if self.bias is None else y + self.bias
+
+    def extra_repr(self) -> str:
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"{sizes}, bits={self.bits}, group_size={self.group_size}"
+
+
+def narrow(weight: torch.Tensor) -> nn.Parameter:
+    """Return a weight to be stored in 16 bits: float32 becomes float16."""
+    if weight.dtype == torch.float32:
+        weight = weight.detach().half()
+    return nn.Parameter(weight, requires_grad=False)
+
+
+class StoredIn16Bits:
+    """Mixin of layers whose weight moves between devices but keeps its dtype, cast where used."""
+
+    def _apply(self, fn, recurse=True):
+        def move(tensor):
+            moved = fn(tensor.new_empty(0))
+            return fn(tensor) if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(move, recurse)
+
+
+class StoredEmbedding(StoredIn16Bits, nn.Embedding):
+    """The embedding of a quantized model: float16 or bfloat16, its output in `compute_dtype`."""
+
+    def __init__(self, embedding: nn.Embedding):
+        sizes = embedding.num_embeddings, embedding.embedding_dim
+        super().__init__(*sizes, embedding.padding_idx, device="meta")
+        self.compute_dtype = embedding.weight.dtype
+        self.weight = narrow(embedding.weight)
+
+    def _apply(self, fn, recurse=True):
+        self.compute_dtype = fn(self.weight.new_empty(0, dtype=self.compute_dtype)).dtype
+        return super()._apply(fn, recurse)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return super().forward(input_ids).to(self.compute_dtype)
+
+
+class StoredLinear(StoredIn16Bits, nn.Linear):
+    """The output layer of a quantized model: float16 or bfloat16, cast to its input's dtype."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
+        self.weight = narrow(linear.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.dtype == self.weight.dtype:
+            return super().forward(x)
+        return ChunkedLinear.apply(x, torch.Tensor.to, self.weight)
+
+
+@dataclass(kw_only=True)
+class ChatGLMQuantizationConfig(QuantizationConfigMixin):
+    """What `quantization_config` in a config.json says.
+
+    Attributes:
+        bits: 8 or 4.
+        group_size: `None` for the official format, a scale for each row; 128 (with 4 bits) for a
+            scale for each 128 columns of a row.
+    """
+
+    bits: int
+    group_size: int | None = None
+    quant_method: str = QUANT_METHOD
+
+    def __post_init__(self):
+        if self.bits not in (4, 8):
+            raise ValueError(f"cannot quantize to {self.bits!r} bits: give 4 or 8 (0: leave as is)")
+        if self.group_size not in ((None, GROUP_SIZE) if self.bits == 4 else (None,)):
+            raise ValueError(
+                f"no group_size {self.group_size!r} with {self.bits} bits: leave it out, or give "
+                f"{GROUP_SIZE} with 4 bits"
+            )
+
+
+def replace_layers(transformer: nn.Module, config: ChatGLMQuantizationConfig, empty=False):
+    """Put quantized layers into a ChatGLMModel, one by one; with `empty`, to be loaded."""
+    for block in transformer.encoder.layers:
+        for name in LINEAR_NAMES:
+            linear = block.get_submodule(name)
+            if type(linear) is not nn.Linear:
+                raise ValueError(
+                    f"{name} is a {type(linear).__name__}: quantize before adding adapters"
+                )
+            layer = QuantizedLinear.from_linear(linear, config.bits, config.group_size, empty)
+            block.set_submodule(name, layer)
+    embedding = transformer.embedding.word_embeddings
+    transformer.embedding.word_embeddings = StoredEmbedding(embedding)
+    transformer.output_layer = StoredLinear(transformer.output_layer)
+
+
+def get_quantization(model_config) -> ChatGLMQuantizationConfig | None:
+    """Return how a model's config says that it is quantized.
+
+    Raises:
+        ValueError: By another library, or `quantization_bit` was set without the rest.
+    """
+    config = getattr(model_config, "quantization_config", None)
+    if config is None:
+        if model_config.quantization_bit:
+            raise ValueError(
+                f"quantization_bit is {model_config.quantization_bit}, but there is no "
+                "quantization_config: pass that to from_pretrained, or call model.quantize()"
+            )
+        return None
+    fields = dict(config)
+    if (method := fields.get("quant_method")) != QUANT_METHOD:
+        raise ValueError(f"the model is quantized by {method}, not in ChatGLM2's format")
+    return ChatGLMQuantizationConfig(**fields)
+
+
+def quantize_model(model, bits: int, group_size: int | None = None):
+    """Quantize a loaded model in place and return it; see `ChatGLMPreTrainedModel.quantize`."""
+    if bits == 0:
+        return model
+    wanted = ChatGLMQuantizationConfig(bits=bits, group_size=group_size)
+    present = get_quantization(model.config)
+    if present is None:
+        replace_layers(model.base_model, wanted)
+        model.hf_quantizer = ChatGLMQuantizer(wanted)
+        model.is_quantized, model.quantization_method = True, QUANT_METHOD
+        model.hf_quantizer.postprocess_model(model)
+        model.tie_weights()
+    elif present.bits != bits or group_size not in (None, present.group_size):
+        raise ValueError(
+            f"the model is quantized already, with {present.bits} bits and group_size "
+            f"{present.group_size}: load the unquantized checkpoint for {bits} bits and group_size "
+            f"{group_size}"
+        )
+    else:
+        logger.info(f"The model is quantized to {bits} bits already.")
+    return model
+
+
+class QuantizeWhileLoading(ConversionOps):
+    """Turns a float weight of the checkpoint into weight and scale, before the next is read."""
+
+    def convert(self, input_dict, full_layer_name=None, model=None, **kwargs):
+        (value,) = input_dict.values()
+        weight = value[0] if isinstance(value, list) else value
+        layer = model.get_submodule(full_layer_name.rpartition(".")[0])
+        levels, scale = layer.quantize(weight)
+        return {full_layer_name: levels, f"{full_layer_name}_scale": scale}
+
+
+class ChatGLMQuantizer(HfQuantizer):
+    """transformers' hook for loading quantized checkpoints, and for quantizing while loading.
+
+    The first copy of this file that is imported serves all: it asks a model for nothing but its
+    modules' names, and gives it layers of its own.
+    """
+
+    def _process_model_before_weight_loading(self, model, **kwargs):
+        if not self.pre_quantized:  # else the model has made the layers itself
+            replace_layers(model.base_model, self.quantization_config, empty=True)
+
+    def _process_model_after_weight_loading(self, model, **kwargs):
+        model.config.quantization_bit = self.quantization_config.bits
+        transformer = model.base_model
+        transformer.embedding.word_embeddings.requires_grad_(False)
+        transformer.output_layer.requires_grad_(False)
+        for block in transformer.encoder.layers:
+            for name in LINEAR_NAMES:
+                block.get_submodule(name).weight_scale.requires_grad_(False)
+        return model
+
+    def param_needs_quantization(self, model, param_name, **kwargs) -> bool:
+        module, _, name = param_name.rpartition(".")
+        is_quantized = hasattr(model.get_submodule(module), "weight_scale")
+        return is_quantized and name == "weight" and not self.pre_quantized
+
+    def get_quantize_ops(self):
+        return QuantizeWhileLoading()
+
+    def get_new_dtype(self, converter, param, dtype):
+        new_dtype = super().get_new_dtype(converter, param, dtype)
+        if new_dtype is not None and not new_dtype.is_floating_point:
+            raise ValueError(
+                "the checkpoint's weights are not quantized, but its config says quantization_bit "
+                f"{self.quantization_config.bits}: remove that, and call model.quantize()"
+            )
+        return new_dtype
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True  # the inputs of quantized layers have gradients: adapters, P-Tuning v2
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        return True  # what Trainer asks for without PEFT; P-Tuning v2 trains a prefix only
+
+
+if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+    register_quantization_config(QUANT_METHOD)(ChatGLMQuantizationConfig)
+if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
+    register_quantizer(QUANT_METHOD)(ChatGLMQuantizer)

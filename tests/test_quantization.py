@@ -1,0 +1,510 @@
+"""Quantization against golden data of the official code, and every way to a quantized model."""
+
+import doctest
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel
+from transformers.trainer_utils import validate_quantization_for_training
+
+from chatglm2 import (
+    ChatGLMConfig,
+    ChatGLMForConditionalGeneration,
+    ChatGLMForSequenceClassification,
+    ChatGLMModel,
+    ChatGLMQuantizationConfig,
+    quantization,
+)
+from chatglm2.quantization import (
+    QuantizedLinear,
+    StoredLinear,
+    dequantize,
+    pack_int4,
+    quantize_rows,
+    unpack_int4,
+)
+
+GOLDEN = Path(__file__).parent / "golden"
+CONFIG = json.loads((GOLDEN / "tiny" / "config.json").read_text("utf-8"))
+WEIGHTS = load_file(GOLDEN / "tiny" / "model.safetensors")
+INPUTS = load_file(GOLDEN / "tiny" / "outputs.safetensors")
+OUTPUTS = load_file(GOLDEN / "quant" / "outputs.safetensors")
+META = json.loads((GOLDEN / "quant" / "meta.json").read_text("utf-8"))
+CHECKPOINTS = {
+    bits: load_file(GOLDEN / "quant" / f"int{bits}_fp16_checkpoint.safetensors") for bits in (4, 8)
+}
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+TOLERANCES = {"fp32": 1e-4, "fp16": 0.02, "bf16": 0.15}  # golden/README.md of the tiny model
+METHOD = {"quant_method": "chatglm"}
+WAYS = [{"bits": 8}, {"bits": 4}, {"bits": 4, "group_size": 128}]
+WAY_NAMES = ["int8", "int4", "g128"]
+load = ChatGLMForConditionalGeneration.from_pretrained
+
+
+def create_model(dtype=torch.float16, **config) -> ChatGLMForConditionalGeneration:
+    """Build the golden tiny model, not quantized."""
+    model = ChatGLMForConditionalGeneration(ChatGLMConfig(**{**CONFIG, **config}))
+    model.load_state_dict({k: v for k, v in WEIGHTS.items() if "inv_freq" not in k})
+    return model.to(dtype).eval()
+
+
+def write_official(folder: Path, bits: int, suffix="safetensors", **config) -> Path:
+    """Write a folder like THUDM/chatglm2-6b-int4: its config says nothing but quantization_bit."""
+    folder.mkdir(parents=True)
+    fields = {**CONFIG, "torch_dtype": "float16", "quantization_bit": bits, **config}
+    (folder / "config.json").write_text(json.dumps(fields))
+    if suffix == "bin":
+        torch.save(CHECKPOINTS[bits], folder / "pytorch_model.bin")
+    else:
+        save_file(CHECKPOINTS[bits], folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@torch.no_grad()
+def compute_logits(model) -> torch.Tensor:
+    return model(INPUTS["a.input_ids"]).logits
+
+
+def assert_close(actual, expected, tolerance):
+    torch.testing.assert_close(actual.float(), expected.float(), rtol=0, atol=tolerance)
+
+
+def assert_official(state: dict, bits: int):
+    """Check that a state dict is the official checkpoint, bit for bit."""
+    expected = {k: v for k, v in CHECKPOINTS[bits].items() if "inv_freq" not in k}
+    assert set(state) == set(expected)
+    for name, value in expected.items():
+        assert state[name].dtype == value.dtype and torch.equal(state[name], value), name
+
+
+# The format
+
+
+def test_worked_examples():
+    assert doctest.testmod(quantization).failed == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_levels_and_scales_are_the_official_ones(bits, dtype):
+    names = [x for x in OUTPUTS if x.startswith(f"{dtype}.int{bits}.") and x.endswith(".weight")]
+    assert len(names) == 2
+    for name in names:
+        weight = WEIGHTS[f"transformer.encoder.layers.{name.split('.', 2)[2]}"].to(DTYPES[dtype])
+        levels, scale = quantize_rows(weight, bits)
+        stored = pack_int4(levels) if bits == 4 else levels
+        assert scale.dtype == weight.dtype and torch.equal(scale, OUTPUTS[f"{name}_scale"])
+        differs = stored != OUTPUTS[name]
+        if (dtype, bits) == ("bf16", 8):  # where the original wraps 128 around to -128
+            assert differs.any()
+            assert (OUTPUTS[name][differs] == -128).all() and (stored[differs] == 127).all()
+            assert (weight[differs] > 0).all()
+        else:
+            assert not differs.any()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_rows_of_zeros_and_of_tiny_numbers(bits):
+    levels, scale = quantize_rows(OUTPUTS[f"edge.int{bits}.weight"], bits)
+    assert torch.equal(scale, OUTPUTS[f"edge.int{bits}.scale"])
+    expected = torch.tensor(META[f"edge.int{bits}"]["as_int8"])
+    if bits == 4:
+        expected = expected.clamp(max=7)  # the official 8 becomes -8 when it is packed
+    assert torch.equal(levels.long(), expected)
+    assert torch.isfinite(dequantize(levels, scale, 8, torch.float32)).all()
+
+
+def test_every_byte_is_unpacked_and_packed_again():
+    packed = torch.arange(-128, 128, dtype=torch.int8).view(16, 16)
+    levels = unpack_int4(packed)
+    assert levels.shape == (16, 32) and levels.min() == -8 and levels.max() == 7
+    assert torch.equal(pack_int4(levels), packed)
+    assert unpack_int4(torch.tensor([0x1F], dtype=torch.int8)).tolist() == [1, -1]
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_dequantized_weights_are_the_official_ones(bits):
+    name = "transformer.encoder.layers.0.self_attention.query_key_value.weight"
+    state = CHECKPOINTS[bits]
+    weight = dequantize(state[name], state[f"{name}_scale"], bits, torch.float32)
+    assert torch.equal(weight, OUTPUTS[f"cpu_float.int{bits}.0.qkv.dequantized"])
+
+
+@pytest.mark.parametrize("way", WAYS, ids=WAY_NAMES)
+def test_error_is_at_most_half_a_step(way):
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(256, 48)
+    layer = QuantizedLinear.from_linear(linear, way["bits"], way.get("group_size"))
+    weight = dequantize(layer.weight, layer.weight_scale, way["bits"], torch.float32)
+    scale = layer.weight_scale.reshape(48, -1)
+    steps = scale.repeat_interleave(way.get("group_size", 256), dim=1)
+    is_cut = (linear.weight / steps > 7.5) & (way.get("group_size") is not None)  # 8 becomes 7
+    limit = torch.where(is_cut, 1, 0.501)
+    assert ((weight - linear.weight).abs() <= limit * steps.abs()).all()
+    assert is_cut.float().mean() < 0.05
+    with torch.no_grad():
+        x = torch.randn(2, 3, 256)
+        assert_close(layer(x), F.linear(x, weight, linear.bias), 1e-5)
+
+
+def test_groups_are_better_than_rows():
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(512, 64)
+    errors = []
+    for group_size in (None, 128):
+        layer = QuantizedLinear.from_linear(linear, 4, group_size)
+        weight = dequantize(layer.weight, layer.weight_scale, 4, torch.float32)
+        errors.append((weight - linear.weight).norm())
+    assert layer.weight_scale.shape == (64, 4) and errors[1] < 0.95 * errors[0]
+
+
+# The layers
+
+
+@pytest.mark.parametrize("chunk_weights", [1, 5 * 64, 1 << 30])
+@pytest.mark.parametrize("way", WAYS, ids=WAY_NAMES)
+def test_gradient_of_the_input_in_chunks(way, chunk_weights, monkeypatch):
+    """As an adapter before a frozen layer needs it."""
+    monkeypatch.setattr(quantization, "CHUNK_WEIGHTS", chunk_weights)
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(128, 11, dtype=torch.float64)
+    layer = QuantizedLinear.from_linear(linear, way["bits"], way.get("group_size"))
+    x = torch.randn(2, 3, 128, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(layer, (x,))
+    weight = dequantize(layer.weight, layer.weight_scale, way["bits"], torch.float64)
+    assert_close(layer(x), F.linear(x, weight, linear.bias), 1e-12)
+    layer(x).sum().backward()
+    assert_close(x.grad, weight.sum(0).expand_as(x), 1e-6)
+    assert layer.bias.grad is not None and layer.weight.grad is layer.weight_scale.grad is None
+
+
+def test_output_layer_casts_where_used():
+    torch.manual_seed(0)
+    layer = StoredLinear(torch.nn.Linear(32, 20, bias=False))
+    x = torch.randn(3, 32, requires_grad=True)
+    expected = F.linear(x, layer.weight.float())
+    assert layer.weight.dtype == torch.float16
+    assert_close(layer(x), expected, 1e-6)
+    layer(x).square().sum().backward()
+    grad, x.grad = x.grad, None
+    expected.square().sum().backward()
+    assert_close(grad, x.grad, 1e-4)
+    assert layer(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_float_weights_are_not_kept_for_the_backward_pass():
+    layer = QuantizedLinear.from_linear(torch.nn.Linear(64, 64), 4, None)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda x: saved.append(x.dtype) or x, lambda x: x
+    ):
+        layer(torch.randn(2, 64, requires_grad=True))
+    assert saved.count(torch.int8) == 1 and len(saved) == 2  # and the scales
+
+
+def test_impossible_shapes():
+    with pytest.raises(ValueError, match=r"7 inputs cannot have 4-bit weights.*multiple of 2"):
+        QuantizedLinear(7, 4, bits=4)
+    with pytest.raises(ValueError, match=r"64 inputs cannot have 4-bit.*multiple of 128"):
+        create_model().quantize(4, group_size=128)
+
+
+# Official checkpoints
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_official_checkpoint(tmp_path, bits, suffix):
+    folder = write_official(tmp_path / "official", bits, suffix)
+    model, info = load(folder, output_loading_info=True)
+    assert not any(info[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert model.dtype == torch.float16 and not model.training
+    assert_close(compute_logits(model), OUTPUTS[f"fp16.int{bits}.logits"], TOLERANCES["fp16"])
+    assert_official(model.state_dict(), bits)
+
+    model = AutoModel.from_pretrained(folder).float()
+    assert_close(compute_logits(model), OUTPUTS[f"cpu_float.int{bits}.logits"], 1e-4)
+    inputs = {k: INPUTS[f"b.{k}"].long() for k in ("input_ids", "attention_mask", "position_ids")}
+    with torch.no_grad():
+        logits = model(**inputs).logits
+    is_token = inputs["attention_mask"].bool()
+    assert_close(logits[is_token], OUTPUTS[f"cpu_float.int{bits}.batch_logits"][is_token], 1e-4)
+    expected = META["generate"][f"cpu_float.int{bits}"]
+    ids = model.generate(INPUTS["a.input_ids"], max_length=len(expected[0]), eos_token_id=None)
+    assert ids.tolist() == expected
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_saved_checkpoint_is_the_official_one(tmp_path, bits):
+    load(write_official(tmp_path / "official", bits)).save_pretrained(tmp_path / "saved")
+    assert_official(load_file(tmp_path / "saved" / "model.safetensors"), bits)
+    fields = json.loads((tmp_path / "saved" / "config.json").read_bytes())
+    assert fields["quantization_bit"] == bits and fields["dtype"] == "float16"
+    assert fields["quantization_config"] == METHOD | {"bits": bits, "group_size": None}
+    again = load(tmp_path / "saved")
+    assert_official(again.state_dict(), bits)
+    again.float().save_pretrained(tmp_path / "float32")
+    last = load(tmp_path / "float32")
+    assert last.dtype == torch.float32
+    assert_close(compute_logits(last), OUTPUTS[f"cpu_float.int{bits}.logits"], 1e-4)
+
+
+def test_other_classes_load_it(tmp_path):
+    folder = write_official(tmp_path / "official", 4)
+    config = ChatGLMConfig.from_pretrained(folder, num_labels=3)
+    model = ChatGLMForSequenceClassification.from_pretrained(folder, config=config).float()
+    assert model(INPUTS["a.input_ids"]).logits.shape == (1, 3)
+    assert isinstance(model.transformer.encoder.layers[0].mlp.dense_4h_to_h, QuantizedLinear)
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_logits_in_low_precision(dtype):
+    model = create_model(DTYPES[dtype]).quantize(4)
+    assert compute_logits(model).dtype == DTYPES[dtype]
+    assert_close(compute_logits(model), OUTPUTS[f"{dtype}.int4.logits"], TOLERANCES[dtype])
+
+
+def test_model_made_from_a_config():
+    for model_class in (ChatGLMModel, ChatGLMForConditionalGeneration):
+        model = model_class(ChatGLMConfig(**CONFIG, quantization_bit=4), empty_init=False)
+        assert torch.isfinite(model(INPUTS["a.input_ids"])[0]).all()
+    model.half().load_state_dict(
+        {k: v for k, v in CHECKPOINTS[4].items() if "inv_freq" not in k}, strict=True
+    )
+    assert_close(compute_logits(model.float()), OUTPUTS["cpu_float.int4.logits"], 1e-4)
+
+
+# Quantizing
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantize_gives_the_official_bytes(bits):
+    model = create_model()
+    assert model.quantize(bits) is model
+    assert_official(model.state_dict(), bits)
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "fp32", "bf16"])
+@pytest.mark.parametrize("way", WAYS, ids=WAY_NAMES)
+def test_quantizing_while_loading_gives_the_same_folder(tiny_checkpoint, tmp_path, way, dtype):
+    options = {"dtype": DTYPES[dtype]}
+    load(tiny_checkpoint, **options).quantize(**way).save_pretrained(tmp_path / "a")
+    model = load(tiny_checkpoint, quantization_config=ChatGLMQuantizationConfig(**way), **options)
+    assert not any(p.requires_grad for n, p in model.named_parameters() if "scale" in n)
+    model.save_pretrained(tmp_path / "b")
+    names = sorted(file.name for file in (tmp_path / "a").iterdir())
+    assert names == sorted(file.name for file in (tmp_path / "b").iterdir())
+    for name in names:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
+    state = load(tmp_path / "a").state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_quantizing_while_loading_shards(tmp_path):
+    create_model().save_pretrained(tmp_path, max_shard_size="100KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    model = load(tmp_path, quantization_config=METHOD | {"bits": 4}, device_map="cpu")
+    assert_official(model.state_dict(), 4)
+
+
+def test_float_weights_are_dropped_one_by_one(tiny_checkpoint, monkeypatch):
+    """When a weight is quantized, those before it are int8 already."""
+    quantize, models = QuantizedLinear.quantize, []
+
+    def record(layer, weight):
+        alive = [x for x in models[0]() if not x.is_meta] if models else []
+        assert all(x.dtype == torch.int8 for x in alive if x.ndim == 2 and len(x) != 4096)
+        return quantize(layer, weight)
+
+    def convert(self, input_dict, full_layer_name=None, model=None, **kwargs):
+        models[:] = [model.parameters]
+        return original(self, input_dict, full_layer_name, model, **kwargs)
+
+    original = quantization.QuantizeWhileLoading.convert
+    monkeypatch.setattr(quantization.QuantizeWhileLoading, "convert", convert)
+    monkeypatch.setattr(QuantizedLinear, "quantize", record)
+    load(tiny_checkpoint, quantization_config=METHOD | {"bits": 8})
+    assert models
+
+
+@pytest.mark.parametrize("way", WAYS[1:], ids=WAY_NAMES[1:])
+def test_weights_are_mapped_and_not_copied(tiny_checkpoint, tmp_path, way):
+    load(tiny_checkpoint).quantize(**way).save_pretrained(tmp_path)
+    model = load(tmp_path).float()
+    regions = [
+        [int(x, 16) for x in line.split()[0].split("-")]
+        for line in Path("/proc/self/maps").read_text().splitlines()
+        if str(tmp_path) in line
+    ]
+    for name in ("transformer.embedding.word_embeddings.weight", "transformer.output_layer.weight"):
+        address = model.get_parameter(name).data_ptr()
+        assert any(start <= address < end for start, end in regions)
+
+
+def test_quantized_model_stays(caplog):
+    model = create_model().quantize(4)
+    state = model.state_dict()
+    logger = logging.getLogger("chatglm2.quantization")
+    logger.addHandler(caplog.handler)
+    try:
+        with caplog.at_level(logging.INFO, logger=logger.name):
+            assert model.quantize(4) is model and model.quantize(0) is model
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert "quantized to 4 bits already" in caplog.text
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    with pytest.raises(ValueError, match="already, with 4 bits and group_size None: load the un"):
+        model.quantize(8)
+    with pytest.raises(ValueError, match="for 4 bits and group_size 128"):
+        model.quantize(4, group_size=128)
+
+
+def test_quantize_of_a_loaded_checkpoint(tmp_path):
+    model = load(write_official(tmp_path / "official", 4))
+    assert model.quantize(4) is model
+    with pytest.raises(ValueError, match="quantized already, with 4 bits"):
+        model.quantize(8)
+
+
+def test_group_wise_model_is_a_4_bit_model(tiny_checkpoint):
+    model = load(tiny_checkpoint).quantize(4, group_size=128)
+    assert model.quantize(4) is model and model.config.quantization_config.group_size == 128
+
+
+def test_values_that_are_refused():
+    model = create_model()
+    assert model.quantize(0) is model
+    for bits in (2, 16, -4, None, "4"):
+        with pytest.raises(ValueError, match=r"cannot quantize to .* bits: give 4 or 8"):
+            model.quantize(bits)
+    for bits, group_size in ((4, 64), (4, 0), (8, 128)):
+        with pytest.raises(ValueError, match=f"no group_size {group_size} with {bits} bits"):
+            model.quantize(bits, group_size)
+    assert model.config.quantization_bit == 0 and not hasattr(model.config, "quantization_config")
+    assert_close(compute_logits(model.float()), INPUTS["a.logits"], 1e-4)
+
+
+def test_contradicting_configs_are_told(tmp_path):
+    for bits in (4, 8):
+        folder = tmp_path / str(bits)
+        create_model().save_pretrained(folder)
+        with pytest.raises(ValueError, match=r"quantization_bit|not quantized"):
+            load(folder, quantization_bit=bits)
+        fields = json.loads((folder / "config.json").read_bytes()) | {"quantization_bit": bits}
+        (folder / "config.json").write_text(json.dumps(fields))
+        with pytest.raises(ValueError, match=rf"are not quantized, but.*quantization_bit {bits}"):
+            load(folder)
+    config = ChatGLMConfig(**CONFIG)
+    config.quantization_bit = 4
+    with pytest.raises(ValueError, match="there is no quantization_config"):
+        ChatGLMForConditionalGeneration(config)
+    model = create_model()
+    model.config.quantization_config = {"quant_method": "gptq"}
+    with pytest.raises(ValueError, match="quantized by gptq"):
+        model.quantize(4)
+    adapted = create_model()
+    mlp = adapted.transformer.encoder.layers[0].mlp
+    mlp.dense_4h_to_h = torch.nn.Sequential(mlp.dense_4h_to_h)
+    with pytest.raises(ValueError, match="dense_4h_to_h is a Sequential: quantize before"):
+        adapted.quantize(4)
+
+
+# dtype and device
+
+
+@pytest.mark.parametrize("is_loaded", [False, True], ids=["quantized", "loaded"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_conversions_in_either_order(tmp_path, is_loaded, dtype):
+    convert = {"fp32": "float", "fp16": "half", "bf16": "bfloat16"}[dtype]
+    model = load(write_official(tmp_path / "x", 4)) if is_loaded else create_model().quantize(4)
+    assert getattr(model, convert)() is model
+    assert model.dtype == DTYPES[dtype]
+    for name, parameter in model.named_parameters():
+        is_stored = "word_embeddings" in name or "output_layer" in name
+        is_packed = parameter.ndim == 2 and not is_stored
+        kept = torch.int8 if is_packed else torch.float16 if is_stored else DTYPES[dtype]
+        assert parameter.dtype == kept, name
+    logits = compute_logits(model)
+    assert logits.dtype == DTYPES[dtype]
+    reference = OUTPUTS["cpu_float.int4.logits"]
+    assert_close(logits, reference, {"fp32": 1e-4, "fp16": 0.05, "bf16": 1.5}[dtype])
+    if dtype != "bf16":
+        assert_official(model.half().state_dict(), 4)
+    other = getattr(create_model(), convert)().quantize(4)
+    assert other.dtype == DTYPES[dtype] and compute_logits(other).dtype == DTYPES[dtype]
+    assert other.get_input_embeddings().weight.dtype.itemsize == 2
+
+
+def test_conversion_by_to_and_to_another_device():
+    model = create_model().quantize(4).to("meta", torch.float32)
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+    assert model.dtype == torch.float32
+    assert model(torch.ones(1, 3, dtype=torch.long, device="meta")).logits.dtype == torch.float32
+    model.to_empty(device="cpu")
+    assert model.get_input_embeddings().weight.dtype == torch.float16
+
+
+def test_unquantized_model_converts_as_before():
+    model = create_model()
+    assert model.float() is model and model.dtype == torch.float32
+    assert model.get_input_embeddings().weight.dtype == torch.float32
+    assert model.half().dtype == torch.float16
+
+
+def test_tied_weights_stay_tied():
+    model = create_model(torch.float32, tie_word_embeddings=True).quantize(8)
+    assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
+
+
+# Use
+
+
+@pytest.mark.parametrize("way", WAYS, ids=WAY_NAMES)
+def test_chat(tiny_checkpoint, tiny_tokenizer, tmp_path, way):
+    model = load(tiny_checkpoint).quantize(**way).float()
+    greedy = {"do_sample": False, "max_new_tokens": 8}
+    response, history = model.chat(tiny_tokenizer, "你好", **greedy)
+    assert response and history == [("你好", response)]
+    streamed = list(model.stream_chat(tiny_tokenizer, "你好", **greedy))
+    assert streamed[-1] == (response, history)
+    model.half().save_pretrained(tmp_path)
+    assert load(tmp_path).float().chat(tiny_tokenizer, "你好", **greedy)[0] == response
+
+
+def test_quality_on_the_bundled_checkpoint(tiny_checkpoint, tiny_model, tiny_tokenizer):
+    inputs = tiny_tokenizer(["[Round 1]\n\n问：你好\n\n答：你好！"], return_tensors="pt")
+    divergences = []
+    with torch.no_grad():
+        expected = tiny_model(**inputs).logits.log_softmax(-1)
+        for way in WAYS:
+            logits = load(tiny_checkpoint).quantize(**way).float()(**inputs).logits
+            divergence = F.kl_div(
+                logits.log_softmax(-1), expected, reduction="sum", log_target=True
+            )
+            divergences.append(divergence / len(expected[0]))
+    int8, int4, groups = divergences
+    assert int8 < groups < int4
+
+
+def test_training_on_a_quantized_model(tmp_path):
+    """P-Tuning v2: only the prefix is trained, through the quantized layers."""
+    folder = write_official(tmp_path / "official", 4, pre_seq_len=5)
+    model = load(folder).float()
+    validate_quantization_for_training(model)  # what Trainer asks
+    model.requires_grad_(False)
+    prefix = model.transformer.prefix_encoder.embedding.weight.requires_grad_(True)
+    torch.manual_seed(0)
+    torch.nn.init.normal_(prefix)
+    ids = INPUTS["a.input_ids"]
+    loss = model(ids, labels=ids).loss
+    loss.backward()
+    assert prefix.grad.abs().sum() > 0
+    before = loss.item()
+    with torch.no_grad():
+        prefix -= 0.05 * prefix.grad
+    assert model(ids, labels=ids).loss.item() < before
