@@ -95,11 +95,11 @@ def load_as_remote_code(work):
     import torch
     import transformers
 
-    def load(name, auto_class="AutoModel"):
+    def load(name, auto_class="AutoModel", **more):
         options = {"trust_remote_code": True}
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, **options)
-        auto_class = getattr(transformers, auto_class)
-        return auto_class.from_pretrained(name, dtype=torch.float32, **options).eval(), tokenizer
+        options |= {"dtype": torch.float32, **more}
+        return getattr(transformers, auto_class).from_pretrained(name, **options), tokenizer
 
     def describe(model, tokenizer):
         module = sys.modules[type(model).__module__]
@@ -119,6 +119,13 @@ def load_as_remote_code(work):
         part.save_pretrained(work / "saved again")
     results["saved again"] = describe(*load(work / "saved again"))
     results["first, still"] = describe(*first)
+    results["int4"] = describe(*load(work / "int4"))
+    quantization = {"quant_method": "chatglm", "bits": 8}
+    quantized = load(work / "second" / "checkpoint", quantization_config=quantization)
+    results["int8"] = describe(*quantized)
+    for part in quantized:
+        part.save_pretrained(work / "int8 saved")
+    results["int8 saved"] = describe(*load(work / "int8 saved"))
     results["classes"] = {
         name: type(load(work / "first" / "checkpoint", name)[0]).__name__
         for name in ("AutoModelForSeq2SeqLM", "AutoModelForSequenceClassification")
@@ -179,6 +186,16 @@ def write_shards(folder: Path, weights: dict[str, torch.Tensor]):
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
 
 
+def write_int4(folder: Path, source: Path):
+    """Write an INT4 checkpoint as the official one is: `.bin`, only quantization_bit."""
+    config = CONFIG | {"quantization_bit": 4, "torch_dtype": "float16"}
+    write_data(folder, (source / "tokenizer.model").read_bytes(), config)
+    model = chatglm2.ChatGLMForConditionalGeneration.from_pretrained(source, dtype=torch.float16)
+    write_shards(folder, model.quantize(4).state_dict())
+    for file in refresh.CODE_FILES:
+        shutil.copy(file, folder)
+
+
 def poison(folder: Path, marker: Path):
     """Write code files that leave `marker` when they are executed."""
     for name in (*CODE_NAMES, "__init__.py"):
@@ -229,6 +246,7 @@ def work(tmp_path_factory, tiny_checkpoint) -> Path:
     refresh.main([str(second)])
     with open(second / "modeling_chatglm.py", "a") as file:
         file.write('\nORIGIN = "second"\n')
+    write_int4(work / "int4", first)
 
     shutil.copytree(tiny_checkpoint, work / "bundled" / "checkpoint")
     refresh.main([str(work / "bundled" / "checkpoint")])
@@ -264,27 +282,30 @@ def remote(work) -> dict:
     return json.loads((work / "results.json").read_text())
 
 
-def probe_package(folder: Path) -> dict:
+def probe_package(folder: Path, bits: int = 0) -> dict:
     """Return what the package itself computes with a folder's weights and vocabulary."""
     model = chatglm2.ChatGLMForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
-    results = probe(model.eval(), chatglm2.ChatGLMTokenizer.from_pretrained(folder))
+    results = probe(model.quantize(bits), chatglm2.ChatGLMTokenizer.from_pretrained(folder))
     return json.loads(json.dumps(results))
 
 
 @pytest.mark.parametrize(
-    ("name", "source"),
+    ("name", "source", "bits"),
     [
-        ("first", "first"),
-        ("second", "second"),
-        ("hub", "second"),
-        ("bundled", "bundled"),
-        ("saved", "first"),
-        ("saved again", "first"),
-        ("first, still", "first"),
+        ("first", "first/checkpoint", 0),
+        ("second", "second/checkpoint", 0),
+        ("hub", "second/checkpoint", 0),
+        ("bundled", "bundled/checkpoint", 0),
+        ("saved", "first/checkpoint", 0),
+        ("saved again", "first/checkpoint", 0),
+        ("first, still", "first/checkpoint", 0),
+        ("int4", "int4", 0),
+        ("int8", "second/checkpoint", 8),
+        ("int8 saved", "second/checkpoint", 8),
     ],
 )
-def test_remote_code_computes_what_the_package_does(work, remote, name, source):
-    expected, result = probe_package(work / source / "checkpoint"), remote[name]
+def test_remote_code_computes_what_the_package_does(work, remote, name, source, bits):
+    expected, result = probe_package(work / source, bits), remote[name]
     assert all(module.startswith("transformers_modules.") for module in result["modules"])
     logits, expected_logits = (torch.tensor(x["logits"]) for x in (result, expected))
     torch.testing.assert_close(logits, expected_logits, rtol=0, atol=1e-5)
@@ -300,6 +321,13 @@ def test_two_folders_in_one_process(work, remote):
     assert remote["first"]["modules"] != remote["second"]["modules"]
     origins = [remote[name]["origin"] for name in ("first", "second", "first, still")]
     assert origins == [None, "second", None]
+
+
+def test_quantized_folders_say_so(work):
+    fields = json.loads((work / "int8 saved" / "config.json").read_bytes())
+    assert fields["quantization_bit"] == fields["quantization_config"]["bits"] == 8
+    assert (work / "int8 saved" / "quantization.py").exists()
+    assert "quantization_config" not in json.loads((work / "int4" / "config.json").read_bytes())
 
 
 def test_old_code_is_not_executed(work, remote):
