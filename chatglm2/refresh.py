@@ -25,13 +25,12 @@ from .configuration_chatglm import AUTO_MAP
 BACKUP = ".before_refresh"
 STAGING = ".before_refresh.tmp"  # holds what is not complete yet, or not needed any more
 PACKAGE = Path(__file__).parent
-CODE_FILES = sorted([*PACKAGE.glob("*_chatglm.py"), *PACKAGE.glob("quantization.py")])
+CODE_FILES = sorted([*PACKAGE.glob("*_chatglm.py"), PACKAGE / "quantization.py"])
 AUTO_MAPS = {
     "config.json": AUTO_MAP,
     "tokenizer_config.json": {"AutoTokenizer": ["tokenization_chatglm.ChatGLMTokenizer", None]},
 }
-# The original's quantization.py is one of them even while this package has none.
-MANAGED = sorted({file.name for file in CODE_FILES} | {"quantization.py"} | set(AUTO_MAPS))
+MANAGED = sorted({file.name for file in CODE_FILES} | set(AUTO_MAPS))
 
 
 def read_json(path: Path) -> dict:

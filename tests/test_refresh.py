@@ -136,19 +136,6 @@ def test_folder_without_code(tmp_path):
     assert read_files(folder) == old
 
 
-def test_code_that_this_package_lacks_is_only_in_the_backup(tmp_path, monkeypatch):
-    code_files = [file for file in refresh.CODE_FILES if file.name != "quantization.py"]
-    monkeypatch.setattr(refresh, "CODE_FILES", code_files)
-    folder = write_checkpoint(tmp_path / "model")
-    old = read_files(folder)
-    refresh.main([str(folder)])
-    assert not (folder / "quantization.py").exists()
-    backup = (folder / ".before_refresh" / "quantization.py").read_bytes()
-    assert backup == old["quantization.py"]
-    refresh.main([str(folder), "--undo"])
-    assert read_files(folder) == old
-
-
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
