@@ -25,6 +25,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from chatglm2 import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMTokenizer
 from chatglm2.modeling_chatglm import find_weight_files
+from chatglm2.quantization import ChatGLMQuantizationConfig, get_quantization
 
 ROOT = Path(__file__).resolve().parent
 DEFAULT_MODEL = "THUDM/chatglm2-6b"
@@ -69,6 +70,12 @@ def add_model_arguments(parser: argparse.ArgumentParser):
         choices=["auto", *DTYPES],
         help="auto (default): the checkpoint's own on a GPU, float32 on a CPU",
     )
+    parser.add_argument(
+        "--quantize",
+        type=int,
+        choices=[4, 8],
+        help="round the weights to so many bits while loading (default: as in the checkpoint)",
+    )
     parser.add_argument("--threads", type=number(int, 1), help="CPU threads (default: PyTorch's)")
 
 
@@ -89,44 +96,56 @@ def load_model(args: argparse.Namespace):
     revision = {} if hub_info is None else {"revision": args.revision or "main"}
     try:
         config = read_config(source, **revision)
+        bits = choose_bits(args.model, args.quantize, config)
         device, dtype, reason = choose_device_and_dtype(args.device, args.dtype, config.dtype)
-        print(f"{args.model}: {device}, {name_of(dtype)}: {reason}", file=sys.stderr)
-        check_memory(args.model, count_parameters(config), device, dtype)
+        print(f"{args.model}: {device}, {name_of(dtype, bits)}: {reason}", file=sys.stderr)
+        check_memory(args.model, config, device, dtype, bits)
         if hub_info is not None:
             check_disk(args.model, hub_info)
         tokenizer = ChatGLMTokenizer.from_pretrained(source, **revision)
-        return tokenizer, load_weights(source, config, device, dtype, **revision)
+        return tokenizer, load_weights(source, config, device, dtype, bits, **revision)
     except (OSError, ValueError, HTTPError, RuntimeError) as error:
         raise SystemExit(f"{args.model}: {one_line(error)}") from error
 
 
 def load_weights(
-    source, config: ChatGLMConfig, device: torch.device, dtype: torch.dtype, **revision
+    source, config: ChatGLMConfig, device: torch.device, dtype: torch.dtype, bits: int, **revision
 ):
+    """Load the model, quantized to `bits` (0: not).
+
+    A quantized one is loaded in the checkpoint's dtype: levels and scales are then the official
+    ones, and on a CPU embedding and output layer stay mapped from the file.
+    """
+    quantization = {}
+    if bits and not config.quantization_bit:
+        quantization = {"quantization_config": ChatGLMQuantizationConfig(bits=bits)}
     model, loading = ChatGLMForConditionalGeneration.from_pretrained(
         source,
         config=config,
-        dtype=dtype,
+        dtype=(config.dtype or torch.float16) if bits else dtype,
         device=None if device.type == "cpu" else device,
         ignore_mismatched_sizes=True,  # refused below, with a tensor's name
         output_loading_info=True,
+        **quantization,
         **revision,
     )
     unusable = {*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])}
+    unusable |= {key for key in loading["unexpected_keys"] if key.endswith("weight_scale")}
     if unusable:
         raise SystemExit(
             f"{source}: the weights do not belong to config.json: {len(unusable)} tensors are "
-            f"missing or have another shape, among them {min(unusable)}; download both again."
+            f"missing, unknown or of another shape, among them {min(unusable)}; download both "
+            "again."
         )
-    return model
+    return model.to(dtype)
 
 
 def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def name_of(dtype: torch.dtype, bits=0) -> str:
+    return str(dtype).removeprefix("torch.") + (f" with INT{bits} weights" if bits else "")
 
 
 def gigabytes(size: float) -> str:
@@ -242,15 +261,28 @@ def read_config(source, **revision) -> ChatGLMConfig:
             f"{source} is a model of type {fields.get('model_type')!r}: this program runs ChatGLM2 "
             "models (model_type 'chatglm')."
         )
-    if bits := fields.get("quantization_bit"):
-        raise SystemExit(
-            f"{source} is quantized to {bits} bits, which this version does not support yet: take "
-            f"the checkpoint that is not quantized ({DEFAULT_MODEL})."
-        )
     return ChatGLMConfig.from_dict(fields)
 
 
-# Where and how: device, dtype, memory, disk.
+# Where and how: quantization, device, dtype, memory, disk.
+
+
+def choose_bits(model: str, wanted: int | None, config: ChatGLMConfig) -> int:
+    """Return the bits of the weights: the checkpoint's, else what was asked for, else 0.
+
+    Raises:
+        SystemExit: The checkpoint is quantized to other bits than was asked for.
+        ValueError: It is quantized by another library.
+    """
+    present = get_quantization(config)
+    if present is None:
+        return wanted or 0
+    if wanted not in (None, present.bits):
+        raise SystemExit(
+            f"--quantize {wanted}: {model} is quantized to {present.bits} bits already: leave it "
+            f"out, or take a checkpoint that is not quantized ({DEFAULT_MODEL})."
+        )
+    return present.bits
 
 
 def choose_device_and_dtype(
@@ -296,26 +328,38 @@ def choose_device(device: str) -> tuple[torch.device, str]:
     return chosen, "the device was asked for"
 
 
-def count_parameters(config: ChatGLMConfig) -> int:
+def count_weight_bytes(config: ChatGLMConfig, dtype: torch.dtype, bits: int) -> int:
+    """Return the size of a loaded model, from its shapes alone."""
+    if bits and not config.quantization_bit:
+        config = ChatGLMConfig.from_dict({**config.to_dict(), "quantization_bit": bits})
     with torch.device("meta"):
-        return sum(p.numel() for p in ChatGLMForConditionalGeneration(config).parameters())
+        model = ChatGLMForConditionalGeneration(config).to(dtype)
+    return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
-def check_memory(model: str, num_parameters: int, device: torch.device, dtype: torch.dtype):
+def check_memory(
+    model: str, config: ChatGLMConfig, device: torch.device, dtype: torch.dtype, bits: int
+):
     """Stop before loading what cannot fit; where free memory cannot be read, go on."""
-    needed = num_parameters * dtype.itemsize * MEMORY_MARGIN
-    free = get_free_memory(device)
+
+    def need(dtype, bits):
+        return count_weight_bytes(config, dtype, bits) * MEMORY_MARGIN
+
+    free, needed = get_free_memory(device), need(dtype, bits)
     if free is None or needed <= free:
         return
-    steps = [
-        "a machine with more memory",
-        "the bundled checkpoint (--model resources/chatglm2-tiny)",
-    ]
-    if dtype == torch.float32 and needed / 2 <= free:
-        steps.insert(0, f"--dtype bfloat16 (needs {gigabytes(needed / 2)})")
+    smaller = {}
+    if dtype == torch.float32 and not bits:
+        smaller["--dtype bfloat16"] = need(torch.bfloat16, 0)
+    if bits != 4 and not config.quantization_bit:
+        smaller["--quantize 4"] = need(dtype, 4)
+    fitting = {option: size for option, size in smaller.items() if size <= free}
+    steps = [f"{option} (needs {gigabytes(size)})" for option, size in fitting.items()]
+    steps += ["a machine with more memory"]
+    steps += ["the bundled checkpoint (--model resources/chatglm2-tiny)"]
     raise SystemExit(
-        f"{model} needs {gigabytes(needed)} for {name_of(dtype)} on {device}, {gigabytes(free)} "
-        f"free: take {', or '.join(steps)}."
+        f"{model} needs {gigabytes(needed)} for {name_of(dtype, bits)} on {device}, "
+        f"{gigabytes(free)} free: take {', or '.join(steps)}."
     )
 
 

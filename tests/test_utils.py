@@ -20,6 +20,7 @@ from huggingface_hub import constants
 
 import utils
 from chatglm2 import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMTokenizer
+from chatglm2.quantization import QuantizedLinear, get_quantization
 
 ROOT = Path(__file__).parent.parent
 CONFIG_6B = {
@@ -105,6 +106,48 @@ def test_dtype_is_honoured(tiny_checkpoint):
     assert model.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantize_while_loading(tiny_checkpoint, capsys, bits):
+    _, model = utils.load_model(parse("--model", str(tiny_checkpoint), "--quantize", str(bits)))
+    assert f"cpu, float32 with INT{bits} weights: " in capsys.readouterr().err
+    layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+    assert len(layers) == 16 and {layer.bits for layer in layers} == {bits}
+    assert model.dtype == torch.float32
+    assert model.get_input_embeddings().weight.dtype == torch.float16
+    from_float16 = ChatGLMForConditionalGeneration.from_pretrained(tiny_checkpoint).quantize(bits)
+    for name, value in from_float16.float().state_dict().items():
+        assert torch.equal(model.get_parameter(name), value), name
+
+
+@pytest.fixture(scope="module")
+def int4_checkpoint(tiny_checkpoint, tiny_tokenizer, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("int4")
+    model = ChatGLMForConditionalGeneration.from_pretrained(tiny_checkpoint).quantize(4)
+    model.save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("argv", [[], ["--quantize", "4"]])
+def test_quantized_checkpoint(int4_checkpoint, capsys, argv):
+    argv = ["--model", str(int4_checkpoint), "--dtype", "bfloat16", *argv]
+    tokenizer, model = utils.load_model(parse(*argv))
+    assert "cpu, bfloat16 with INT4 weights: " in capsys.readouterr().err
+    assert (model.dtype, get_quantization(model.config).bits) == (torch.bfloat16, 4)
+    assert model.chat(tokenizer, "你好", do_sample=False, max_new_tokens=4)[0]
+
+
+def test_quantized_checkpoint_and_other_bits(int4_checkpoint):
+    line = fail_to_load("--model", str(int4_checkpoint), "--quantize", "8")
+    assert line.startswith(f"--quantize 8: {int4_checkpoint} is quantized to 4 bits already: ")
+
+
+def test_quantized_weights_whose_config_does_not_say_so(int4_checkpoint, tmp_path):
+    folder = shutil.copytree(int4_checkpoint, tmp_path / "checkpoint")
+    change_config(folder, quantization_bit=0, quantization_config=None)
+    assert "the weights do not belong to config.json" in fail_to_load("--model", str(folder))
+
+
 def test_relative_path_below_the_repository(tiny_checkpoint, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     name = str(tiny_checkpoint.relative_to(ROOT))
@@ -167,7 +210,8 @@ def test_missing_shard(checkpoint):
     ("fields", "expected"),
     [
         ({"model_type": "llama"}, "is a model of type 'llama'"),
-        ({"quantization_bit": 4}, "is quantized to 4 bits, which this version does not support"),
+        ({"quantization_bit": 4}, "weights are not quantized, but its config says"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "the model is quantized by gptq"),
         ({"ffn_hidden_size": 64}, "the weights do not belong to config.json: 8 tensors"),
         ({"num_layers": 5}, "transformer.encoder.layers.4.input_layernorm.weight"),
     ],
@@ -392,31 +436,56 @@ def test_absent_gpu(monkeypatch):
 # Memory and disk.
 
 
-def test_the_official_model_is_counted():
-    assert utils.count_parameters(ChatGLMConfig(**CONFIG_6B)) == 6_243_584_000
+@pytest.mark.parametrize(
+    ("dtype", "bits", "expected"),
+    [
+        (torch.float32, 0, 4 * 6_243_584_000),
+        (torch.float16, 0, 2 * 6_243_584_000),
+        (torch.float16, 8, 6_778_873_856),
+        (torch.float16, 4, 3_923_601_408),
+    ],
+)
+def test_the_official_model_is_counted(dtype, bits, expected):
+    config = ChatGLMConfig(**CONFIG_6B)
+    assert utils.count_weight_bytes(config, dtype, bits) == expected
+    if bits:
+        config = ChatGLMConfig(**CONFIG_6B, quantization_bit=bits)
+        assert utils.count_weight_bytes(config, dtype, bits) == expected
 
 
 @pytest.mark.parametrize(
-    ("free", "dtype", "expected"),
+    ("free", "dtype", "bits", "expected"),
     [
-        (16e9, torch.float32, "needs 25.5 GB for float32 on cpu, 16.0 GB free: take --dtype bf"),
-        (12e9, torch.float32, "12.0 GB free: take a machine with more memory, or the bundled"),
-        (12e9, torch.bfloat16, "needs 12.7 GB for bfloat16 on cpu, 12.0 GB free"),
+        (
+            *(16e9, torch.float32, 0),
+            "needs 25.5 GB for float32 on cpu, 16.0 GB free: take --dtype bfloat16 (needs 12.7 GB),"
+            " or --quantize 4 (needs 4.0 GB), or a machine with more memory, or the bundled",
+        ),
+        (12e9, torch.float32, 0, "12.0 GB free: take --quantize 4 (needs 4.0 GB), or a machine"),
+        (12e9, torch.bfloat16, 0, "needs 12.7 GB for bfloat16 on cpu, 12.0 GB free: take --quan"),
+        (6e9, torch.float16, 8, "6.9 GB for float16 with INT8 weights on cpu, 6.0 GB free: take -"),
+        (3e9, torch.float32, 4, "4.0 GB for float32 with INT4 weights on cpu, 3.0 GB free: take a"),
+        (3e9, torch.float32, 0, "25.5 GB for float32 on cpu, 3.0 GB free: take a machine"),
     ],
 )
-def test_too_little_memory(monkeypatch, free, dtype, expected):
+def test_too_little_memory(monkeypatch, free, dtype, bits, expected):
     monkeypatch.setattr(utils, "get_free_memory", lambda device: free)
-    args = ("THUDM/chatglm2-6b", 6_243_584_000, torch.device("cpu"), dtype)
-    expected = (
-        expected.replace("bf", "bfloat16 (needs 12.7 GB)") if "25.5" in expected else expected
-    )
-    assert expected in fail(utils.check_memory, *args)
+    config, cpu = ChatGLMConfig(**CONFIG_6B), torch.device("cpu")
+    assert expected in fail(utils.check_memory, "THUDM/chatglm2-6b", config, cpu, dtype, bits)
 
 
-@pytest.mark.parametrize("free", [26e9, None])
-def test_enough_or_unknown_memory(monkeypatch, free):
+def test_a_quantized_checkpoint_cannot_be_quantized_further(monkeypatch):
+    monkeypatch.setattr(utils, "get_free_memory", lambda device: 5e9)
+    config = ChatGLMConfig(**CONFIG_6B, quantization_bit=8)
+    line = fail(utils.check_memory, "me/int8", config, torch.device("cpu"), torch.float16, 8)
+    assert "needs 6.9 GB" in line and "--quantize" not in line
+
+
+@pytest.mark.parametrize(("free", "bits"), [(26e9, 0), (4.1e9, 4), (None, 0)])
+def test_enough_or_unknown_memory(monkeypatch, free, bits):
     monkeypatch.setattr(utils, "get_free_memory", lambda device: free)
-    utils.check_memory("model", 6_243_584_000, torch.device("cpu"), torch.float32)
+    cpu = torch.device("cpu")
+    utils.check_memory("model", ChatGLMConfig(**CONFIG_6B), cpu, torch.float32, bits)
 
 
 def test_memory_is_checked_before_loading(checkpoint, monkeypatch):
