@@ -24,6 +24,7 @@ from transformers import (
     GradientCheckpointingLayer,
     LogitsProcessor,
     LogitsProcessorList,
+    PreTrainedConfig,
     PreTrainedModel,
     StoppingCriteria,
     StoppingCriteriaList,
@@ -41,7 +42,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import can_return_tuple, logging
 
 from .configuration_chatglm import ChatGLMConfig
-from .quantization import get_quantization, quantize_model, replace_layers
+from .quantization import get_quantization, is_quantized_so, quantize_model, replace_layers
 
 logger = logging.get_logger(__name__)
 
@@ -538,6 +539,7 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
         Raises:
             OSError: The folder has no config.json, or a weight file is missing, a Git LFS pointer,
                 or truncated.
+            ValueError: It is quantized already in another way than `quantization_config` says.
         """
         folder = Path(pretrained_model_name_or_path or "", kwargs.get("subfolder", ""))
         if pretrained_model_name_or_path and folder.is_dir():
@@ -548,6 +550,13 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
                     check_weight_file(file)
         if device is not None:
             kwargs.setdefault("device_map", {"": device})
+        if kwargs.get("quantization_config") is not None:
+            config = kwargs.get("config") or pretrained_model_name_or_path
+            if not isinstance(config, PreTrainedConfig):
+                others = {k: v for k, v in kwargs.items() if k != "quantization_config"}
+                config = cls.config_class.from_pretrained(config, **others)
+            if is_quantized_so(config, kwargs["quantization_config"]):
+                del kwargs["quantization_config"]  # the library would warn
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.base_model.freeze_for_prefix()  # the loader makes every parameter trainable

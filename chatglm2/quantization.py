@@ -290,26 +290,38 @@ def get_quantization(model_config) -> ChatGLMQuantizationConfig | None:
     return ChatGLMQuantizationConfig(**fields)
 
 
-def quantize_model(model, bits: int, group_size: int | None = None):
-    """Quantize a loaded model in place and return it; see `ChatGLMPreTrainedModel.quantize`."""
-    if bits == 0:
-        return model
-    wanted = ChatGLMQuantizationConfig(bits=bits, group_size=group_size)
-    present = get_quantization(model.config)
-    if present is None:
-        replace_layers(model.base_model, wanted)
-        model.hf_quantizer = ChatGLMQuantizer(wanted)
-        model.is_quantized, model.quantization_method = True, QUANT_METHOD
-        model.hf_quantizer.postprocess_model(model)
-        model.tie_weights()
-    elif present.bits != bits or group_size not in (None, present.group_size):
+def is_quantized_so(model_config, wanted) -> bool:
+    """Whether a model is quantized as wanted; False if it is not, or that is of another library.
+
+    Raises:
+        ValueError: It is quantized in another way.
+    """
+    present, fields = get_quantization(model_config), dict(wanted)
+    if present is None or fields.get("quant_method", QUANT_METHOD) != QUANT_METHOD:
+        return False
+    bits, group_size = fields.get("bits"), fields.get("group_size")
+    if present.bits != bits or group_size not in (None, present.group_size):
         raise ValueError(
             f"the model is quantized already, with {present.bits} bits and group_size "
             f"{present.group_size}: load the unquantized checkpoint for {bits} bits and group_size "
             f"{group_size}"
         )
-    else:
+    return True
+
+
+def quantize_model(model, bits: int, group_size: int | None = None):
+    """Quantize a loaded model in place and return it; see `ChatGLMPreTrainedModel.quantize`."""
+    if bits == 0:
+        return model
+    wanted = ChatGLMQuantizationConfig(bits=bits, group_size=group_size)
+    if is_quantized_so(model.config, wanted):
         logger.info(f"The model is quantized to {bits} bits already.")
+        return model
+    replace_layers(model.base_model, wanted)
+    model.hf_quantizer = ChatGLMQuantizer(wanted)
+    model.is_quantized, model.quantization_method = True, QUANT_METHOD
+    model.hf_quantizer.postprocess_model(model)
+    model.tie_weights()
     return model
 
 

@@ -371,6 +371,20 @@ def test_quantize_of_a_loaded_checkpoint(tmp_path):
         model.quantize(8)
 
 
+def test_quantization_config_for_a_quantized_checkpoint(tmp_path, recwarn):
+    folder = write_official(tmp_path / "official", 4)
+    for wanted in (METHOD | {"bits": 4}, ChatGLMQuantizationConfig(bits=4)):
+        for load_model in (load, AutoModel.from_pretrained):
+            assert_official(load_model(folder, quantization_config=wanted).state_dict(), 4)
+    config = ChatGLMConfig.from_pretrained(folder)
+    for wanted in ({"bits": 8}, {"bits": 4, "group_size": 128}):
+        expected = f"with 4 bits and group_size None: load .* for {wanted['bits']} bits"
+        for options in ({}, {"config": config}, {"config": str(folder)}):
+            with pytest.raises(ValueError, match=expected):
+                load(folder, quantization_config=METHOD | wanted, **options)
+    assert not [w for w in recwarn if "quantization_config" in str(w.message)]
+
+
 def test_group_wise_model_is_a_4_bit_model(tiny_checkpoint):
     model = load(tiny_checkpoint).quantize(4, group_size=128)
     assert model.quantize(4) is model and model.config.quantization_config.group_size == 128
