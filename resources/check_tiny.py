@@ -54,17 +54,21 @@ def learnt_prompts(tokenizer, data: Dialogues) -> list[tuple[str, str]]:
     return pairs
 
 
-def measure(model, tokenizer, data: Dialogues) -> tuple[dict[str, float], list[str]]:
-    """Return the figures and a line for each held-out question that went wrong."""
-    sets = {
+def question_sets(tokenizer, data: Dialogues) -> dict[str, list[tuple[str, str]]]:
+    """Return the (prompt, right answer) pairs of each set."""
+    return {
         "learnt": learnt_prompts(tokenizer, data),
         "reworded": [(tokenizer.build_prompt(q), expected) for q, expected in data.rewordings],
         "other": [
             (tokenizer.build_prompt(q), DEMONSTRATION[data.language]) for q in data.held_out_others
         ],
     }
+
+
+def measure(model, tokenizer, data: Dialogues) -> tuple[dict[str, float], list[str]]:
+    """Return the figures and a line for each held-out question that went wrong."""
     figures, wrong, num_ended, num_asked = {}, [], 0, 0
-    for name, pairs in sets.items():
+    for name, pairs in question_sets(tokenizer, data).items():
         answers = answer(model, tokenizer, [prompt for prompt, _ in pairs])
         right = [
             given == expected for (given, _), (_, expected) in zip(answers, pairs, strict=True)

@@ -1,0 +1,41 @@
+"""`check_quantized.py`: its perplexity and agreement, and its table from a few questions."""
+
+import check_quantized
+import check_tiny
+import pytest
+import torch
+from check_quantized import force_answers
+
+
+def test_perplexity_is_that_of_the_loss(tiny_model, tiny_tokenizer):
+    prompts = [tiny_tokenizer.build_prompt(query) for query in ("你好", "What is your name?")]
+    pairs = [(prompts[0], "你好👋！"), (prompts[1], "My name is ChatGLM2-tiny.")]
+    total, num_tokens, likeliest = 0, 0, []
+    for prompt, answer in pairs:
+        ids = torch.tensor([[*tiny_tokenizer.encode(prompt + answer), tiny_tokenizer.eos_token_id]])
+        num_prompt = len(tiny_tokenizer.encode(prompt))
+        labels = ids.clone()
+        labels[:, :num_prompt] = -100
+        with torch.no_grad():
+            output = tiny_model(ids, labels=labels)
+        total += output.loss.item() * (ids.shape[1] - num_prompt)
+        num_tokens += ids.shape[1] - num_prompt
+        likeliest += output.logits[0, num_prompt - 1 : -1].argmax(-1).tolist()
+    perplexity, found = force_answers(tiny_model, tiny_tokenizer, pairs)
+    assert perplexity == pytest.approx(torch.tensor(total / num_tokens).exp().item(), rel=1e-4)
+    assert found.tolist() == likeliest
+
+
+def test_table(tiny_checkpoint, monkeypatch, capsys):
+    monkeypatch.setattr(check_tiny, "MAX_NEW_TOKENS", 40)
+    monkeypatch.setattr(check_quantized, "LANGUAGES", ["zh"])
+    ways = {name: way for name, way in check_quantized.WAYS.items() if way["bits"] != 8}
+    monkeypatch.setattr(check_quantized, "WAYS", ways)
+    check_quantized.main(["--model", str(tiny_checkpoint), "--sample", "1"])
+    header, _, *rows = capsys.readouterr().out.splitlines()
+    assert "zh learnt" in header and "zh other" in header
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+    assert [row[0] for row in cells] == list(ways)
+    assert all(len(row) == header.count("|") - 1 for row in cells)
+    agreements = [float(row[-1].removesuffix("%")) for row in cells]
+    assert agreements[0] == 100 and min(agreements) > 90
