@@ -522,3 +522,22 @@ def test_training_on_a_quantized_model(tmp_path):
     with torch.no_grad():
         prefix -= 0.05 * prefix.grad
     assert model(ids, labels=ids).loss.item() < before
+
+
+def test_lora_on_a_quantized_model(tiny_checkpoint, tmp_path):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["query_key_value", "dense_4h_to_h"])
+    config._register_custom_module({QuantizedLinear: peft.tuners.lora.Linear})
+    adapted = peft.get_peft_model(load(tiny_checkpoint).quantize(4).float(), config)
+    ids = torch.arange(10, 30)[None]
+    adapted(input_ids=ids, labels=ids).loss.backward()
+    trained = [p for p in adapted.parameters() if p.requires_grad]
+    assert len(trained) == 16 and any(p.grad.abs().sum() > 0 for p in trained)
+    with torch.no_grad():
+        for parameter in trained:
+            parameter.normal_(0, 0.1)
+    adapted.save_pretrained(tmp_path)
+    base = load(tiny_checkpoint).quantize(4).float()
+    again = peft.PeftModel.from_pretrained(base, tmp_path, config=config)
+    adapted.eval()
+    assert torch.equal(compute_logits(again), compute_logits(adapted))
