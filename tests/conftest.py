@@ -46,6 +46,18 @@ def tiny_model(tiny_checkpoint):
     ).eval()
 
 
+@pytest.fixture(scope="session")
+def int4_checkpoint(tiny_checkpoint, tiny_tokenizer, tmp_path_factory) -> Path:
+    """A folder with the bundled checkpoint, quantized."""
+    from chatglm2 import ChatGLMForConditionalGeneration
+
+    folder = tmp_path_factory.mktemp("int4")
+    model = ChatGLMForConditionalGeneration.from_pretrained(tiny_checkpoint).quantize(4)
+    model.save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(params=["official_tokenizer", "tiny_tokenizer"])
 def any_tokenizer(request):
     return request.getfixturevalue(request.param)

@@ -37,13 +37,16 @@ def anchors(text: str) -> set[str]:
 
 
 @pytest.mark.parametrize("name", ["README.md", "README_ZH.md"])
-def test_python_blocks_run(name, tiny_checkpoint, capsys):
+def test_python_blocks_run(name, tiny_checkpoint, int4_checkpoint, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # one block saves a model
     source = "\n".join(
         strip_prompts(block) for block in blocks((ROOT / name).read_text("utf-8"), "python")
     )
     for old, new in (
+        ("THUDM/chatglm2-6b-int4", str(int4_checkpoint)),
         ("THUDM/chatglm2-6b", str(tiny_checkpoint)),
         ("device='cuda'", "device='cpu'"),
+        (".cuda()", ".cpu()"),
     ):
         assert old in source
         source = source.replace(old, new)

@@ -119,15 +119,6 @@ def test_quantize_while_loading(tiny_checkpoint, capsys, bits):
         assert torch.equal(model.get_parameter(name), value), name
 
 
-@pytest.fixture(scope="module")
-def int4_checkpoint(tiny_checkpoint, tiny_tokenizer, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("int4")
-    model = ChatGLMForConditionalGeneration.from_pretrained(tiny_checkpoint).quantize(4)
-    model.save_pretrained(folder)
-    tiny_tokenizer.save_pretrained(folder)
-    return folder
-
-
 @pytest.mark.parametrize("argv", [[], ["--quantize", "4"]])
 def test_quantized_checkpoint(int4_checkpoint, capsys, argv):
     argv = ["--model", str(int4_checkpoint), "--dtype", "bfloat16", *argv]
