@@ -26,7 +26,7 @@ def run(model, tokenizer, num_rounds: int, keeps_cache: bool) -> list[float]:
     history, cache, seconds = [], None, []
     for query in islice(cycle(QUERIES), num_rounds):
         start, first = time.perf_counter(), None
-        for _, history, cache in model.stream_chat(  # noqa: B020
+        for _, history, cache in model.stream_chat(  # noqa: B007, B020
             tokenizer, query, history, cache, do_sample=False, return_past_key_values=True
         ):
             first = first or time.perf_counter() - start
