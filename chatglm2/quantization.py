@@ -5,6 +5,9 @@ The four linear layers of each block hold `weight` (int8; INT4 packed two to a b
 copies of it may live in one process.
 """
 
+import importlib
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -111,13 +114,102 @@ class ChunkedLinear(torch.autograd.Function):
 
 
 def torch_matmul(x: torch.Tensor, layer: "QuantizedLinear") -> torch.Tensor:
-    """Multiply in plain torch: any device, any dtype; what other backends are tested against."""
+    """Multiply in plain torch: any device, any dtype; what backends are tested against."""
     make_rows = partial(dequantize, bits=layer.bits)
     return ChunkedLinear.apply(x, make_rows, layer.weight, layer.weight_scale)
 
 
-# name: function of (x [..., in], layer) that returns x @ W.T [..., out], differentiable in x
-BACKENDS = {"torch": torch_matmul}
+# Backends in order of preference: the device type it is for, and its module in chatglm2/kernels/.
+# A module offers matmul(x [..., in], layer), which returns x @ W.T [..., out], and
+# find_problem(layer, x_device, dtype), which returns why it cannot serve, or None.
+BACKENDS = {
+    "triton": ("cuda", "triton_backend"),
+    "cuda": ("cuda", "cuda_backend"),
+    "torch_ops": ("cpu", "torch_ops"),
+    "torch": (None, None),  # `torch_matmul`: always there
+}
+BACKEND_VARIABLE = "CHATGLM_BACKEND"  # of the environment: forces one
+
+
+def get_forced_backend() -> str | None:
+    """Return the backend that the environment names.
+
+    Raises:
+        ValueError: There is none of that name.
+    """
+    name = os.environ.get(BACKEND_VARIABLE) or None
+    if name not in (None, *BACKENDS):
+        allowed = ", ".join(BACKENDS)
+        raise ValueError(f"{BACKEND_VARIABLE} is {name!r}: give one of {allowed}, or unset it")
+    return name
+
+
+def load_backend(name: str, layers, device: torch.device, dtype: torch.dtype):
+    """Return a backend's matmul, or None, and why it cannot serve the layers, or None."""
+    if name == "torch":
+        return torch_matmul, None
+    try:  # remote code has no such folder
+        module = importlib.import_module(f"chatglm2.kernels.{BACKENDS[name][1]}")
+    except ImportError as error:
+        return None, str(error)
+    problems = (module.find_problem(layer, device, dtype) for layer in layers)
+    problem = next(filter(None, problems), None)
+    return (None, problem) if problem else (module.matmul, None)
+
+
+def pick_backend(layers, device: torch.device, dtype: torch.dtype) -> Callable:
+    """Return the matmul of the first backend that can serve all layers, and tell which and why.
+
+    Raises:
+        ValueError: The one that the environment names cannot.
+    """
+    forced = get_forced_backend()
+    names = [name for name, (kind, _) in BACKENDS.items() if kind in (None, device.type)]
+    where, reasons = f"{device} in {str(dtype).removeprefix('torch.')}", []
+    for name in [forced] if forced else names:
+        matmul, problem = load_backend(name, layers, device, dtype)
+        if matmul:
+            reasons = [f"{BACKEND_VARIABLE} says so"] if forced else reasons
+            why = "; ".join(reasons) or ("the fastest" if name != "torch" else "the only one here")
+            logger.warning_once(f"Quantized layers on {where}: backend {name} ({why})")
+            return matmul
+        reasons.append(f"not {name}: {problem}")
+    raise ValueError(
+        f"{BACKEND_VARIABLE} is {forced!r}, which cannot serve {where}: {problem}; give another "
+        f"of {', '.join(BACKENDS)}, or unset it"
+    )
+
+
+class ModelBackend:
+    """What the quantized layers of a model share: one backend for each device and dtype.
+
+    Attributes:
+        kinds: For each size of layer in the model, one without data.
+        matmuls: What was picked, by device and dtype.
+    """
+
+    def __init__(self):
+        self.kinds, self.matmuls = {}, {}
+
+    def add(self, layer: "QuantizedLinear"):
+        sizes = layer.in_features, layer.out_features, layer.bits, layer.group_size
+        if sizes not in self.kinds:
+            self.kinds[sizes] = QuantizedLinear(*sizes, device="meta")
+        layer.backend = self
+
+    def get_matmul(self, device: torch.device, dtype: torch.dtype) -> Callable:
+        if (device, dtype) not in self.matmuls:
+            self.matmuls[device, dtype] = pick_backend(self.kinds.values(), device, dtype)
+        return self.matmuls[device, dtype]
+
+
+def quantized_matmul(x: torch.Tensor, layer: "QuantizedLinear") -> torch.Tensor:
+    """Return x @ W.T in the model's backend; in plain torch where x needs a gradient."""
+    if x.requires_grad and torch.is_grad_enabled():
+        return torch_matmul(x, layer)
+    if layer.backend is None:  # a layer outside of a model
+        ModelBackend().add(layer)
+    return layer.backend.get_matmul(x.device, x.dtype)(x, layer)
 
 
 class QuantizedLinear(nn.Module):
@@ -126,10 +218,12 @@ class QuantizedLinear(nn.Module):
     Attributes:
         weight: int8 [out, in] for 8 bits, [out, in / 2] for 4; no conversion changes its dtype.
         weight_scale: [out], or [out, in / group_size].
-        backend: Key of `BACKENDS`.
+        backend: What the model's layers share.
+        packed: A backend's own copy of the weight, or None; dropped when the weight changes.
     """
 
-    backend = "torch"
+    backend: ModelBackend | None = None
+    packed = None
 
     def __init__(
         self, in_features, out_features, bits, group_size=None, bias=None, dtype=None, device=None
@@ -174,8 +268,16 @@ class QuantizedLinear(nn.Module):
         return torch.cat(levels), torch.cat(scales)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = BACKENDS[self.backend](x, self)
+        y = quantized_matmul(x, self)
         return y if self.bias is None else y + self.bias
+
+    def _apply(self, fn, recurse=True):
+        self.packed = None
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        self.packed = None
+        super()._load_from_state_dict(*args, **kwargs)
 
     def extra_repr(self) -> str:
         sizes = f"in_features={self.in_features}, out_features={self.out_features}"
@@ -256,6 +358,8 @@ class ChatGLMQuantizationConfig(QuantizationConfigMixin):
 
 def replace_layers(transformer: nn.Module, config: ChatGLMQuantizationConfig, empty=False):
     """Put quantized layers into a ChatGLMModel, one by one; with `empty`, to be loaded."""
+    get_forced_backend()  # a wrong name is told before the work
+    backend = ModelBackend()
     for block in transformer.encoder.layers:
         for name in LINEAR_NAMES:
             linear = block.get_submodule(name)
@@ -264,6 +368,7 @@ def replace_layers(transformer: nn.Module, config: ChatGLMQuantizationConfig, em
                     f"{name} is a {type(linear).__name__}: quantize before adding adapters"
                 )
             layer = QuantizedLinear.from_linear(linear, config.bits, config.group_size, empty)
+            backend.add(layer)
             block.set_submodule(name, layer)
     embedding = transformer.embedding.word_embeddings
     transformer.embedding.word_embeddings = StoredEmbedding(embedding)

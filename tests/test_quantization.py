@@ -3,6 +3,10 @@
 import doctest
 import json
 import logging
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +15,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 from transformers.trainer_utils import validate_quantization_for_training
+from transformers.utils.logging import warning_once
 
 from chatglm2 import (
     ChatGLMConfig,
@@ -541,3 +546,128 @@ def test_lora_on_a_quantized_model(tiny_checkpoint, tmp_path):
     again = peft.PeftModel.from_pretrained(base, tmp_path, config=config)
     adapted.eval()
     assert torch.equal(compute_logits(again), compute_logits(adapted))
+
+
+# Backends
+
+
+class FakeBackend:
+    """A backend's module; it counts its calls."""
+
+    def __init__(self, problem=None):
+        self.problem, self.calls, self.asked = problem, 0, []
+
+    def find_problem(self, layer, x_device, dtype):
+        self.asked.append((layer.in_features, layer.out_features, dtype))
+        return self.problem
+
+    def matmul(self, x, layer):
+        self.calls += 1
+        return quantization.torch_matmul(x, layer)
+
+
+@pytest.fixture
+def fake_backends(monkeypatch, caplog):
+    """Replace the table by fakes for CPUs, `first` and `second`, before plain torch."""
+    fakes = {"first": FakeBackend("it is too new"), "second": FakeBackend()}
+    table = {name: ("cpu", name) for name in fakes} | {"torch": (None, None)}
+    modules = {f"chatglm2.kernels.{name}": fake for name, fake in fakes.items()}
+    monkeypatch.setattr(quantization, "BACKENDS", table)
+    monkeypatch.setattr(quantization.importlib, "import_module", modules.__getitem__)
+    monkeypatch.setattr(quantization.logger, "parent", logging.getLogger())
+    monkeypatch.delenv("CHATGLM_BACKEND", raising=False)
+    warning_once.cache_clear()
+    return fakes
+
+
+def test_backend_is_picked_once_for_a_model_and_told(fake_backends, caplog):
+    first, second = fake_backends.values()
+    model = create_model(torch.float32).quantize(4)
+    compute_logits(model)
+    compute_logits(model)
+    num_layers = 4 * model.config.num_layers
+    assert first.calls == 0 and second.calls == 2 * num_layers
+    assert len(second.asked) == len(set(second.asked)) == 4  # each size of layer, once
+    line = "Quantized layers on cpu in float32: backend second (not first: it is too new)"
+    assert [record.getMessage() for record in caplog.records] == [line]
+
+
+def test_backend_is_picked_anew_in_another_dtype(fake_backends, caplog):
+    first, second = fake_backends.values()
+    model = create_model(torch.float32).quantize(8)
+    compute_logits(model)
+    first.problem = None
+    compute_logits(model.bfloat16())
+    assert first.calls == second.calls == 4 * model.config.num_layers
+    assert "cpu in bfloat16: backend first (the fastest)" in caplog.text
+
+
+def test_gradients_are_computed_in_plain_torch(fake_backends):
+    layer = create_model(torch.float32).quantize(4).transformer.encoder.layers[0].mlp.dense_h_to_4h
+    x = torch.randn(3, layer.in_features, requires_grad=True)
+    layer(x).sum().backward()
+    assert x.grad is not None and fake_backends["second"].calls == 0
+
+
+def test_environment_forces_a_backend(fake_backends, monkeypatch, caplog):
+    monkeypatch.setenv("CHATGLM_BACKEND", "torch")
+    compute_logits(create_model(torch.float32).quantize(4))
+    assert fake_backends["second"].calls == 0
+    assert "backend torch (CHATGLM_BACKEND says so)" in caplog.text
+
+    monkeypatch.setenv("CHATGLM_BACKEND", "first")
+    model = create_model(torch.float32).quantize(4)
+    with pytest.raises(ValueError, match="'first', which cannot serve cpu in float32: it is too"):
+        compute_logits(model)
+
+    monkeypatch.setenv("CHATGLM_BACKEND", "fastest")
+    with pytest.raises(ValueError, match="'fastest': give one of first, second, torch, or unset"):
+        create_model(torch.float32).quantize(4)
+
+
+def test_backend_that_cannot_be_imported(fake_backends, monkeypatch, caplog):
+    def fail(name):
+        raise ImportError(f"no {name}")
+
+    monkeypatch.setattr(quantization.importlib, "import_module", fail)
+    compute_logits(create_model(torch.float32).quantize(4))
+    assert "backend torch (not first: no chatglm2.kernels.first; not second: no" in caplog.text
+
+
+@pytest.mark.parametrize("way", WAYS, ids=WAY_NAMES)
+def test_model_in_torch_operators(tiny_checkpoint, way, monkeypatch):
+    logits = {}
+    for name in ("torch_ops", "torch"):
+        monkeypatch.setenv("CHATGLM_BACKEND", name)
+        model = load(tiny_checkpoint, dtype=torch.bfloat16).quantize(*way.values())
+        try:
+            with torch.no_grad():
+                logits[name] = model(torch.tensor([[5, 7, 9, 11]])).logits
+        except ValueError as error:
+            pytest.skip(str(error))
+    difference = (logits["torch_ops"] - logits["torch"]).float()
+    assert difference.norm() < 0.05 * logits["torch"].float().norm()
+
+
+def test_package_without_the_kernels_works(tiny_checkpoint, tmp_path):
+    """chatglm2/kernels/ may be deleted."""
+    package = Path(quantization.__file__).parent
+    ignored = shutil.ignore_patterns("kernels", "__pycache__")
+    shutil.copytree(package, tmp_path / "chatglm2", ignore=ignored)
+    code = """
+import sys
+import torch
+from chatglm2 import ChatGLMForConditionalGeneration, quantization
+
+model = ChatGLMForConditionalGeneration.from_pretrained(sys.argv[1], dtype=torch.bfloat16)
+ids = model.quantize(4).generate(torch.tensor([[5, 7, 9]]), max_new_tokens=4, min_new_tokens=4)
+print(quantization.__file__, ids.shape)
+"""
+    command = [sys.executable, "-c", code, str(tiny_checkpoint)]
+    environment = {k: v for k, v in os.environ.items() if k != "CHATGLM_BACKEND"}
+    environment |= {"PYTHONPATH": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    options = {"capture_output": True, "text": True, "timeout": 300, "cwd": tmp_path}
+    run = subprocess.run(command, env=environment, **options)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split(" ", 1)[0].startswith(str(tmp_path)) and "[1, 7]" in run.stdout
+    assert "backend torch (not torch_ops: No module named 'chatglm2.kernels')" in run.stderr
