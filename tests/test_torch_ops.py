@@ -1,0 +1,87 @@
+"""torch's own operators against plain torch, which is the oracle of all backends."""
+
+import pytest
+import torch
+
+from chatglm2.kernels import torch_ops
+from chatglm2.quantization import QuantizedLinear, torch_matmul
+
+WAYS = [(8, None), (4, None), (4, 128)]
+CPU = torch.device("cpu")
+can_run = pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() == "DEFAULT",
+    reason="torch's operators are not used on this CPU",
+)
+
+
+def create_layer(bits, group_size, in_features=384, out_features=80, seed=0) -> QuantizedLinear:
+    weight = torch.randn(out_features, in_features, generator=torch.manual_seed(seed)).bfloat16()
+    layer = QuantizedLinear(in_features, out_features, bits, group_size)
+    layer.weight.data, layer.weight_scale.data = layer.quantize(weight)
+    return layer
+
+
+def compute_errors(layer, num_rows: int) -> tuple[float, float]:
+    """Return the operator's and plain torch's largest errors; 1 is the largest output."""
+    x = torch.randn(2, num_rows // 2, layer.in_features).bfloat16()
+    exact = torch_matmul(x.float(), layer)
+    outputs = torch_ops.matmul(x, layer), torch_matmul(x, layer)
+    assert all(y.dtype == torch.bfloat16 and y.shape == exact.shape for y in outputs)
+    return tuple(((y.float() - exact).abs().max() / exact.abs().max()).item() for y in outputs)
+
+
+@can_run
+@pytest.mark.parametrize(("bits", "group_size"), WAYS)
+@pytest.mark.parametrize("num_rows", [2, 32, 34])
+def test_error_is_that_of_plain_torch(bits, group_size, num_rows):
+    layer = create_layer(bits, group_size)
+    assert torch_ops.find_problem(layer, CPU, torch.bfloat16) is None
+    error, error_of_torch = compute_errors(layer, num_rows)
+    assert error <= 0.01 and error <= 1.5 * error_of_torch
+
+
+@can_run
+@pytest.mark.parametrize(("bits", "group_size"), WAYS)
+def test_every_level_and_negative_scales(bits, group_size):
+    layer = QuantizedLinear(256, 256, bits, group_size)
+    layer.weight.data = torch.arange(layer.weight.numel()).to(torch.int8).view(layer.weight.shape)
+    # powers of two: every product is exact
+    layer.weight_scale.data = (2.0 ** torch.randint(-3, 3, layer.weight_scale.shape)).bfloat16()
+    layer.weight_scale.data.flatten()[::3] *= -1
+    x = torch.eye(256).bfloat16()
+    columns = [torch_ops.matmul(rows, layer) for rows in x.split(torch_ops.MAX_ROWS)]
+    assert torch.equal(torch.cat(columns).float(), torch_matmul(x.float(), layer))
+
+
+@can_run
+def test_weight_is_packed_in_chunks_and_again_when_it_changes(monkeypatch):
+    layer = create_layer(4, 128, out_features=240)
+    whole = torch_ops.pack(layer)
+    monkeypatch.setattr(torch_ops, "PACKED_ROWS", 64)
+    assert all(map(torch.equal, torch_ops.pack(layer), whole))
+    x = torch.ones(1, 384).bfloat16()
+    first = torch_ops.matmul(x, layer)
+    assert layer.packed is not None and "packed" not in layer.state_dict()
+    layer.load_state_dict(create_layer(4, 128, out_features=240, seed=1).state_dict())
+    assert not torch.equal(torch_ops.matmul(x, layer), first)
+    assert layer.float().packed is None
+
+
+def test_what_it_cannot_serve():
+    def find_problem(layer, device="cpu", dtype=torch.bfloat16):
+        return torch_ops.find_problem(layer, torch.device(device), dtype)
+
+    layer = create_layer(4, None)
+    assert find_problem(layer, device="mps") == "it is for CPUs"
+    assert find_problem(layer, dtype=torch.float32) == "it needs bfloat16"
+    if torch.backends.cpu.get_cpu_capability() != "DEFAULT":
+        odd = create_layer(8, None, out_features=72)
+        assert find_problem(odd) == "it needs a multiple of 16 outputs, not 72"
+        odd = create_layer(4, None, in_features=320)
+        assert find_problem(odd) == "it needs a multiple of 128 inputs, not 320"
+
+
+def test_torch_without_the_operators(monkeypatch):
+    monkeypatch.setitem(torch_ops.OPERATORS, 4, ["_weight_int4pack_mm_of_the_future"])
+    problem = torch_ops.find_problem(create_layer(4, None), CPU, torch.bfloat16)
+    assert problem == "this torch has no _weight_int4pack_mm_of_the_future"
