@@ -1,0 +1,143 @@
+"""Products with INT8 and INT4 weights in Triton: levels become floats on their way to the sum.
+
+A stored byte holds `8 / BITS` levels, the first in its high bits. Column c of a row is part
+`c % (8 / BITS)` of byte `c // (8 / BITS)`, and its scale is number `c // GROUP_SIZE` of the row's;
+with one scale for a row, GROUP_SIZE is the number of columns. Levels are exact in any float type,
+sums are float32, and scales multiply the sums: no float weight is ever stored.
+
+TRITON_INTERPRET=1, set before the first import of triton, runs this file on a CPU, for tests.
+"""
+
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+
+from chatglm2.quantization import QuantizedLinear
+
+MAX_MATVEC_ROWS = 8  # more rows share the weights that they load: tiles
+BLOCK_IN = 128  # columns at a time: all of one group
+BLOCK_OUT = 64
+BLOCK_ROWS = 32
+OLDEST_GPU = (8, 0)  # compute capability
+DOT_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+if triton.knobs.runtime.interpret:
+    DOT_DTYPES[torch.bfloat16] = tl.float32  # its dot takes the bits of bfloat16 for an integer
+
+
+@triton.jit
+def load_levels(weight, out, byte, in_bytes, out_features, part, BITS: tl.constexpr):
+    """Return int32 levels [out, byte] of one part of the bytes: shifted left, the sign comes back.
+
+    For BITS 4, byte 0x1f: part 0 is 0x1f000000 >> 28 = 1, part 1 is 0xf0000000 >> 28 = -1.
+    """
+    inside = (out[:, None] < out_features) & (byte[None, :] < in_bytes)
+    stored = tl.load(weight + out[:, None] * in_bytes + byte[None, :], inside, other=0)
+    return (stored.to(tl.int32) << (24 + BITS * part)) >> (32 - BITS)
+
+
+@triton.jit
+def matvec_kernel(
+    x, weight, weight_scale, y, in_features, out_features,
+    GROUP_SIZE: tl.constexpr, BITS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
+):  # fmt: skip
+    """y[row, out] = sum over in of x[row, in] * W[out, in]; a program for BLOCK_OUT of one row."""
+    PARTS: tl.constexpr = 8 // BITS
+    row = tl.program_id(0)
+    out = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    total = tl.zeros((BLOCK_OUT,), tl.float32)
+    num_groups = tl.cdiv(in_features, GROUP_SIZE)
+    for start in range(0, in_features, BLOCK_IN):
+        byte = start // PARTS + tl.arange(0, BLOCK_IN // PARTS)
+        products = tl.zeros((BLOCK_OUT, BLOCK_IN // PARTS), tl.float32)
+        for part in tl.static_range(PARTS):
+            column = byte * PARTS + part
+            value = tl.load(x + row * in_features + column, column < in_features, other=0)
+            level = load_levels(weight, out, byte, in_features // PARTS, out_features, part, BITS)
+            products += level.to(tl.float32) * value.to(tl.float32)[None, :]
+        scale_place = weight_scale + out * num_groups + start // GROUP_SIZE
+        scale = tl.load(scale_place, out < out_features, other=0).to(tl.float32)
+        total += tl.sum(products, 1) * scale
+    tl.store(y + row * out_features + out, total.to(y.dtype.element_ty), out < out_features)
+
+
+@triton.jit
+def tile_kernel(
+    x, weight, weight_scale, y, num_rows, in_features, out_features,
+    GROUP_SIZE: tl.constexpr, BITS: tl.constexpr, DOT_DTYPE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
+):  # fmt: skip
+    """The same for many rows; a program for a tile [BLOCK_ROWS, BLOCK_OUT] of y."""
+    PARTS: tl.constexpr = 8 // BITS
+    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    out = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    total = tl.zeros((BLOCK_ROWS, BLOCK_OUT), tl.float32)
+    num_groups = tl.cdiv(in_features, GROUP_SIZE)
+    for start in range(0, in_features, BLOCK_IN):
+        byte = start // PARTS + tl.arange(0, BLOCK_IN // PARTS)
+        products = tl.zeros((BLOCK_ROWS, BLOCK_OUT), tl.float32)
+        for part in tl.static_range(PARTS):
+            column = byte * PARTS + part
+            inside = (row[:, None] < num_rows) & (column[None, :] < in_features)
+            value = tl.load(x + row[:, None] * in_features + column[None, :], inside, other=0)
+            level = load_levels(weight, out, byte, in_features // PARTS, out_features, part, BITS)
+            level = tl.trans(level.to(DOT_DTYPE))
+            products = tl.dot(value.to(DOT_DTYPE), level, products, input_precision="ieee")
+        scale_place = weight_scale + out * num_groups + start // GROUP_SIZE
+        scale = tl.load(scale_place, out < out_features, other=0).to(tl.float32)
+        total += products * scale[None, :]
+    inside = (row[:, None] < num_rows) & (out[None, :] < out_features)
+    place = y + row[:, None] * out_features + out[None, :]
+    tl.store(place, total.to(y.dtype.element_ty), inside)
+
+
+@cache
+def try_out(bits: int, group_size: int | None, device: torch.device, dtype: torch.dtype):
+    """Run both kernels once, and return what fails (there may be no compiler), or None."""
+    layer = QuantizedLinear(BLOCK_IN, BLOCK_OUT, bits, group_size, dtype=dtype, device=device)
+    layer.weight.zero_()
+    layer.weight_scale.zero_()
+    try:
+        for num_rows in (1, MAX_MATVEC_ROWS + 1):
+            matmul(torch.zeros(num_rows, BLOCK_IN, dtype=dtype, device=device), layer).sum().item()
+    except Exception as error:  # of Triton, the C compiler or the driver: told with the choice
+        return f"a trial failed: {type(error).__name__}: {error}".splitlines()[0]
+
+
+def find_problem(layer: QuantizedLinear, x_device: torch.device, dtype: torch.dtype) -> str | None:
+    """Return why these kernels cannot serve, or None."""
+    if dtype not in DOT_DTYPES:
+        return f"it cannot compute in {dtype}"
+    if x_device.type == "cuda" and torch.version.hip is None:
+        capability = torch.cuda.get_device_capability(x_device)
+        if capability < OLDEST_GPU:
+            return "it needs compute capability {}.{}, the GPU has {}.{}".format(
+                *OLDEST_GPU, *capability
+            )
+    elif x_device.type != "cuda" and not triton.knobs.runtime.interpret:
+        return "it needs a GPU (on a CPU, for tests: TRITON_INTERPRET=1)"
+    return try_out(layer.bits, layer.group_size, x_device, dtype)
+
+
+@torch.no_grad()
+def matmul(x: torch.Tensor, layer: QuantizedLinear) -> torch.Tensor:
+    rows = x.reshape(-1, layer.in_features).contiguous()
+    y = x.new_empty(len(rows), layer.out_features)
+    sizes = layer.in_features, layer.out_features
+    options = {
+        "GROUP_SIZE": layer.group_size or layer.in_features,
+        "BITS": layer.bits,
+        "BLOCK_OUT": BLOCK_OUT,
+        "BLOCK_IN": BLOCK_IN,
+    }
+    num_columns = triton.cdiv(layer.out_features, BLOCK_OUT)
+    tensors = rows, layer.weight, layer.weight_scale, y
+    with torch.cuda.device_of(x):  # where Triton launches
+        if len(rows) <= MAX_MATVEC_ROWS:
+            matvec_kernel[len(rows), num_columns](*tensors, *sizes, **options)
+        else:
+            grid = triton.cdiv(len(rows), BLOCK_ROWS), num_columns
+            options |= {"BLOCK_ROWS": BLOCK_ROWS, "DOT_DTYPE": DOT_DTYPES[x.dtype]}
+            tile_kernel[grid](*tensors, len(rows), *sizes, **options)
+    return y.unflatten(0, x.shape[:-1])
