@@ -1,0 +1,204 @@
+"""The CUDA backend without a GPU: its kernels compiled for the CPU, behind a fake cpm_kernels."""
+
+import ctypes
+import shutil
+import subprocess
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from chatglm2.kernels import cuda_backend
+from chatglm2.kernels.build_cuda import SOURCE, get_cache_folder
+from chatglm2.quantization import QuantizedLinear, dequantize, torch_matmul
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32]
+SIZES = [(1, 2), (3, 6), (7, 130), (5, 1026)]  # more columns than the threads take in one step
+FORMATS = [
+    *((8, None, *size) for size in [*SIZES, (3, 1), (4, 261)]),
+    *((4, None, *size) for size in SIZES),
+    *((4, 128, *size) for size in [(1, 128), (5, 384), (3, 1280)]),
+]
+WAYS = [(8, None), (4, None), (4, 128)]
+CODE = b"compiled kernels"
+STREAM = 77
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="session")
+def cpu_kernels(tmp_path_factory) -> ctypes.CDLL:
+    """quantization.cu, compiled with g++."""
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++")
+    folder = tmp_path_factory.mktemp("cuda_on_cpu")
+    for header in ("cuda_fp16.h", "cuda_bf16.h"):
+        (folder / header).touch()
+    library = folder / "quantization.so"
+    shim = Path(__file__).with_name("cuda_on_cpu.h")
+    options = ["-O1", "-Wall", "-Werror", "-std=c++17", "-shared", "-fPIC", f"-I{folder}"]
+    sources = ["-include", str(shim), "-x", "c++", str(SOURCE)]
+    subprocess.run(["g++", *options, *sources, "-o", str(library)], check=True)
+    return ctypes.CDLL(str(library))
+
+
+@pytest.fixture
+def launches(cpu_kernels, monkeypatch, tmp_path) -> list:
+    """Fake a GPU of compute capability 8.6; what is started on it is listed."""
+    started = []
+
+    class LazyKernelCModule:
+        def __init__(self, code):
+            assert code == CODE
+
+    class KernelFunction:
+        def __init__(self, module, name):
+            self.name = name
+
+        def __call__(self, grid, block, shared_bytes, stream, params):
+            started.append((self.name, grid, block, shared_bytes, stream.value))
+            addresses = (ctypes.c_void_p * len(params))(*map(ctypes.addressof, params))
+            sizes = [(ctypes.c_uint * 3)(*size) for size in (grid, block)]
+            cpu_kernels.launch(getattr(cpu_kernels, self.name), *sizes, addresses)
+
+    base = ModuleType("cpm_kernels.kernels.base")
+    base.LazyKernelCModule, base.KernelFunction = LazyKernelCModule, KernelFunction
+    monkeypatch.setitem(sys.modules, "cpm_kernels", ModuleType("cpm_kernels"))
+    monkeypatch.setitem(sys.modules, "cpm_kernels.kernels", ModuleType("cpm_kernels.kernels"))
+    monkeypatch.setitem(sys.modules, "cpm_kernels.kernels.base", base)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 6))
+    stream = SimpleNamespace(cuda_stream=STREAM)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(cuda_backend, "DEVICE_TYPE", "cpu")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    get_cache_folder().mkdir(parents=True)
+    (get_cache_folder() / "sm_80.cubin").write_bytes(CODE)
+    cuda_backend.load_kernels.cache_clear()
+    yield started
+    cuda_backend.load_kernels.cache_clear()
+
+
+def create_layer(bits, group_size, dtype=torch.float16) -> QuantizedLinear:
+    torch.manual_seed(0)
+    return QuantizedLinear.from_linear(nn.Linear(256, 9, bias=False, dtype=dtype), bits, group_size)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("bits", "group_size", "rows", "columns"), FORMATS)
+def test_kernels_equal_torch_bit_for_bit(launches, bits, group_size, rows, columns, dtype):
+    random = torch.Generator().manual_seed(rows * columns)
+    shape = (rows, columns * bits // 8)
+    weight = torch.randint(-128, 128, shape, dtype=torch.int8, generator=random)
+    scale = torch.randn(rows, columns // (group_size or columns), generator=random) * 0.01
+    scale.view(-1)[::3] *= 1e-5  # subnormal in float16
+    scale.view(-1)[-1] = 0
+    stored = weight, (scale if group_size else scale.view(-1)).half()
+    found = cuda_backend.extract(*stored, bits, dtype)
+    expected = dequantize(*stored, bits, dtype)
+    assert found.dtype == dtype and torch.equal(found.view(torch.int8), expected.view(torch.int8))
+    name = f"int{bits}_to_{str(dtype).removeprefix('torch.')}"
+    assert launches == [(name, (rows, 1, 1), (256, 1, 1), 0, STREAM)]
+
+
+@pytest.mark.parametrize("stored_dtype", DTYPES, ids=str)
+def test_a_kernel_reads_scales_of_any_dtype(launches, stored_dtype):
+    layer = create_layer(4, 128, stored_dtype)
+    for dtype in DTYPES:
+        found = cuda_backend.extract(layer.weight, layer.weight_scale, 4, dtype)
+        assert torch.equal(found, dequantize(layer.weight, layer.weight_scale, 4, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("bits", "group_size"), WAYS)
+def test_matmul_and_its_gradient_equal_torch(launches, bits, group_size, dtype):
+    layer = create_layer(bits, group_size)
+    x = torch.randn(2, 3, 256, dtype=dtype)
+    results = []
+    for matmul in (torch_matmul, cuda_backend.matmul):
+        leaf = x.clone().requires_grad_()
+        y = matmul(leaf, layer)
+        y.square().sum().backward()
+        results.append((y, leaf.grad))
+    assert len(launches) == 2  # forward and backward
+    for expected, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("bits", "group_size"), WAYS)
+def test_find_problem_finds_none(launches, bits, group_size, dtype):
+    assert cuda_backend.find_problem(create_layer(bits, group_size), CPU, dtype) is None
+    assert len(launches) == 1
+
+
+def test_find_problem_says_why(launches, monkeypatch):
+    layer = create_layer(4, None)
+    find_problem = cuda_backend.find_problem
+    assert find_problem(layer, torch.device("mps"), torch.float16) == (
+        "it needs an NVIDIA GPU, and the device is mps"
+    )
+    assert find_problem(layer, CPU, torch.float64) == "it has no kernel for torch.float64"
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (6, 1))
+    problem = find_problem(layer, CPU, torch.float16)
+    assert problem.startswith("RuntimeError: no compiled kernels for sm_61 in ")
+    assert problem.endswith(": run python -m chatglm2.kernels.build_cuda")
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 6))
+    base = sys.modules["cpm_kernels.kernels.base"]
+    monkeypatch.setattr(base.KernelFunction, "__call__", lambda *args: None)
+    out = torch.zeros(2, 4)
+    monkeypatch.setattr(torch, "empty", lambda *args, **options: out)
+    assert find_problem(layer, CPU, torch.float32).startswith("wrong result of its kernel: [[0.0")
+
+    def fail(*args):
+        raise RuntimeError("CUDA Error: no kernel image\nis available")
+
+    monkeypatch.setattr(base.KernelFunction, "__call__", fail)
+    problem = find_problem(layer, CPU, torch.float16)
+    assert problem == "RuntimeError: CUDA Error: no kernel image is available"
+
+
+@pytest.mark.parametrize(
+    "error", [ModuleNotFoundError("No module named 'pkg_resources'"), RuntimeError("no driver")]
+)
+def test_a_failing_import_is_a_reason(launches, monkeypatch, error):
+    class FailingImport:
+        def find_spec(self, name, path=None, target=None):
+            if name == "cpm_kernels":
+                raise error
+
+    for name in [name for name in sys.modules if name.startswith("cpm_kernels")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [FailingImport(), *sys.meta_path])
+    problem = cuda_backend.find_problem(create_layer(8, None), CPU, torch.float16)
+    assert problem == f"{type(error).__name__}: {error}"
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"),
+    [
+        ((6, 1), None),
+        ((7, 0), None),
+        ((7, 5), "sm_75.cubin"),
+        ((8, 0), "compute_75.ptx"),
+        ((8, 6), "sm_86.cubin"),
+        ((8, 9), "sm_86.cubin"),
+        ((9, 0), "compute_75.ptx"),
+        ((10, 0), "compute_75.ptx"),
+        ((12, 1), "compute_75.ptx"),
+    ],
+)
+def test_find_code(tmp_path, capability, expected):
+    for name in ("sm_75.cubin", "sm_86.cubin", "compute_75.ptx", "sm_90.1234"):
+        (tmp_path / name).touch()
+    found = cuda_backend.find_code(tmp_path, capability)
+    assert (found and found.name) == expected
+
+
+def test_find_code_without_a_folder(tmp_path):
+    assert cuda_backend.find_code(tmp_path / "absent", (8, 0)) is None
