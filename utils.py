@@ -137,7 +137,11 @@ def load_weights(
             f"missing, unknown or of another shape, among them {min(unusable)}; download both "
             "again."
         )
-    return model.to(dtype)
+    model = model.to(dtype)
+    if bits:  # now, not at the first question: it tells which backend serves, or why none can
+        layer = model.transformer.encoder.layers[0].mlp.dense_h_to_4h
+        layer.backend.get_matmul(model.device, dtype)
+    return model
 
 
 def one_line(error: BaseException) -> str:

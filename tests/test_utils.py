@@ -560,3 +560,9 @@ def test_fit_history_drops_the_oldest_rounds(limit, num_kept):
 def test_fit_history_refuses_a_question_that_cannot_fit():
     with pytest.raises(ValueError, match="The question has 11 tokens, at most 10 fit"):
         utils.fit_history(CharTokenizer(), "x" * 11, [], 10)
+
+
+def test_backend_that_cannot_serve(tiny_checkpoint, monkeypatch):
+    monkeypatch.setenv("CHATGLM_BACKEND", "cuda")
+    error = fail_to_load("--model", str(tiny_checkpoint), "--quantize", "4", "--device", "cpu")
+    assert "CHATGLM_BACKEND is 'cuda', which cannot serve cpu in float32" in error
