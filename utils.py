@@ -91,10 +91,10 @@ def load_model(args: argparse.Namespace):
     """
     if args.threads:
         torch.set_num_threads(args.threads)
-    folder, hub_info = locate_checkpoint(args.model, args.revision)
-    source = args.model if folder is None else folder
-    revision = {} if hub_info is None else {"revision": args.revision or "main"}
     try:
+        folder, hub_info = locate_checkpoint(args.model, args.revision)
+        source = args.model if folder is None else folder
+        revision = {} if hub_info is None else {"revision": args.revision or "main"}
         config = read_config(source, **revision)
         bits = choose_bits(args.model, args.quantize, config)
         device, dtype, reason = choose_device_and_dtype(args.device, args.dtype, config.dtype)

@@ -1042,16 +1042,17 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             ),
             **settings,
         )
-        decoder, shown_ids, response = AnswerDecoder(tokenizer), ids, ""
+        decoder, shown, response = AnswerDecoder(tokenizer), None, ""
         try:
             for sequences in steps:
                 if text := decoder.decode(sequences[0, len(ids) :].tolist()):
-                    shown_ids = sequences[0].tolist()
+                    shown = sequences
                     response = self.process_response(text)
                     step = (response, [*history, (query, response)])
                     yield (*step, cache) if return_past_key_values else step
         finally:
             steps.close()
+            shown_ids = ids if shown is None else shown[0].tolist()
             if cache.is_consistent():  # generate may be ahead of what was yielded
                 cache.crop(min(len(shown_ids) - 1 - cache.get_seq_length(), 0))
                 cache.record(shown_ids, [*history, (query, response)], self.eos_token_ids)
