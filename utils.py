@@ -76,6 +76,12 @@ def add_model_arguments(parser: argparse.ArgumentParser):
         choices=[4, 8],
         help="round the weights to so many bits while loading (default: as in the checkpoint)",
     )
+    parser.add_argument(
+        "--exact-prefill",
+        action="store_true",
+        help="multiply prompts too by exact activations, not ones rounded to int8 (only the C "
+        "kernels for quantized models on a CPU round them; answers are always exact)",
+    )
     parser.add_argument("--threads", type=number(int, 1), help="CPU threads (default: PyTorch's)")
 
 
@@ -103,9 +109,11 @@ def load_model(args: argparse.Namespace):
         if hub_info is not None:
             check_disk(args.model, hub_info)
         tokenizer = ChatGLMTokenizer.from_pretrained(source, **revision)
-        return tokenizer, load_weights(source, config, device, dtype, bits, **revision)
+        model = load_weights(source, config, device, dtype, bits, **revision)
     except (OSError, ValueError, HTTPError, RuntimeError) as error:
         raise SystemExit(f"{args.model}: {one_line(error)}") from error
+    model.base_model.exact_prefill = args.exact_prefill
+    return tokenizer, model
 
 
 def load_weights(

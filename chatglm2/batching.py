@@ -416,7 +416,9 @@ class Batcher:
         held = generation.cache.get_seq_length()
         chunk = generation.ids[held : held + PROMPT_CHUNK]
         hidden_states = self.model.transformer(
-            torch.tensor([chunk], device=self.model.device), past_key_values=generation.cache
+            torch.tensor([chunk], device=self.model.device),
+            past_key_values=generation.cache,
+            num_prompt_tokens=len(chunk),
         ).last_hidden_state
         if generation.request.is_embedding:
             generation.hidden_sum += hidden_states.float().sum(1)[0].cpu()

@@ -634,7 +634,15 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
     Args:
         empty_init: Leave the weights uninitialized, to be loaded; False draws them at random.
         device: Where to make them.
+
+    Attributes:
+        exact_prefill: Prompts are computed as exactly as answers; else the quantized layers may
+            round their activations.
+        backend: What the quantized layers share, if there are any.
     """
+
+    exact_prefill = False
+    backend = None
 
     def __init__(self, config: ChatGLMConfig, empty_init=True, device=None):
         super().__init__(config)
@@ -670,6 +678,12 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         ones = attention_mask.new_ones(len(attention_mask), self.config.pre_seq_len)
         return torch.cat((ones, attention_mask), dim=-1)
 
+    def telling_role(self, num_prompt_tokens: int):
+        """Return the context in which quantized layers know which tokens are a prompt's."""
+        if not num_prompt_tokens or self.exact_prefill or self.backend is None:
+            return nullcontext()
+        return self.backend.computing_prompt(num_prompt_tokens)
+
     def create_mask(self, inputs_embeds, attention_mask, past_key_values, position_ids):
         """Return what the attention implementation takes as mask; `None` where it needs none."""
         mask = create_causal_mask(
@@ -698,12 +712,17 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        num_prompt_tokens: int = 0,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """Compute the hidden states.
 
         Shapes: input_ids and position_ids [b, s]; attention_mask [b, k], 0 for padding, or [b, 1,
         s, k]; inputs_embeds [b, s, h]; last_hidden_state [b, s, h].
+
+        Args:
+            num_prompt_tokens: So many of the s tokens, from the first on, are a prompt's: unless
+                `exact_prefill`, a quantized model may compute them faster and less exactly.
 
         Raises:
             ValueError: Not exactly one of `input_ids` and `inputs_embeds` is given.
@@ -740,16 +759,17 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         hidden_states = inputs_embeds
         if self.config.fp32_residual_connection:
             hidden_states = hidden_states.float()
-        hidden_states, all_hidden_states, all_attentions = self.encoder(
-            hidden_states,
-            prefix=prefix,
-            output_hidden_states=output_hidden_states,
-            output_attentions=output_attentions,
-            attention_mask=mask,
-            rotary=self.rotary_pos_emb(inputs_embeds, position_ids),
-            past_key_values=past_key_values,
-            **kwargs,
-        )
+        with self.telling_role(num_prompt_tokens):
+            hidden_states, all_hidden_states, all_attentions = self.encoder(
+                hidden_states,
+                prefix=prefix,
+                output_hidden_states=output_hidden_states,
+                output_attentions=output_attentions,
+                attention_mask=mask,
+                rotary=self.rotary_pos_emb(inputs_embeds, position_ids),
+                past_key_values=past_key_values,
+                **kwargs,
+            )
         return BaseModelOutputWithPast(
             last_hidden_state=hidden_states,
             past_key_values=past_key_values if use_cache else None,
@@ -886,6 +906,33 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, value):
         self.transformer.output_layer = value
 
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.LongTensor,
+        next_sequence_length: int | None = None,
+        past_key_values: Cache | None = None,
+        attention_mask: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        **kwargs,
+    ) -> dict:
+        """As the library's; also says whether the tokens are a prompt's.
+
+        Without a cache a prompt is computed anew for each token: then always exactly.
+        """
+        inputs = super().prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length,
+            past_key_values,
+            attention_mask,
+            inputs_embeds,
+            is_first_iteration,
+            **kwargs,
+        )
+        if is_first_iteration and past_key_values is not None:
+            inputs["is_prompt"] = True
+        return inputs
+
     @can_return_tuple
     def forward(
         self,
@@ -898,15 +945,23 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         return_last_logit: bool = False,
         logits_to_keep: int | torch.Tensor = 0,
+        is_prompt: bool = False,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """Compute logits [b, s, V] and, with `labels` [b, s] (-100: ignored), the mean loss.
 
         Args:
             logits_to_keep: Compute the last n positions only, or those of an index tensor; 0 is
-            all.
+                all.
             return_last_logit: The original's name for `logits_to_keep=1`.
+            is_prompt: The tokens are a prompt's, which a quantized model may compute less exactly,
+                except those behind the first position that n keeps: assisted generation has such,
+                candidates for the answer.
         """
+        if is_prompt:
+            length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
+            kept_length = logits_to_keep if isinstance(logits_to_keep, int) else 0
+            kwargs["num_prompt_tokens"] = length - max(kept_length - 1, 0)
         outputs = self.transformer(
             input_ids,
             position_ids,

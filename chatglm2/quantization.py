@@ -125,8 +125,8 @@ def torch_matmul(x: torch.Tensor, layer: "QuantizedLinear") -> torch.Tensor:
 # Backends in order of preference: the device type it is for, and its module in chatglm2/kernels/.
 # A module offers matmul(x [..., in], layer), which returns x @ W.T [..., out], and
 # find_problem(layer, x_device, dtype), which returns why it cannot serve, or None. It may offer
-# prepare(layer), which packs the weight as it wants it, and stored_matmul(x, weight), for the
-# weights of 16 bits.
+# prepare(layer), which packs the weight as it wants it, stored_matmul(x, weight), for the weights
+# of 16 bits, and prompt_matmul(x, layer), a faster but less exact product for prompts.
 BACKENDS = {
     "triton": ("cuda", "triton_backend"),
     "cuda": ("cuda", "cuda_backend"),
@@ -186,16 +186,30 @@ def pick_backend(layers, device: torch.device, dtype: torch.dtype):
     )
 
 
+class Role(threading.local):
+    """What a thread computes; a copy is of no thread.
+
+    Attributes:
+        num_prompt_tokens: So many tokens of the current forward, from the first on, are a prompt's.
+    """
+
+    num_prompt_tokens = 0
+
+    def __reduce__(self):
+        return Role, ()
+
+
 class ModelBackend:
     """What the quantized layers of a model share: one backend for each device and dtype.
 
     Attributes:
         kinds: For each size of layer in the model, one without data.
         picked: A backend's functions by their names, for each device and dtype.
+        role: Which tokens are a prompt's; all others are multiplied exactly, however many.
     """
 
     def __init__(self):
-        self.kinds, self.picked = {}, {}
+        self.kinds, self.picked, self.role = {}, {}, Role()
 
     def add(self, layer: "QuantizedLinear"):
         sizes = layer.in_features, layer.out_features, layer.bits, layer.group_size
@@ -207,9 +221,30 @@ class ModelBackend:
         """Return a function of the backend, e.g. `matmul`, or None if it has no such."""
         if (device, dtype) not in self.picked:
             backend = pick_backend(self.kinds.values(), device, dtype)
-            names = "matmul", "prepare", "stored_matmul"
+            names = "matmul", "prepare", "stored_matmul", "prompt_matmul"
             self.picked[device, dtype] = {name: getattr(backend, name, None) for name in names}
         return self.picked[device, dtype][function]
+
+    @contextmanager
+    def computing_prompt(self, num_tokens: int):
+        """Within, let this thread's first `num_tokens` tokens of a row count as a prompt's."""
+        outer, self.role.num_prompt_tokens = self.role.num_prompt_tokens, num_tokens
+        try:
+            yield
+        finally:
+            self.role.num_prompt_tokens = outer
+
+    def multiply(self, x: torch.Tensor, layer: "QuantizedLinear") -> torch.Tensor:
+        """Return x @ W.T, for x [..., tokens, in] each token by the product of its role."""
+        matmul, prompt_matmul = self.get("matmul", x.device, x.dtype), None
+        if length := self.role.num_prompt_tokens:
+            prompt_matmul = self.get("prompt_matmul", x.device, x.dtype)
+        if prompt_matmul is None:
+            return matmul(x, layer)
+        if length >= x.shape[-2]:
+            return prompt_matmul(x, layer)
+        prompt, rest = x[..., :length, :], x[..., length:, :]
+        return torch.cat((prompt_matmul(prompt, layer), matmul(rest, layer)), dim=-2)
 
 
 def quantized_matmul(x: torch.Tensor, layer: "QuantizedLinear") -> torch.Tensor:
@@ -218,7 +253,7 @@ def quantized_matmul(x: torch.Tensor, layer: "QuantizedLinear") -> torch.Tensor:
         return torch_matmul(x, layer)
     if layer.backend is None:  # a layer outside of a model
         ModelBackend().add(layer)
-    return layer.backend.get("matmul", x.device, x.dtype)(x, layer)
+    return layer.backend.multiply(x, layer)
 
 
 REPLACING = threading.RLock()  # of weights: threads may share a model
@@ -429,7 +464,7 @@ class ChatGLMQuantizationConfig(QuantizationConfigMixin):
 def replace_layers(transformer: nn.Module, config: ChatGLMQuantizationConfig, empty=False):
     """Put quantized layers into a ChatGLMModel, one by one; with `empty`, to be loaded."""
     get_forced_backend()  # a wrong name is told before the work
-    backend = ModelBackend()
+    backend = transformer.backend = ModelBackend()
     for block in transformer.encoder.layers:
         for name in LINEAR_NAMES:
             linear = block.get_submodule(name)

@@ -400,6 +400,7 @@ def describe_run(benchmark: str, all_items: list[Item], model, args) -> dict:
         "model": args.model,
         "revision": args.revision,
         "precision": name_precision(model),
+        "exact_prefill": args.exact_prefill,
         "weights": weights.hexdigest()[:16],  # of the first values of each floating-point tensor
         "data": data.hexdigest()[:16],
     }

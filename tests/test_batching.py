@@ -5,6 +5,7 @@ import contextlib
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from transformers import (
     set_seed,
 )
 
-from chatglm2 import ChatGLMCache, ChatGLMConfig, ChatGLMForConditionalGeneration
+from chatglm2 import ChatGLMCache, ChatGLMConfig, ChatGLMForConditionalGeneration, quantization
 from chatglm2.batching import (
     PROMPT_CHUNK,
     AnswerText,
@@ -29,6 +30,7 @@ from chatglm2.batching import (
     sample,
 )
 from chatglm2.modeling_chatglm import RaggedCache
+from chatglm2.quantization import torch_matmul
 
 ROOT = Path(__file__).parent.parent
 QUESTIONS = ["你好", "讲个笑话", "今天工作好累啊", "What is your name?", "tell me a joke"]
@@ -101,6 +103,30 @@ class TestAnswers:
         ]
         assert [run(batcher, request)[0].text for request in requests] == expected
         assert [whole.text for whole in run(batcher, *requests)] == expected
+
+    def test_prompts_and_embeddings_are_rounded_and_answers_exact(
+        self, make_batcher, ask, tiny_checkpoint, monkeypatch
+    ):
+        products = set()
+        backend = SimpleNamespace(
+            matmul=lambda x, layer: products.add(("exact", *x.shape[:2])) or torch_matmul(x, layer),
+            prompt_matmul=lambda x, layer: (
+                products.add(("rounded", *x.shape[:2])) or torch_matmul(x, layer)
+            ),
+        )
+        monkeypatch.setattr(quantization, "pick_backend", lambda *_: backend)
+        model = ChatGLMForConditionalGeneration.from_pretrained(tiny_checkpoint).quantize(4).float()
+        batcher = make_batcher(model, kept_tokens=0)
+        chunks = {("rounded", 1, PROMPT_CHUNK)}
+        for request in (ask(LONG, max_new_tokens=3), ask(LONG, is_embedding=True)):
+            rest = len(request.input_ids) % PROMPT_CHUNK
+            run(batcher, request)
+            answer = set() if request.is_embedding else {("exact", 1, 1)}
+            assert products == {*chunks, ("rounded", 1, rest), *answer}
+            products.clear()
+        run(batcher, *[ask(question, max_new_tokens=9) for question in QUESTIONS])
+        assert {shape[1] for kind, *shape in products if kind == "exact"} == {1}
+        assert max(shape[0] for kind, *shape in products if kind == "exact") > 1
 
     def test_the_others_may_join_and_leave(self, make_batcher, ask):
         batcher = make_batcher(max_batch=4)

@@ -407,3 +407,18 @@ def test_what_it_cannot_serve(monkeypatch):
     assert cpu_backend.find_problem(layer, torch.device("mps"), torch.float32) == "it is for CPUs"
     monkeypatch.setattr(cpu_backend, "get_library", lambda: (None, "no C compiler"))
     assert cpu_backend.find_problem(layer, CPU, torch.float32) == "no C compiler"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("bits", "group_size"), WAYS, ids=WAY_NAMES)
+def test_prompts_are_rounded_unless_they_are_to_be_exact(
+    tiny_checkpoint, tiny_tokenizer, bits, group_size
+):
+    model = load(tiny_checkpoint).quantize(bits, group_size).float()
+    inputs = tiny_tokenizer("[Round 1]\n\n问：你好\n\n答：", return_tensors="pt")
+    settings = {"max_new_tokens": 1, "return_dict_in_generate": True, "output_logits": True}
+    exact = model(**inputs).logits[:, -1]
+    rounded = model.generate(**inputs, **settings).logits[0]
+    assert 1e-3 < (rounded - exact).abs().max() < 0.5
+    model.base_model.exact_prefill = True
+    torch.testing.assert_close(model.generate(**inputs, **settings).logits[0], exact)

@@ -1,5 +1,6 @@
 """Quantization against golden data of the official code, and every way to a quantized model."""
 
+import copy
 import doctest
 import json
 import logging
@@ -7,7 +8,10 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +22,7 @@ from transformers.trainer_utils import validate_quantization_for_training
 from transformers.utils.logging import warning_once
 
 from chatglm2 import (
+    ChatGLMCache,
     ChatGLMConfig,
     ChatGLMForConditionalGeneration,
     ChatGLMForSequenceClassification,
@@ -31,6 +36,7 @@ from chatglm2.quantization import (
     dequantize,
     pack_int4,
     quantize_rows,
+    torch_matmul,
     unpack_int4,
 )
 
@@ -241,6 +247,7 @@ def test_official_checkpoint(tmp_path, bits, suffix):
     is_token = inputs["attention_mask"].bool()
     assert_close(logits[is_token], OUTPUTS[f"cpu_float.int{bits}.batch_logits"][is_token], 1e-4)
     expected = META["generate"][f"cpu_float.int{bits}"]
+    model.base_model.exact_prefill = True  # as the original
     ids = model.generate(INPUTS["a.input_ids"], max_length=len(expected[0]), eos_token_id=None)
     assert ids.tolist() == expected
 
@@ -673,3 +680,135 @@ print(quantization.__file__, ids.shape)
     assert run.stdout.split(" ", 1)[0].startswith(str(tmp_path)) and "[1, 7]" in run.stdout
     reasons = "(not cpu: No module named 'chatglm2.kernels'; not torch_ops: No module named"
     assert f"backend torch {reasons}" in run.stderr
+
+
+# Roles: a prompt's tokens may be multiplied less exactly
+
+
+@pytest.fixture
+def products(monkeypatch):
+    """Serve all quantized layers by a backend that notes (is of a prompt, tokens) of each product.
+
+    Its products of prompts are 1 % too large.
+    """
+    noted = []
+
+    def matmul(x, layer):
+        noted.append((False, x.shape[-2]))
+        return torch_matmul(x, layer)
+
+    def prompt_matmul(x, layer):
+        noted.append((True, x.shape[-2]))
+        return 1.01 * torch_matmul(x, layer)
+
+    backend = SimpleNamespace(matmul=matmul, prompt_matmul=prompt_matmul)
+    monkeypatch.setattr(quantization, "pick_backend", lambda *_: backend)
+    return noted
+
+
+def take(noted: list) -> list:
+    """Return the notes of each forward, and forget them."""
+    num_products = 4 * CONFIG["num_layers"]
+    forwards = [noted[i : i + num_products] for i in range(0, len(noted), num_products)]
+    noted.clear()
+    return [sorted(set(forward)) for forward in forwards]
+
+
+IDS = INPUTS["a.input_ids"].long()
+LENGTH = IDS.shape[1]
+
+
+def generate(model, ids=IDS, num_tokens=3, **kwargs):
+    settings = {"min_new_tokens": num_tokens, "max_new_tokens": num_tokens, "eos_token_id": None}
+    return model.generate(ids, **settings, **kwargs)
+
+
+@torch.no_grad()
+def test_generate_tells_prompts_from_answers(products):
+    model = create_model(torch.float32).quantize(4)
+    generate(model)
+    assert take(products) == [[(True, LENGTH)], [(False, 1)], [(False, 1)]]
+    generate(model, IDS[:, :1])  # the role counts, not the number
+    assert take(products) == [[(True, 1)], [(False, 1)], [(False, 1)]]
+    generate(model, num_beams=2)
+    assert take(products) == [[(True, LENGTH)], [(False, 1)], [(False, 1)]]
+    generate(model, num_tokens=1, prefill_chunk_size=LENGTH - 1, past_key_values=ChatGLMCache())
+    assert take(products) == [[(True, LENGTH - 1)], [(True, 1)]]
+    generate(model, num_tokens=2, use_cache=False)
+    assert take(products) == [[(False, LENGTH)], [(False, LENGTH + 1)]]
+    model(IDS)
+    assert take(products) == [[(False, LENGTH)]]
+    model.base_model.exact_prefill = True
+    generate(model)
+    assert take(products) == [[(False, LENGTH)], [(False, 1)], [(False, 1)]]
+
+
+@torch.no_grad()
+def test_candidates_belong_to_the_answer(products):
+    model = create_model(torch.float32).quantize(4)
+    settings = {"return_dict_in_generate": True, "output_logits": True}
+    expected = generate(model, IDS.repeat(1, 2), 8, **settings)
+    products.clear()
+    found = generate(model, IDS.repeat(1, 2), 8, prompt_lookup_num_tokens=3, **settings)
+    assert products[:2] == [(True, 2 * LENGTH), (False, 3)]
+    assert products.count((True, 2 * LENGTH)) == sum(is_prompt for is_prompt, _ in products)
+    assert max(n for is_prompt, n in products if not is_prompt) <= 4
+    assert torch.equal(found.sequences, expected.sequences)
+    assert_close(torch.cat(found.logits), torch.cat(expected.logits), 1e-4)
+
+
+@torch.no_grad()
+def test_each_token_by_the_product_of_its_role(products):
+    model = create_model(torch.float32).quantize(8)
+    exact, rounded = model(IDS), model(IDS, is_prompt=True)
+    mixed = model(IDS, is_prompt=True, logits_to_keep=3)  # the last two are candidates
+    assert_close(rounded.logits[:, -3], mixed.logits[:, 0], 1e-5)
+    assert (rounded.logits - exact.logits).abs().max() > 1e-2
+    assert (rounded.logits[:, -1] - mixed.logits[:, -1]).abs().max() > 1e-3
+    model.base_model.exact_prefill = True
+    assert torch.equal(model(IDS, is_prompt=True).logits, exact.logits)
+
+
+def test_role_is_of_one_thread_and_ends_with_an_error(products):
+    layer = create_model(torch.float32).quantize(4).base_model.encoder.layers[0].mlp.dense_4h_to_h
+    x = torch.randn(1, 5, layer.in_features)
+    within, done = threading.Event(), threading.Event()
+
+    def compute_prompt():
+        with pytest.raises(RuntimeError), layer.backend.computing_prompt(5):
+            within.set()
+            assert done.wait(20)
+            layer(x)
+            raise RuntimeError
+        layer(x)
+
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(compute_prompt)
+        assert within.wait(20)
+        with layer.backend.computing_prompt(2), layer.backend.computing_prompt(5):
+            twin = copy.deepcopy(layer)
+        layer(x)
+        twin(x)
+        done.set()
+        other.result()
+    assert products == [(False, 5), (False, 5), (True, 5), (False, 5)]
+
+
+def test_backend_without_a_product_for_prompts(monkeypatch):
+    monkeypatch.setenv("CHATGLM_BACKEND", "torch")
+    model = create_model(torch.float32).quantize(4)
+    with torch.no_grad():
+        assert torch.equal(model(IDS, is_prompt=True).logits, model(IDS).logits)
+
+
+def test_prompts_of_a_conversation(products, tiny_checkpoint, tiny_tokenizer):
+    model = load(tiny_checkpoint).quantize(4).float()
+    settings = {"do_sample": False, "max_new_tokens": 4, "return_past_key_values": True}
+    cache, history = ChatGLMCache(), []
+    for query in ("你好", "讲个笑话"):
+        ids, num_kept = cache.continue_with(tiny_tokenizer, query, history)
+        assert bool(num_kept) == bool(history)
+        steps = model.stream_chat(tiny_tokenizer, query, history, cache, **settings)
+        *_, (_, history, cache) = steps
+        assert set(products) == {(True, len(ids) - num_kept), (False, 1)}
+        products.clear()

@@ -424,6 +424,12 @@ def test_absent_gpu(monkeypatch):
     assert "--device cpu" in fail(utils.choose_device, "mps")
 
 
+def test_exact_prefill_arrives(int4_checkpoint):
+    for flags, expected in (([], False), (["--exact-prefill"], True)):
+        _, model = utils.load_model(parse("--model", str(int4_checkpoint), *flags))
+        assert model.base_model.exact_prefill is expected
+
+
 # Memory and disk.
 
 
