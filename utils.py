@@ -11,6 +11,7 @@ import re
 import shutil
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -77,6 +78,12 @@ def add_model_arguments(parser: argparse.ArgumentParser):
         help="round the weights to so many bits while loading (default: as in the checkpoint)",
     )
     parser.add_argument(
+        "--quantize-output",
+        action="store_true",
+        help="of a quantized model, round the output layer too, to INT8 (default: as in the "
+        "checkpoint; the official ones have it in float16)",
+    )
+    parser.add_argument(
         "--exact-prefill",
         action="store_true",
         help="multiply prompts too by exact activations, not ones rounded to int8 (only the C "
@@ -103,13 +110,15 @@ def load_model(args: argparse.Namespace):
         revision = {} if hub_info is None else {"revision": args.revision or "main"}
         config = read_config(source, **revision)
         bits = choose_bits(args.model, args.quantize, config)
+        output_bits = choose_output_bits(args.quantize_output, bits, config)
         device, dtype, reason = choose_device_and_dtype(args.device, args.dtype, config.dtype)
-        print(f"{args.model}: {device}, {name_of(dtype, bits)}: {reason}", file=sys.stderr)
-        check_memory(args.model, config, device, dtype, bits)
+        precision = name_of(dtype, bits, output_bits)
+        print(f"{args.model}: {device}, {precision}: {reason}", file=sys.stderr)
+        check_memory(args.model, config, device, dtype, bits, output_bits)
         if hub_info is not None:
             check_disk(args.model, hub_info)
         tokenizer = ChatGLMTokenizer.from_pretrained(source, **revision)
-        model = load_weights(source, config, device, dtype, bits, **revision)
+        model = load_weights(source, config, device, dtype, bits, output_bits, **revision)
     except (OSError, ValueError, HTTPError, RuntimeError) as error:
         raise SystemExit(f"{args.model}: {one_line(error)}") from error
     model.base_model.exact_prefill = args.exact_prefill
@@ -117,9 +126,15 @@ def load_model(args: argparse.Namespace):
 
 
 def load_weights(
-    source, config: ChatGLMConfig, device: torch.device, dtype: torch.dtype, bits: int, **revision
+    source,
+    config: ChatGLMConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    bits: int,
+    output_bits: int | None = None,
+    **revision,
 ):
-    """Load the model, quantized to `bits` (0: not).
+    """Load the model, quantized to `bits` (0: not), the output layer to `output_bits`.
 
     A quantized one is loaded in the checkpoint's dtype: levels and scales are then the official
     ones, and on a CPU embedding and output layer stay mapped from the file.
@@ -145,6 +160,8 @@ def load_weights(
             f"missing, unknown or of another shape, among them {min(unusable)}; download both "
             "again."
         )
+    if output_bits:
+        model.quantize(bits, output_bits=output_bits)
     model = model.to(dtype)
     if bits:  # it tells which backend serves, or why none can
         prepare_layers(model)
@@ -155,8 +172,16 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def name_of(dtype: torch.dtype, bits=0) -> str:
-    return str(dtype).removeprefix("torch.") + (f" with INT{bits} weights" if bits else "")
+def name_of(dtype: torch.dtype, bits=0, output_bits: int | None = None) -> str:
+    name = str(dtype).removeprefix("torch.") + (f" with INT{bits} weights" if bits else "")
+    return name + (f", INT{output_bits} output layer" if output_bits else "")
+
+
+def name_precision(model) -> str:
+    """Return dtype and quantization of a loaded model."""
+    if quantization := get_quantization(model.config):
+        return name_of(model.dtype, quantization.bits, quantization.output_bits)
+    return name_of(model.dtype)
 
 
 def gigabytes(size: float) -> str:
@@ -296,6 +321,21 @@ def choose_bits(model: str, wanted: int | None, config: ChatGLMConfig) -> int:
     return present.bits
 
 
+def choose_output_bits(wanted: bool, bits: int, config: ChatGLMConfig) -> int | None:
+    """Return the bits of the output layer: 8 if wanted, else the checkpoint's; `None` is float.
+
+    Raises:
+        SystemExit: It is wanted, but the rest is not quantized.
+    """
+    if wanted and not bits:
+        raise SystemExit(
+            "--quantize-output rounds the output layer of a quantized model: add --quantize 4 or "
+            "--quantize 8."
+        )
+    present = get_quantization(config)
+    return 8 if wanted else present and present.output_bits
+
+
 def choose_device_and_dtype(
     device: str, dtype: str, checkpoint_dtype: torch.dtype | None
 ) -> tuple[torch.device, torch.dtype, str]:
@@ -339,22 +379,31 @@ def choose_device(device: str) -> tuple[torch.device, str]:
     return chosen, "the device was asked for"
 
 
-def count_weight_bytes(config: ChatGLMConfig, dtype: torch.dtype, bits: int) -> int:
+def count_weight_bytes(
+    config: ChatGLMConfig, dtype: torch.dtype, bits: int, output_bits: int | None = None
+) -> int:
     """Return the size of a loaded model, from its shapes alone."""
-    if bits and not config.quantization_bit:
-        config = ChatGLMConfig.from_dict({**config.to_dict(), "quantization_bit": bits})
+    if bits:
+        quantization = get_quantization(config) or ChatGLMQuantizationConfig(bits=bits)
+        fields = replace(quantization, output_bits=output_bits).to_dict()
+        config = ChatGLMConfig.from_dict({**config.to_dict(), "quantization_config": fields})
     with torch.device("meta"):
         model = ChatGLMForConditionalGeneration(config).to(dtype)
     return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
 def check_memory(
-    model: str, config: ChatGLMConfig, device: torch.device, dtype: torch.dtype, bits: int
+    model: str,
+    config: ChatGLMConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    bits: int,
+    output_bits: int | None = None,
 ):
     """Stop before loading what cannot fit; where free memory cannot be read, go on."""
 
     def need(dtype, bits):
-        return count_weight_bytes(config, dtype, bits) * MEMORY_MARGIN
+        return count_weight_bytes(config, dtype, bits, output_bits) * MEMORY_MARGIN
 
     free, needed = get_free_memory(device), need(dtype, bits)
     if free is None or needed <= free:
@@ -369,7 +418,7 @@ def check_memory(
     steps += ["a machine with more memory"]
     steps += ["the bundled checkpoint (--model resources/chatglm2-tiny)"]
     raise SystemExit(
-        f"{model} needs {gigabytes(needed)} for {name_of(dtype, bits)} on {device}, "
+        f"{model} needs {gigabytes(needed)} for {name_of(dtype, bits, output_bits)} on {device}, "
         f"{gigabytes(free)} free: take {', or '.join(steps)}."
     )
 

@@ -13,7 +13,6 @@ from markdown_it import MarkdownIt
 
 import utils
 from chatglm2 import CHAT_DEFAULTS
-from chatglm2.quantization import get_quantization
 from conversation import DROPPED, STOPPED, Conversation
 
 MAX_CACHES = 4  # one of 8192 tokens of the 6B model in float16 has 0.24 GB
@@ -268,9 +267,7 @@ def formula(body: str, style: dict[str, str]) -> str:
 
 def describe(name: str, model) -> str:
     """Return a line with the model's name, its device and precision."""
-    quantization = get_quantization(model.config)
-    precision = utils.name_of(model.dtype, quantization.bits if quantization else 0)
-    return f"{name}, {model.device}, {precision}"
+    return f"{name}, {model.device}, {utils.name_precision(model)}"
 
 
 def sampling_sliders(model) -> dict[str, dict]:

@@ -612,7 +612,7 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
     def half(self):
         return self.to(torch.float16)
 
-    def quantize(self, bits: int, group_size: int | None = None):
+    def quantize(self, bits: int, group_size: int | None = None, output_bits: int | None = None):
         """Round the blocks' weights to INT8 or INT4, in place, one by one; return the model.
 
         Embedding and output layer are then stored in 16 bits, whatever the model computes in.
@@ -621,11 +621,12 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
         Args:
             bits: 8, 4, or 0 for nothing. A model that has as many bits already stays as it is.
             group_size: 128 with 4 bits: a scale for each 128 columns of a row, for better quality.
+            output_bits: 8: the output layer becomes INT8 too, also that of a quantized model.
 
         Raises:
             ValueError: Other values, or the model is quantized already in another way.
         """
-        return quantize_model(self, bits, group_size)
+        return quantize_model(self, bits, group_size, output_bits)
 
 
 class ChatGLMModel(ChatGLMPreTrainedModel):

@@ -1,8 +1,8 @@
 """INT8 and INT4 weights: the official row-wise format, and INT4 with a scale for each group.
 
-The four linear layers of each block hold `weight` (int8; INT4 packed two to a byte) and
-`weight_scale`; a weight is level * scale. This file is also Hugging Face remote code: several
-copies of it may live in one process.
+The four linear layers of each block, and the output layer if asked for, hold `weight` (int8; INT4
+packed two to a byte) and `weight_scale`; a weight is level * scale. This file is also Hugging Face
+remote code: several copies of it may live in one process.
 """
 
 import importlib
@@ -10,7 +10,7 @@ import os
 import threading
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -215,6 +215,7 @@ class ModelBackend:
         sizes = layer.in_features, layer.out_features, layer.bits, layer.group_size
         if sizes not in self.kinds:
             self.kinds[sizes] = QuantizedLinear(*sizes, device="meta")
+            self.picked.clear()  # which served all kinds before
         layer.backend = self
 
     def get(self, function: str, device: torch.device, dtype: torch.dtype) -> Callable | None:
@@ -445,10 +446,13 @@ class ChatGLMQuantizationConfig(QuantizationConfigMixin):
         bits: 8 or 4.
         group_size: `None` for the official format, a scale for each row; 128 (with 4 bits) for a
             scale for each 128 columns of a row.
+        output_bits: `None` for the official format, an output layer of 16 bits; 8 for INT8 with a
+            scale for each row.
     """
 
     bits: int
     group_size: int | None = None
+    output_bits: int | None = None
     quant_method: str = QUANT_METHOD
 
     def __post_init__(self):
@@ -459,11 +463,24 @@ class ChatGLMQuantizationConfig(QuantizationConfigMixin):
                 f"no group_size {self.group_size!r} with {self.bits} bits: leave it out, or give "
                 f"{GROUP_SIZE} with 4 bits"
             )
+        if self.output_bits not in (None, 8):
+            raise ValueError(
+                f"the output layer cannot have {self.output_bits!r} bits: give 8, or leave it out "
+                "for 16"
+            )
+
+    def to_dict(self) -> dict:
+        """Return the fields; the official format's stay what they were without `output_bits`."""
+        fields = super().to_dict()
+        if self.output_bits is None:
+            del fields["output_bits"]
+        return fields
 
 
 def replace_layers(transformer: nn.Module, config: ChatGLMQuantizationConfig, empty=False):
     """Put quantized layers into a ChatGLMModel, one by one; with `empty`, to be loaded."""
     get_forced_backend()  # a wrong name is told before the work
+    check_output_layer(transformer, config)
     backend = transformer.backend = ModelBackend()
     for block in transformer.encoder.layers:
         for name in LINEAR_NAMES:
@@ -477,8 +494,36 @@ def replace_layers(transformer: nn.Module, config: ChatGLMQuantizationConfig, em
             block.set_submodule(name, layer)
     embedding = transformer.embedding.word_embeddings
     transformer.embedding.word_embeddings = StoredEmbedding(embedding)
-    transformer.output_layer = StoredLinear(transformer.output_layer)
-    transformer.output_layer.backend = backend
+    if config.output_bits:
+        quantize_output_layer(transformer, config, empty)
+    else:
+        transformer.output_layer = StoredLinear(transformer.output_layer)
+        transformer.output_layer.backend = backend
+
+
+def check_output_layer(transformer: nn.Module, config: ChatGLMQuantizationConfig):
+    """Check that the output layer can have the bits that are asked for.
+
+    Raises:
+        ValueError: Its weight is that of the embedding too, or it is no plain layer.
+    """
+    if not config.output_bits:
+        return
+    if transformer.config.tie_word_embeddings:
+        raise ValueError(
+            f"output_bits is {config.output_bits}, but output layer and embedding share their "
+            "weight (tie_word_embeddings): leave it out"
+        )
+    if type(transformer.output_layer) not in (nn.Linear, StoredLinear):
+        kind = type(transformer.output_layer).__name__
+        raise ValueError(f"output_layer is a {kind}: quantize before adding adapters")
+
+
+def quantize_output_layer(transformer: nn.Module, config: ChatGLMQuantizationConfig, empty=False):
+    """Put a quantized output layer into a ChatGLMModel whose blocks are quantized."""
+    layer = QuantizedLinear.from_linear(transformer.output_layer, config.output_bits, None, empty)
+    transformer.backend.add(layer)
+    transformer.output_layer = layer
 
 
 def prepare_layers(model):
@@ -526,18 +571,28 @@ def is_quantized_so(model_config, wanted) -> bool:
             f"{present.group_size}: load the unquantized checkpoint for {bits} bits and group_size "
             f"{group_size}"
         )
+    if fields.get("output_bits") not in (None, present.output_bits):
+        raise ValueError(
+            "the model is quantized already, its output layer is not: load it without output_bits, "
+            f"then call model.quantize({bits}, output_bits={fields['output_bits']})"
+        )
     return True
 
 
-def quantize_model(model, bits: int, group_size: int | None = None):
+def quantize_model(model, bits: int, group_size: int | None = None, output_bits: int | None = None):
     """Quantize a loaded model in place and return it; see `ChatGLMPreTrainedModel.quantize`."""
-    if bits == 0:
+    if bits == 0 and output_bits is None:
         return model
-    wanted = ChatGLMQuantizationConfig(bits=bits, group_size=group_size)
-    if is_quantized_so(model.config, wanted):
+    wanted = ChatGLMQuantizationConfig(bits=bits, group_size=group_size, output_bits=output_bits)
+    if not is_quantized_so(model.config, replace(wanted, output_bits=None)):
+        replace_layers(model.base_model, wanted)
+    elif output_bits in (None, get_quantization(model.config).output_bits):
         logger.info(f"The model is quantized to {bits} bits already.")
         return model
-    replace_layers(model.base_model, wanted)
+    else:
+        wanted = replace(get_quantization(model.config), output_bits=output_bits)
+        check_output_layer(model.base_model, wanted)
+        quantize_output_layer(model.base_model, wanted)
     model.hf_quantizer = ChatGLMQuantizer(wanted)
     model.is_quantized, model.quantization_method = True, QUANT_METHOD
     model.hf_quantizer.postprocess_model(model)

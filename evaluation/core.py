@@ -37,7 +37,6 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 import utils  # noqa: E402
-from chatglm2.quantization import get_quantization  # noqa: E402
 
 LETTERS = "ABCD"
 MAX_PROMPT_TOKENS = 2048  # of zero-shot prompts, as the original
@@ -334,13 +333,9 @@ def name_model(model: str) -> str:
     return path.resolve().name if path.is_dir() else path.name
 
 
-def name_precision(model) -> str:
-    quantization = get_quantization(model.config)
-    return utils.name_of(model.dtype, quantization.bits if quantization else 0)
-
-
 def locate_output(benchmark: str, model, args) -> Path:
-    precision = name_precision(model).replace(" with ", "-").removesuffix(" weights").lower()
+    precision = utils.name_precision(model).replace(" with ", "-").replace(" weights", "").lower()
+    precision = precision.replace(", ", "-").replace(" ", "-")
     name = f"{benchmark}-{name_model(args.model)}-{args.mode}-{precision}"
     return args.output or Path("results", name)
 
@@ -399,7 +394,7 @@ def describe_run(benchmark: str, all_items: list[Item], model, args) -> dict:
         "mode": args.mode,
         "model": args.model,
         "revision": args.revision,
-        "precision": name_precision(model),
+        "precision": utils.name_precision(model),
         "exact_prefill": args.exact_prefill,
         "weights": weights.hexdigest()[:16],  # of the first values of each floating-point tensor
         "data": data.hexdigest()[:16],

@@ -55,6 +55,8 @@ TOLERANCES = {"fp32": 1e-4, "fp16": 0.025, "bf16": 0.15}
 METHOD = {"quant_method": "chatglm"}
 WAYS = [{"bits": 8}, {"bits": 4}, {"bits": 4, "group_size": 128}]
 WAY_NAMES = ["int8", "int4", "g128"]
+ALL_WAYS = [*WAYS, {"bits": 4, "output_bits": 8}]
+ALL_WAY_NAMES = [*WAY_NAMES, "output8"]
 load = ChatGLMForConditionalGeneration.from_pretrained
 
 
@@ -303,7 +305,7 @@ def test_quantize_gives_the_official_bytes(bits):
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "fp32", "bf16"])
-@pytest.mark.parametrize("way", WAYS, ids=WAY_NAMES)
+@pytest.mark.parametrize("way", ALL_WAYS, ids=ALL_WAY_NAMES)
 def test_quantizing_while_loading_gives_the_same_folder(tiny_checkpoint, tmp_path, way, dtype):
     options = {"dtype": DTYPES[dtype]}
     load(tiny_checkpoint, **options).quantize(**way).save_pretrained(tmp_path / "a")
@@ -345,7 +347,7 @@ def test_float_weights_are_dropped_one_by_one(tiny_checkpoint, monkeypatch):
     assert models
 
 
-@pytest.mark.parametrize("way", WAYS[1:], ids=WAY_NAMES[1:])
+@pytest.mark.parametrize("way", ALL_WAYS[1:], ids=ALL_WAY_NAMES[1:])
 def test_weights_are_mapped_and_not_copied(tiny_checkpoint, tmp_path, way):
     load(tiny_checkpoint).quantize(**way).save_pretrained(tmp_path)
     model = load(tmp_path).float()
@@ -354,7 +356,8 @@ def test_weights_are_mapped_and_not_copied(tiny_checkpoint, tmp_path, way):
         for line in Path("/proc/self/maps").read_text().splitlines()
         if str(tmp_path) in line
     ]
-    for name in ("transformer.embedding.word_embeddings.weight", "transformer.output_layer.weight"):
+    names = "transformer.embedding.word_embeddings.weight", "transformer.output_layer.weight"
+    for name in names[:1] if "output_bits" in way else names:
         address = model.get_parameter(name).data_ptr()
         assert any(start <= address < end for start, end in regions)
 
@@ -401,6 +404,55 @@ def test_quantization_config_for_a_quantized_checkpoint(tmp_path, recwarn):
 def test_group_wise_model_is_a_4_bit_model(tiny_checkpoint):
     model = load(tiny_checkpoint).quantize(4, group_size=128)
     assert model.quantize(4) is model and model.config.quantization_config.group_size == 128
+
+
+@torch.no_grad()
+def test_output_layer_of_a_quantized_checkpoint(tmp_path):
+    folder = write_official(tmp_path / "official", 4)
+    expected = compute_logits(load(folder).float())
+    model = load(folder)
+    weight = model.get_output_embeddings().weight.float()
+    assert model.quantize(4, output_bits=8) is model and model.quantize(4) is model
+    assert model.config.quantization_config.output_bits == 8
+    layer = model.get_output_embeddings()
+    assert isinstance(layer, QuantizedLinear) and layer.bits == 8
+    restored = dequantize(layer.weight, layer.weight_scale, 8, torch.float32)
+    step = weight.abs().amax(1, keepdim=True) / 127
+    assert ((restored - weight).abs() <= 0.6 * step).all()
+    error = compute_logits(model.float()) - expected
+    assert 0 < error.norm() < 0.01 * expected.norm()
+    model.half().save_pretrained(tmp_path / "saved")
+    again = load(tmp_path / "saved")
+    assert all(torch.equal(value, again.state_dict()[n]) for n, value in model.state_dict().items())
+    assert not any(p.requires_grad for p in again.get_output_embeddings().parameters())
+    with pytest.raises(ValueError, match=r"output layer is not: load it without .*output_bits=8"):
+        load(folder, quantization_config=METHOD | {"bits": 4, "output_bits": 8})
+
+
+def test_backend_is_picked_anew_for_the_output_layer(monkeypatch):
+    kinds = []
+    backend = SimpleNamespace(matmul=torch_matmul)
+    pick = lambda layers, *_: kinds.append([layer.bits for layer in layers]) or backend  # noqa: E731
+    monkeypatch.setattr(quantization, "pick_backend", pick)
+    model = create_model(torch.float32).quantize(4)
+    compute_logits(model)
+    compute_logits(model.quantize(4, output_bits=8))
+    assert 8 not in kinds[0] and 8 in kinds[1] and len(kinds) == 2
+
+
+def test_output_layer_that_cannot_be_quantized():
+    model = create_model(tie_word_embeddings=True)
+    with pytest.raises(ValueError, match=r"output_bits is 8, but .*tie_word_embeddings"):
+        model.quantize(4, output_bits=8)
+    model = create_model().quantize(4)
+    model.set_output_embeddings(torch.nn.Identity())
+    with pytest.raises(ValueError, match="output_layer is a Identity: quantize before adding"):
+        model.quantize(4, output_bits=8)
+    for output_bits in (4, 16, 0):
+        with pytest.raises(ValueError, match=f"cannot have {output_bits} bits: give 8"):
+            create_model().quantize(4, output_bits=output_bits)
+    with pytest.raises(ValueError, match="cannot quantize to 0 bits"):
+        create_model().quantize(0, output_bits=8)
 
 
 def test_values_that_are_refused():

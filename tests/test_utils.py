@@ -424,6 +424,33 @@ def test_absent_gpu(monkeypatch):
     assert "--device cpu" in fail(utils.choose_device, "mps")
 
 
+@pytest.mark.parametrize("is_quantized", [True, False])
+def test_output_layer_is_quantized(
+    is_quantized, int4_checkpoint, tiny_checkpoint, tmp_path, capsys
+):
+    flags = ["--model", str(int4_checkpoint)]
+    if not is_quantized:
+        flags = ["--model", str(tiny_checkpoint), "--quantize", "4"]
+    _, model = utils.load_model(parse(*flags, "--quantize-output"))
+    assert "float32 with INT4 weights, INT8 output layer: " in capsys.readouterr().err
+    assert utils.name_precision(model) == "float32 with INT4 weights, INT8 output layer"
+    layer = model.get_output_embeddings()
+    assert isinstance(layer, QuantizedLinear) and layer.bits == 8
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    counted = utils.count_weight_bytes(utils.read_config(int4_checkpoint), torch.float16, 4, 8)
+    assert counted <= size <= counted * 1.01  # norms in float32
+    model.save_pretrained(tmp_path)
+    shutil.copy(tiny_checkpoint / "tokenizer.model", tmp_path)
+    shutil.copy(tiny_checkpoint / "tokenizer_config.json", tmp_path)
+    _, again = utils.load_model(parse("--model", str(tmp_path)))
+    assert utils.name_precision(again) == utils.name_precision(model)
+
+
+def test_output_layer_alone_is_not_quantized():
+    line = fail_to_load("--model", "resources/chatglm2-tiny", "--quantize-output")
+    assert line.startswith("--quantize-output rounds") and "add --quantize 4 or" in line
+
+
 def test_exact_prefill_arrives(int4_checkpoint):
     for flags, expected in (([], False), (["--exact-prefill"], True)):
         _, model = utils.load_model(parse("--model", str(int4_checkpoint), *flags))
@@ -446,6 +473,8 @@ def test_the_official_model_is_counted(dtype, bits, expected):
     config = ChatGLMConfig(**CONFIG_6B)
     assert utils.count_weight_bytes(config, dtype, bits) == expected
     if bits:
+        output_layer = 65024 * 4096 - 65024 * 2  # a byte less for each weight, a scale for each row
+        assert utils.count_weight_bytes(config, dtype, bits, 8) == expected - output_layer
         config = ChatGLMConfig(**CONFIG_6B, quantization_bit=bits)
         assert utils.count_weight_bytes(config, dtype, bits) == expected
 
