@@ -72,6 +72,12 @@ def add_model_arguments(parser: argparse.ArgumentParser):
         help="auto (default): the checkpoint's own on a GPU, float32 on a CPU",
     )
     parser.add_argument(
+        "--kv-cache-dtype",
+        default="auto",
+        choices=["auto", "float16", "bfloat16"],
+        help="in which keys and values are kept (default: as the model computes)",
+    )
+    parser.add_argument(
         "--quantize",
         type=int,
         choices=[4, 8],
@@ -122,6 +128,7 @@ def load_model(args: argparse.Namespace):
     except (OSError, ValueError, HTTPError, RuntimeError) as error:
         raise SystemExit(f"{args.model}: {one_line(error)}") from error
     model.base_model.exact_prefill = args.exact_prefill
+    model.base_model.cache_dtype = DTYPES.get(args.kv_cache_dtype)
     return tokenizer, model
 
 

@@ -137,6 +137,10 @@ class ChatGLMCacheLayer(DynamicLayer):
 
     New tokens are written in place, so that a token costs what it weighs and not a copy of the
     cache.
+
+    Attributes:
+        buffers: `None`, or those of the keys and the values, contiguous [b, G, capacity, d], in the
+            dtype that the first ones had (float32, float16 or bfloat16), whatever is written later.
     """
 
     def lazy_initialization(self, key_states, value_states):
@@ -356,6 +360,7 @@ class SelfAttention(nn.Module):
         if isinstance(key, list):
             rows = zip(query.split(1), key, value, strict=True)
             return torch.cat([self.attend(*row, None, **kwargs)[0] for row in rows]), None
+        key, value = key.to(query.dtype), value.to(query.dtype)  # the cache may have another
         implementation = self.config._attn_implementation
         dropout = self.config.attention_dropout if self.training else 0.0
         length = query.shape[2]
@@ -375,14 +380,22 @@ class SelfAttention(nn.Module):
         )
 
     def forward(
-        self, hidden_states, attention_mask, rotary, past_key_values=None, prefix=None, **kwargs
+        self,
+        hidden_states,
+        attention_mask,
+        rotary,
+        past_key_values=None,
+        cache_dtype=None,
+        prefix=None,
+        **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         query, key, value = self.split_heads(self.query_key_value(hidden_states))
         query, key = apply_rotary(query, *rotary), apply_rotary(key, *rotary)
         if prefix is not None:
             key, value = torch.cat((prefix[0], key), dim=2), torch.cat((prefix[1], value), dim=2)
         if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+            stored = key.to(cache_dtype or key.dtype), value.to(cache_dtype or value.dtype)
+            key, value = past_key_values.update(*stored, self.layer_idx)
         output, weights = self.attend(query, key, value, attention_mask, **kwargs)
         return self.dense(output.flatten(2)), weights
 
@@ -637,11 +650,13 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         device: Where to make them.
 
     Attributes:
+        cache_dtype: In which keys and values are cached, such as float16; `None`: as computed.
         exact_prefill: Prompts are computed as exactly as answers; else the quantized layers may
             round their activations.
         backend: What the quantized layers share, if there are any.
     """
 
+    cache_dtype: torch.dtype | None = None
     exact_prefill = False
     backend = None
 
@@ -769,6 +784,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
                 attention_mask=mask,
                 rotary=self.rotary_pos_emb(inputs_embeds, position_ids),
                 past_key_values=past_key_values,
+                cache_dtype=self.cache_dtype,
                 **kwargs,
             )
         return BaseModelOutputWithPast(

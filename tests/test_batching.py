@@ -147,21 +147,28 @@ class TestAnswers:
         together = asyncio.run(crowd())
         assert together == alone and len(alone.token_ids) == 120
 
-    def test_ragged_rows_give_the_logits_of_each_row_alone(self, tiny_model):
+    @pytest.mark.parametrize(("dtype", "tolerance"), [(None, 1e-4), (torch.float16, 1e-2)])
+    def test_ragged_rows_give_the_logits_of_each_row_alone(
+        self, dtype, tolerance, tiny_model, monkeypatch
+    ):
         generator = torch.Generator().manual_seed(0)
         prompts = [torch.randint(3, 4000, (1, n), generator=generator) for n in (1, 7, 300)]
-        caches, alone = [], []
+        alone = []
         with torch.no_grad():
             for prompt in prompts:
-                caches.append(ChatGLMCache())
-                tiny_model(prompt, past_key_values=caches[-1])
                 full = torch.cat((prompt, torch.tensor([[9]])), dim=1)
                 alone.append(tiny_model(full, logits_to_keep=1).logits[0, 0])
+            caches = [ChatGLMCache() for _ in prompts]
+            monkeypatch.setattr(tiny_model.base_model, "cache_dtype", dtype)
+            for prompt, cache in zip(prompts, caches, strict=True):
+                tiny_model(prompt, past_key_values=cache)
             positions = torch.tensor([[cache.get_seq_length()] for cache in caches])
             batch = tiny_model(
                 torch.full((3, 1), 9), positions, past_key_values=RaggedCache(caches)
             )
-        torch.testing.assert_close(batch.logits[:, 0], torch.stack(alone), atol=1e-4, rtol=1e-4)
+        logits = batch.logits[:, 0]
+        torch.testing.assert_close(logits, torch.stack(alone), atol=tolerance, rtol=1e-4)
+        assert {cache.layers[0].buffers[0].dtype for cache in caches} == {dtype or torch.float32}
         assert [cache.get_seq_length() for cache in caches] == [2, 8, 301]
 
     def test_a_prefix_tuned_model(self, make_batcher, tiny_tokenizer, ask):
@@ -535,6 +542,15 @@ class TestKeptCaches:
         for question, (kept, length) in list(zip(QUESTIONS, cached, strict=False))[1:]:
             new = len(tiny_tokenizer.build_round(question, [0]))
             assert length - kept <= new + 4
+
+    def test_caches_of_half_the_size(self, make_batcher, ask, tiny_model, monkeypatch):
+        expected, _ = self.converse(make_batcher(), ask)
+        monkeypatch.setattr(tiny_model.base_model, "cache_dtype", torch.float16)
+        batcher = make_batcher()
+        history, cached = self.converse(batcher, ask)
+        assert [question for question, _ in history] == [question for question, _ in expected]
+        assert cached[-1][0] > 0 and history[0] == expected[0]
+        assert {cache.layers[0].buffers[0].dtype for cache in batcher.kept} == {torch.float16}
 
     def test_a_common_beginning_is_copied(self, make_batcher, ask):
         batcher = make_batcher()

@@ -918,6 +918,78 @@ def test_batch_operations_of_the_cache(model):
     assert cache.get_seq_length() == 0
 
 
+def count_bytes(cache) -> int:
+    return sum(x.numel() * x.element_size() for layer in cache.layers for x in layer.buffers)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_narrow_cache(model, dtype, implementation):
+    narrow, ids = create_model(attn_implementation=implementation), OUTPUTS["a.input_ids"]
+    narrow.base_model.cache_dtype = dtype
+    cache, wide = ChatGLMCache(), ChatGLMCache()
+    tolerance = 1e-2 if dtype == torch.float16 else 0.1
+    for chunk in (ids[:, :5], ids[:, 5:10], ids[:, 10:11], ids[:, 11:]):
+        logits = narrow(chunk, past_key_values=cache).logits
+        expected = model(chunk, past_key_values=wide).logits
+        assert logits.dtype == torch.float32 and not torch.equal(logits, expected)
+        assert_close(logits, expected, tolerance)
+    for buffer in (buffer for layer in cache.layers for buffer in layer.buffers):
+        assert buffer.dtype == dtype and buffer.is_contiguous()
+    assert 2 * count_bytes(cache) == count_bytes(wide)
+    copied = cache.copy_prefix(10)
+    assert 2 * count_bytes(copied) == count_bytes(wide)
+    cache.crop(10 - ids.shape[1])
+    for past in (cache, copied):
+        logits = narrow(ids[:, 10:], past_key_values=past).logits
+        assert_close(logits, OUTPUTS["a.logits"][:, 10:], tolerance)
+        past.reorder_cache(torch.tensor([0, 0]))
+        narrow(ids[:, :1].repeat(2, 1), past_key_values=past)
+        assert {buffer.dtype for layer in past.layers for buffer in layer.buffers} == {dtype}
+
+
+@pytest.mark.parametrize("cache_class", [ChatGLMCache, DynamicCache])
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_generation_with_a_narrow_cache(model, cache_class, num_beams):
+    narrow, ids = create_model(), torch.tensor(GENERATION["single"]["input_ids"])
+    narrow.base_model.cache_dtype = torch.float16
+    settings = {"max_new_tokens": 8, "eos_token_id": None, "return_dict_in_generate": True}
+    settings |= {"num_beams": num_beams, "output_logits": True}
+    expected = model.generate(ids, **settings)
+    found = narrow.generate(ids, past_key_values=cache_class(), **settings)
+    assert found.sequences.tolist() == expected.sequences.tolist()
+    assert_close(torch.cat(found.logits), torch.cat(expected.logits), 1e-2)
+    assert found.past_key_values.layers[0].keys.dtype == torch.float16
+
+
+def test_chat_with_a_narrow_cache(tiny_model, tiny_tokenizer, monkeypatch):
+    def converse():
+        history, cache = [], ChatGLMCache()
+        for query in ("你好", "What is your name?"):
+            steps = tiny_model.stream_chat(
+                tiny_tokenizer, query, history, cache, do_sample=False, return_past_key_values=True
+            )
+            *_, (_, history, cache) = steps
+        return history, cache
+
+    expected, wide = converse()
+    monkeypatch.setattr(tiny_model.base_model, "cache_dtype", torch.float16)
+    history, cache = converse()
+    assert history == expected and 2 * count_bytes(cache) == count_bytes(wide)
+
+
+def test_gradients_with_a_narrow_cache():
+    grads, ids = [], OUTPUTS["a.input_ids"].long()
+    for dtype in (None, torch.float16):
+        trained = create_model()
+        trained.base_model.cache_dtype = dtype
+        trained(ids, labels=ids, past_key_values=ChatGLMCache()).loss.backward()
+        layer = trained.base_model.encoder.layers[0].self_attention.query_key_value
+        grads.append(layer.weight.grad)
+    assert 0 < (grads[0] - grads[1]).norm() < 0.01 * grads[0].norm()
+
+
 # Loading and saving
 
 

@@ -451,6 +451,12 @@ def test_output_layer_alone_is_not_quantized():
     assert line.startswith("--quantize-output rounds") and "add --quantize 4 or" in line
 
 
+def test_dtype_of_the_cache_arrives(tiny_checkpoint):
+    for flags, expected in (([], None), (["--kv-cache-dtype", "float16"], torch.float16)):
+        _, model = utils.load_model(parse("--model", str(tiny_checkpoint), *flags))
+        assert model.base_model.cache_dtype == expected
+
+
 def test_exact_prefill_arrives(int4_checkpoint):
     for flags, expected in (([], False), (["--exact-prefill"], True)):
         _, model = utils.load_model(parse("--model", str(int4_checkpoint), *flags))
