@@ -1,10 +1,15 @@
 """`check_quantized.py`: its perplexity and agreement, and its table from a few questions."""
 
+from types import SimpleNamespace
+
 import check_quantized
 import check_tiny
 import pytest
 import torch
-from check_quantized import force_answers
+from check_quantized import WAYS, force_answers, load
+
+from chatglm2 import quantization
+from chatglm2.quantization import torch_matmul
 
 
 def test_perplexity_is_that_of_the_loss(tiny_model, tiny_tokenizer):
@@ -26,10 +31,27 @@ def test_perplexity_is_that_of_the_loss(tiny_model, tiny_tokenizer):
     assert found.tolist() == likeliest
 
 
+def test_rounded_prompts_are_measured(tiny_checkpoint, tiny_tokenizer, monkeypatch):
+    backend = SimpleNamespace(
+        matmul=torch_matmul, prompt_matmul=lambda x, layer: 1.1 * torch_matmul(x, layer)
+    )
+    monkeypatch.setattr(quantization, "pick_backend", lambda *_: backend)
+    pairs = [(tiny_tokenizer.build_prompt("你好"), "你好👋！")]
+    exact, rounded = (
+        force_answers(load(tiny_checkpoint, **WAYS[name]), tiny_tokenizer, pairs)[0]
+        for name in ("INT4", "INT4, prompts rounded")
+    )
+    plain = load(tiny_checkpoint, 4, exact_prefill=False)
+    monkeypatch.setattr(plain.base_model, "backend", None)
+    assert exact == pytest.approx(force_answers(plain, tiny_tokenizer, pairs)[0], rel=1e-6)
+    assert rounded != pytest.approx(exact, rel=1e-4)
+
+
 def test_table(tiny_checkpoint, monkeypatch, capsys):
     monkeypatch.setattr(check_tiny, "MAX_NEW_TOKENS", 40)
     monkeypatch.setattr(check_quantized, "LANGUAGES", ["zh"])
-    ways = {name: way for name, way in check_quantized.WAYS.items() if way["bits"] != 8}
+    names = "float32", "INT4", "INT4, prompts rounded"
+    ways = {name: check_quantized.WAYS[name] for name in names}
     monkeypatch.setattr(check_quantized, "WAYS", ways)
     check_quantized.main(["--model", str(tiny_checkpoint), "--sample", "1"])
     header, _, *rows = capsys.readouterr().out.splitlines()
