@@ -22,16 +22,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+from benchmark_model import read_shape  # also makes the repository's folder one of modules
+from benchmark_report import CHARACTERS_PER_TOKEN, draw_plot, print_report, summarize, to_gigabytes
+from benchmark_worker import Worker, WorkerError
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from benchmark_model import read_shape  # noqa: E402
-from benchmark_report import CHARACTERS_PER_TOKEN, draw_plot, print_report, summarize, to_gigabytes  # noqa: E402
-from benchmark_worker import Worker, WorkerError  # noqa: E402
-
-import utils  # noqa: E402
-from chatglm2 import ChatGLMConfig  # noqa: E402
+import utils
+from chatglm2 import ChatGLMConfig
 
 MODEL_WORKER = Path(__file__).with_name("benchmark_model.py")
 LLAMA_WORKER = Path(__file__).with_name("benchmark_llama.py")
@@ -64,6 +60,7 @@ class Engine:
         settings: Arguments of the worker's `load`.
         needed: Bytes of memory, an estimate.
         cases: Arguments of the worker's `measure`.
+        file: Arguments of the worker's `make`, which returns the path to be loaded; or None.
     """
 
     name: str
@@ -71,6 +68,7 @@ class Engine:
     settings: dict
     needed: float
     cases: list[dict]
+    file: dict | None = None
 
 
 # Which engines, and which of them at a time.
@@ -133,11 +131,12 @@ def plan_llama(name: str, args: argparse.Namespace, config: ChatGLMConfig, folde
     block = hidden * (heads * shape["head_dim"] + 3 * config.ffn_hidden_size)
     bits = (config.num_layers * block + vocab_weights) * LLAMA_BITS[kind]
     bits += vocab_weights * LLAMA_BITS[output]
-    settings = {"shape": shape, "kind": kind.upper(), "output_kind": output.upper()}
-    settings |= {"folder": str(folder), "threads": args.threads or torch.get_num_threads()}
+    file = {"shape": shape, "kind": kind.upper(), "output_kind": output.upper()}
+    file["folder"] = str(folder)
+    settings = {"shape": shape, "threads": args.threads or torch.get_num_threads()}
     command = [args.llama_python, str(LLAMA_WORKER)]
     cases = [case for case in list_cases(args) if not case["context"]]
-    return Engine(name, command, settings, bits / 8 + PROCESS_BYTES, cases)
+    return Engine(name, command, settings, bits / 8 + PROCESS_BYTES, cases, file)
 
 
 def check_llama(python: str):
@@ -234,6 +233,14 @@ def run_rounds(workers: dict, cases: dict, read_bandwidth, num_rounds: int):
                     yield name, case, worker.ask("measure", **case)
 
 
+def make_file(engine: Engine) -> dict:
+    """Make what the engine loads, by a process of its own, whose memory is not to be counted."""
+    if engine.file is None:
+        return {}
+    with Worker(engine.name, engine.command) as worker:
+        return {"path": worker.ask("make", **engine.file)}
+
+
 def measure_group(group: list[Engine], args: argparse.Namespace, left_out: dict) -> dict:
     """Return read bandwidths and what each engine's worker said.
 
@@ -245,8 +252,9 @@ def measure_group(group: list[Engine], args: argparse.Namespace, left_out: dict)
         for engine in group:
             show(f"loading {engine.name}")
             try:
+                settings = engine.settings | make_file(engine)
                 worker = stack.enter_context(Worker(engine.name, engine.command))
-                load = worker.ask("load", **engine.settings)
+                load = worker.ask("load", **settings)
             except WorkerError as error:
                 if engine is group[0]:
                     raise

@@ -13,7 +13,8 @@ from pathlib import Path
 from benchmark_worker import read_peak_memory, serve
 
 PACKAGES = ("llama-cpp-python", "gguf")
-UNIFORM_RMS = {"Q4_0": 4.6, "Q8_0": 73.9, "Q6_K": 18.5}  # of the levels, as random bytes give them
+# Standard deviations of levels that are random bits.
+LEVEL_SPREAD = {"Q4_0": 4.6, "Q8_0": 73.9, "Q6_K": 18.5}
 K_SCALE = 16  # of all parts of a Q6_K block
 MICRO_BATCH = 512  # llama.cpp's defaults
 BATCH = 2048
@@ -48,7 +49,7 @@ def make_matrix(rows: int, columns: int, kind: str):
     if columns % size:
         raise ValueError(f"{kind} needs a multiple of {size} columns, not {columns}")
     blocks = random.integers(0, 256, (rows * columns // size, num_bytes), dtype=np.uint8)
-    scale = np.float16(spread / UNIFORM_RMS[kind] / (K_SCALE if kind == "Q6_K" else 1))
+    scale = np.float16(spread / LEVEL_SPREAD[kind] / (K_SCALE if kind == "Q6_K" else 1))
     place = slice(-2, None) if kind == "Q6_K" else slice(0, 2)
     blocks[:, place] = np.frombuffer(scale.tobytes(), np.uint8)
     if kind == "Q6_K":
@@ -107,7 +108,7 @@ def write_gguf(path: Path, shape: dict, kind: str, output_kind: str):
     writer.close()
 
 
-def count_read_bytes(path: Path) -> int:
+def count_read_bytes(path: str) -> int:
     """Return how many bytes of weights a new token needs: all, but one row of the embedding."""
     import gguf
 
@@ -117,20 +118,24 @@ def count_read_bytes(path: Path) -> int:
     return size - int(embedding.n_bytes) * (int(embedding.shape[1]) - 1) // int(embedding.shape[1])
 
 
+def make(folder: str, shape: dict, kind: str, output_kind: str) -> str:
+    """Return the path of a GGUF file of that shape, written unless the folder has it."""
+    names = "num_layers", "hidden_size", "ffn_hidden_size", "vocab_size", "num_heads"
+    numbers = "x".join(str(shape[name]) for name in (*names, "num_kv_heads"))
+    path = Path(folder, f"chatglm-{numbers}-{kind}-output-{output_kind}.gguf".lower())
+    if not path.exists():
+        unfinished = path.with_suffix(".unfinished")
+        write_gguf(unfinished, shape, kind, output_kind)
+        os.replace(unfinished, path)
+    return str(path)
+
+
 class LlamaWorker:
     """What the worker's commands do, by llama.cpp's own C interface."""
 
-    def load(self, shape: dict, kind: str, output_kind: str, folder: str, threads: int) -> dict:
-        """Load the file of that shape; make it if the folder has none."""
+    def load(self, path: str, shape: dict, threads: int) -> dict:
         import llama_cpp
 
-        names = "num_layers", "hidden_size", "ffn_hidden_size", "vocab_size", "num_kv_heads"
-        numbers = "x".join(str(shape[name]) for name in names)
-        path = Path(folder, f"chatglm-{numbers}-{kind}-{output_kind}.gguf".lower())
-        if not path.exists():
-            unfinished = path.with_suffix(".unfinished")
-            write_gguf(unfinished, shape, kind, output_kind)
-            os.replace(unfinished, path)
         self.library, self.threads, self.shape = llama_cpp, threads, shape
         self.quiet = llama_cpp.llama_log_callback(lambda *_: None)  # kept: C calls it
         llama_cpp.llama_log_set(self.quiet, ctypes.c_void_p(0))
@@ -138,14 +143,13 @@ class LlamaWorker:
         start = time.perf_counter()
         parameters = llama_cpp.llama_model_default_params()
         parameters.n_gpu_layers = 0
-        self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), parameters)
+        self.model = llama_cpp.llama_model_load_from_file(path.encode(), parameters)
         if not self.model:
             raise RuntimeError(f"llama.cpp cannot load {path}")
         return {
             "load_s": time.perf_counter() - start,
             "weight_bytes": count_read_bytes(path),
-            "description": f"{check()}, all matrices {kind}, output layer {output_kind}, "
-            "cache float16",
+            "description": f"{check()}, {Path(path).name}, cache float16",
         }
 
     def make_sampler(self):
@@ -201,4 +205,4 @@ class LlamaWorker:
 
 if __name__ == "__main__":
     worker = LlamaWorker()
-    serve({"check": check, "load": worker.load, "measure": worker.measure})
+    serve({"check": check, "make": make, "load": worker.load, "measure": worker.measure})

@@ -22,10 +22,14 @@ sys.path.insert(0, str(ROOT))
 from benchmark_worker import read_peak_memory, serve  # noqa: E402
 
 import utils  # noqa: E402
-from chatglm2 import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMTokenizer  # noqa: E402
+from chatglm2 import (  # noqa: E402
+    ChatGLMConfig,
+    ChatGLMForConditionalGeneration,
+    ChatGLMTokenizer,
+    modeling_chatglm,
+)
 from chatglm2.kernels.cpu_backend import allocate  # noqa: E402
-from chatglm2.modeling_chatglm import CHAT_DEFAULTS, ChatGLMCache, InvalidScoreLogitsProcessor  # noqa: E402
-from chatglm2.quantization import QuantizedLinear, prepare_layers  # noqa: E402
+from chatglm2.quantization import QuantizedLinear  # noqa: E402
 
 SHAPE_6B = {  # where the checkpoint's config.json differs from the class's defaults
     "seq_length": 32768,
@@ -33,8 +37,8 @@ SHAPE_6B = {  # where the checkpoint's config.json differs from the class's defa
     "multi_query_attention": True,
     "multi_query_group_num": 2,
 }
-# Root mean squares of levels that are random bytes, or random halves of them.
-LEVEL_RMS = {8: math.sqrt((2**16 - 1) / 12), 4: math.sqrt((2**8 - 1) / 12)}
+# Standard deviations of levels that are random bytes, or random halves of them.
+LEVEL_SPREAD = {8: math.sqrt((2**16 - 1) / 12), 4: math.sqrt((2**8 - 1) / 12)}
 FIRST_ID = 100  # prompts have no special tokens
 QUESTION = "请介绍一下北京的历史、文化和美食。What is worth seeing there in three days? "
 TAIL = 8  # ids of a prompt's end that are kept when it is cut
@@ -80,11 +84,12 @@ def create_random_model(
         config = ChatGLMConfig.from_dict({**config.to_dict(), "quantization_bit": bits})
     with torch.device("meta"):
         model = ChatGLMForConditionalGeneration(config)
-    model = model.to(dtype).to_empty(device=device).eval()
+    model = model.to(dtype).eval()
     for module in model.modules():
+        module.to_empty(device=device, recurse=False)
         for name, parameter in module.named_parameters(recurse=False):
             if isinstance(module, QuantizedLinear) and name == "weight_scale":
-                parameter.fill_(1 / (LEVEL_RMS[module.bits] * math.sqrt(module.in_features)))
+                parameter.fill_(1 / (LEVEL_SPREAD[module.bits] * math.sqrt(module.in_features)))
             elif parameter.dtype == torch.int8:
                 parameter.random_(-128, 128)
             elif parameter.dim() == 1:
@@ -92,9 +97,11 @@ def create_random_model(
             else:
                 bound = math.sqrt(3 / parameter.shape[1])
                 parameter.uniform_(-bound, bound)
+        if isinstance(module, QuantizedLinear):  # now: its own copy is not to stay until the end
+            prepare = module.backend.get("prepare", device, dtype)
+            if prepare is not None:
+                prepare(module)
     model.tie_weights()
-    if bits:
-        prepare_layers(model)
     return model
 
 
@@ -162,9 +169,9 @@ class ModelWorker:
         return torch.tensor([ids], device=self.model.device)
 
     @torch.no_grad()
-    def fill_cache(self, length: int) -> ChatGLMCache:
+    def fill_cache(self, length: int) -> modeling_chatglm.ChatGLMCache:
         """Return a cache that holds random keys and values of so many tokens."""
-        cache, model, config = ChatGLMCache(), self.model, self.model.config
+        cache, model, config = modeling_chatglm.ChatGLMCache(), self.model, self.model.config
         shape = 1, config.num_key_value_heads, length, config.kv_channels
         for i in range(config.num_layers if length else 0):
             keys, values = torch.randn(2, *shape, device=model.device, dtype=model.dtype)
@@ -176,14 +183,14 @@ class ModelWorker:
         self.model.generation_config.eos_token_id = None  # an answer ends by its length
         ids, stamps = self.draw_prompt(context + prompt_tokens), Stamps()
         cache = self.fill_cache(context)
-        sampling = {k: v for k, v in CHAT_DEFAULTS.items() if k != "max_length"}
+        sampling = {k: v for k, v in modeling_chatglm.CHAT_DEFAULTS.items() if k != "max_length"}
         start = time.perf_counter()
         sequences = self.model.generate(
             ids,
             past_key_values=cache,
             streamer=stamps,
             max_new_tokens=new_tokens,
-            logits_processor=LogitsProcessorList([InvalidScoreLogitsProcessor()]),
+            logits_processor=LogitsProcessorList([modeling_chatglm.InvalidScoreLogitsProcessor()]),
             **sampling,
         )
         result = {
