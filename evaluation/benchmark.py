@@ -134,7 +134,7 @@ def plan_llama(name: str, args: argparse.Namespace, config: ChatGLMConfig, folde
     file = {"shape": shape, "kind": kind.upper(), "output_kind": output.upper()}
     file["folder"] = str(folder)
     settings = {"shape": shape, "threads": args.threads or torch.get_num_threads()}
-    command = [args.llama_python, str(LLAMA_WORKER)]
+    command = [args.llama_python or sys.executable, str(LLAMA_WORKER)]
     cases = [case for case in list_cases(args) if not case["context"]]
     return Engine(name, command, settings, bits / 8 + PROCESS_BYTES, cases, file)
 
@@ -166,7 +166,9 @@ def plan_engines(args: argparse.Namespace, config: ChatGLMConfig, folder: Path) 
                 f"{len(OWN_ENGINES)} flags of this program can follow, in the same quotes."
             )
     if set(args.compare) & set(LLAMA_ENGINES):
-        check_llama(args.llama_python)
+        check_llama(args.llama_python or sys.executable)
+    elif args.llama_python:
+        raise SystemExit(f"--llama-python {args.llama_python} needs --compare llama-q4_0 or so.")
     engines = [plan_own("", args, config, list_cases(args))]
     for words in args.compare:
         if words in LLAMA_ENGINES:
@@ -280,11 +282,13 @@ def measure_group(group: list[Engine], args: argparse.Namespace, left_out: dict)
 
 
 def measure_once(engine: Engine) -> dict:
-    """Return the figures of the engine's last case, in a process that does nothing else."""
-    show(f"{engine.name}: {engine.cases}")
+    """Return the figures of the engine's only case, in a process that does nothing else."""
+    (case,) = engine.cases
+    prompt = case["context"] + case["prompt_tokens"]
+    show(f"{engine.name}: {case['new_tokens']} tokens behind {prompt}")
     with Worker(engine.name, engine.command) as worker:
         worker.ask("load", **engine.settings)
-        return [worker.ask("measure", **case) for case in engine.cases][-1]
+        return worker.ask("measure", **case)
 
 
 def measure_original_tables(args: argparse.Namespace, config: ChatGLMConfig) -> dict:
@@ -371,13 +375,16 @@ def parse_args(argv=None) -> argparse.Namespace:
     default_model = parser.get_default("model")
     parser.set_defaults(model=None)
     at_least = utils.number
+    parser.add_argument("--random-weights", action="store_true", help="of the 6B model's shape")
+    parser.add_argument("--config", help="of random weights: a config.json, or its folder")
+    parser.add_argument("--layers", type=at_least(int, 1), help="of random weights")
     parser.add_argument(
-        "--random-weights", action="store_true", help="instead of a checkpoint; of the 6B's shape"
-    )
-    parser.add_argument("--config", help="of random weights: a config.json or its folder")
-    parser.add_argument("--layers", type=at_least(int, 1), help="of random weights: so many")
-    parser.add_argument(
-        "--prompt-tokens", type=at_least(int, 1), nargs="+", default=[512], help="(default: 512)"
+        "--prompt-tokens",
+        type=at_least(int, 1),
+        nargs="+",
+        default=[512],
+        metavar="N",
+        help="of a prompt, or of several (default: 512)",
     )
     parser.add_argument(
         "--new-tokens", type=at_least(int, 2), default=64, help="of an answer (default: 64)"
@@ -398,10 +405,12 @@ def parse_args(argv=None) -> argparse.Namespace:
         f"{', '.join(LLAMA_ENGINES)} (weights, output layer)",
     )
     parser.add_argument(
-        "--llama-python", default=sys.executable, help="that has llama-cpp-python and gguf"
+        "--llama-python",
+        metavar="PYTHON",
+        help="that has llama-cpp-python and gguf (default: this one)",
     )
-    parser.add_argument("--original-tables", action="store_true", help="also fill the original's")
-    parser.add_argument("--load-time", action="store_true", help="also of a saved checkpoint")
+    parser.add_argument("--original-tables", action="store_true", help="fill them, too")
+    parser.add_argument("--load-time", action="store_true", help="also measure loading")
     parser.add_argument(
         "--folder", type=Path, help="for made GGUF files and checkpoints (default: temporary)"
     )

@@ -337,6 +337,7 @@ def test_plot(fake, tmp_path):
         (["--random-weights", "--config", "/no/such"], "--config /no/such: .*give a config.json"),
         (["--from-json", "/no/such"], "--from-json /no/such: "),
         ([*RANDOM, "--compare", "llama-q8_0", "--llama-python", "/no/python"], "cannot run"),
+        ([*RANDOM, "--llama-python", "/no/python"], "--llama-python /no/python needs --compare"),
     ],
 )
 def test_errors(flags, message):
