@@ -34,7 +34,10 @@ LLAMA_WORKER = Path(__file__).with_name("benchmark_llama.py")
 OWN_ENGINES = {
     "int4": {"quantize": 4, "dtype": "auto"},
     "int8": {"quantize": 8, "dtype": "auto"},
-    **{name: {"quantize": None, "dtype": name} for name in ("bfloat16", "float16", "float32")},
+    **{
+        name: {"quantize": None, "quantize_output": False, "dtype": name}
+        for name in ("bfloat16", "float16", "float32")
+    },
 }
 LLAMA_BITS = {"q4_0": 4.5, "q6_k": 6.5625, "q8_0": 8.5, "f16": 16}  # of a weight, scales included
 LLAMA_ENGINES = {
@@ -111,10 +114,12 @@ def plan_own(words: str, args: argparse.Namespace, config: ChatGLMConfig, cases)
         raise SystemExit(f"--compare {words}: the weights have {bits} bits already: leave it out.")
     own = config.dtype or torch.float16
     device, dtype, _ = utils.choose_device_and_dtype(wanted.device, wanted.dtype, own)
-    needed = utils.count_weight_bytes(config, dtype, bits) * utils.MEMORY_MARGIN
+    output_bits = utils.choose_output_bits(wanted.quantize_output, bits, config)
+    needed = utils.count_weight_bytes(config, dtype, bits, output_bits) * utils.MEMORY_MARGIN
     longest = max(sum(case.values()) for case in cases)
+    cache_dtype = utils.DTYPES.get(wanted.kv_cache_dtype, dtype)
     heads = config.num_key_value_heads * config.kv_channels
-    needed += 2 * config.num_layers * heads * longest * dtype.itemsize
+    needed += 2 * config.num_layers * heads * longest * cache_dtype.itemsize
     needed += PROCESS_BYTES if device.type == "cpu" else 0
     label = f"int{bits}" if bits else str(dtype).removeprefix("torch.")
     needs = [*vars(parser.parse_args([])), "random_weights", "config", "layers"]
@@ -401,7 +406,7 @@ def parse_args(argv=None) -> argparse.Namespace:
         nargs="+",
         default=[],
         metavar="ENGINE",
-        help=f"{', '.join(OWN_ENGINES)}, also with flags in quotes ('int4 --threads 1'); "
+        help=f"{', '.join(OWN_ENGINES)}, also with flags in quotes ('int4 --exact-prefill'); "
         f"{', '.join(LLAMA_ENGINES)} (weights, output layer)",
     )
     parser.add_argument(

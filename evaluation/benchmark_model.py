@@ -9,6 +9,7 @@ import math
 import statistics
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -29,7 +30,7 @@ from chatglm2 import (  # noqa: E402
     modeling_chatglm,
 )
 from chatglm2.kernels.cpu_backend import allocate  # noqa: E402
-from chatglm2.quantization import QuantizedLinear  # noqa: E402
+from chatglm2.quantization import ChatGLMQuantizationConfig, QuantizedLinear, get_quantization  # noqa: E402
 
 SHAPE_6B = {  # where the checkpoint's config.json differs from the class's defaults
     "seq_length": 32768,
@@ -74,14 +75,20 @@ def read_shape(args: argparse.Namespace) -> ChatGLMConfig:
 
 @torch.no_grad()
 def create_random_model(
-    config: ChatGLMConfig, device: torch.device, dtype: torch.dtype, bits: int
+    config: ChatGLMConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    bits: int,
+    output_bits: int | None = None,
 ) -> ChatGLMForConditionalGeneration:
     """Return a model of random weights, made in the form in which they are stored.
 
     Each output of a layer has the variance of its inputs, so that nothing overflows.
     """
-    if bits and not config.quantization_bit:
-        config = ChatGLMConfig.from_dict({**config.to_dict(), "quantization_bit": bits})
+    if bits:
+        quantization = get_quantization(config) or ChatGLMQuantizationConfig(bits=bits)
+        fields = replace(quantization, output_bits=output_bits).to_dict()
+        config = ChatGLMConfig.from_dict({**config.to_dict(), "quantization_config": fields})
     with torch.device("meta"):
         model = ChatGLMForConditionalGeneration(config)
     model = model.to(dtype).eval()
@@ -142,10 +149,15 @@ class ModelWorker:
             self.tokenizer, self.model = utils.load_model(args)
         else:
             self.model = self.load_random(args)
+        description = f"{self.model.device}, {utils.name_precision(self.model)}"
+        if args.exact_prefill:
+            description += ", exact prefill"
+        if args.kv_cache_dtype != "auto":
+            description += f", cache {args.kv_cache_dtype}"
         return {
             "load_s": time.perf_counter() - start,
             "weight_bytes": count_read_bytes(self.model),
-            "description": f"{self.model.device}, computes in {utils.name_of(self.model.dtype)}",
+            "description": description,
         }
 
     def load_random(self, args: argparse.Namespace):
@@ -153,10 +165,14 @@ class ModelWorker:
             torch.set_num_threads(args.threads)
         config = read_shape(args)
         bits = utils.choose_bits("--config", args.quantize, config)
+        output_bits = utils.choose_output_bits(args.quantize_output, bits, config)
         own = config.dtype or torch.float16
         device, dtype, _ = utils.choose_device_and_dtype(args.device, args.dtype, own)
-        utils.check_memory("this shape", config, device, dtype, bits)
-        return create_random_model(config, device, dtype, bits)
+        utils.check_memory("this shape", config, device, dtype, bits, output_bits)
+        model = create_random_model(config, device, dtype, bits, output_bits)
+        model.base_model.exact_prefill = args.exact_prefill
+        model.base_model.cache_dtype = utils.DTYPES.get(args.kv_cache_dtype)
+        return model
 
     def draw_prompt(self, length: int) -> torch.Tensor:
         """Return ids [1, length]: of a question, or random ones if there is no tokenizer."""
@@ -173,8 +189,9 @@ class ModelWorker:
         """Return a cache that holds random keys and values of so many tokens."""
         cache, model, config = modeling_chatglm.ChatGLMCache(), self.model, self.model.config
         shape = 1, config.num_key_value_heads, length, config.kv_channels
+        dtype = model.base_model.cache_dtype or model.dtype
         for i in range(config.num_layers if length else 0):
-            keys, values = torch.randn(2, *shape, device=model.device, dtype=model.dtype)
+            keys, values = torch.randn(2, *shape, device=model.device, dtype=dtype)
             cache.update(keys, values, i)
         return cache
 

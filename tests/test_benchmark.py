@@ -122,6 +122,7 @@ def test_every_model_argument_reaches_random_weights():
     parser = argparse.ArgumentParser()
     utils.add_model_arguments(parser)
     known = {"model", "revision", "device", "dtype", "quantize", "threads"}
+    known |= {"kv_cache_dtype", "quantize_output", "exact_prefill"}
     assert set(vars(parser.parse_args([]))) == known
 
 
@@ -143,6 +144,23 @@ def test_measured_generation():
     lengths.clear()
     worker.measure(context=300, prompt_tokens=1, new_tokens=3)
     assert lengths == [1, 1, 1]  # nothing of the context is computed
+
+
+def test_flags_of_a_quantized_model():
+    flags = ["--quantize", "4", "--quantize-output", "--exact-prefill"]
+    worker = load_tiny(*flags, "--kv-cache-dtype", "float16")
+    assert worker.model.get_output_embeddings().bits == 8 and worker.model.base_model.exact_prefill
+    assert (
+        worker.measure(context=30, prompt_tokens=1, new_tokens=3)["cache_bytes"]
+        == 2 * 4 * 2 * 32 * 2
+    )
+    assert worker.loaded["description"] == (
+        "cpu, float32 with INT4 weights, INT8 output layer, exact prefill, cache float16"
+    )
+    official = load_tiny("--quantize", "4")
+    less = 4096 * 256 - 4096 * 4  # a byte of each weight, but a scale for each row
+    weight_bytes = [x.loaded["weight_bytes"] for x in (official, worker)]
+    assert weight_bytes[0] - weight_bytes[1] == less
 
 
 def test_a_checkpoint_is_saved_and_measured(tmp_path):
