@@ -277,6 +277,7 @@ def measure_group(group: list[Engine], args: argparse.Namespace, left_out: dict)
             if not name:
                 bandwidths.append(figures)
                 continue
+            figures["bandwidth"] = bandwidths[-1]
             found[name]["cases"][cases[name].index(case)][1].append(figures)
             speed = (case["new_tokens"] - 1) / figures["decode_s"]
             show(

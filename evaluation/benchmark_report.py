@@ -8,7 +8,7 @@ PRECISIONS = {"bfloat16": "FP16 / BF16", "float16": "FP16 / BF16", "int8": "INT8
 
 # The plot: sizes in points, drawn SCALE times larger.
 SCALE = 2
-WIDTH, MARGIN, LABEL_WIDTH, VALUE_WIDTH = 880, 24, 150, 230
+WIDTH, MARGIN, VALUE_WIDTH = 880, 24, 240
 BAR, GAP, LINE = 20, 10, 24
 FONT_SIZES = {"title": 16, "label": 14, "note": 12}
 COLORS = {"own": "#2f6db5", "other": "#9aa5b1", "text": "#1f2328", "note": "#57606a"}
@@ -21,10 +21,11 @@ def to_gigabytes(size: float | None) -> float | None:
     return None if size is None else size / 1e9
 
 
-def summarize_case(case: dict, rounds: list[dict], weight_bytes: int, bandwidth: float) -> dict:
+def summarize_case(case: dict, rounds: list[dict], weight_bytes: int) -> dict:
     """Return the medians of an engine's rounds.
 
     The bytes that a new token needs: the weights, and the keys and values that are held on average.
+    Their rate is compared with the read bandwidth that was measured just before.
     """
     steps = case["new_tokens"] - 1
     first_s = statistics.median(figures["first_token_s"] for figures in rounds)
@@ -43,7 +44,9 @@ def summarize_case(case: dict, rounds: list[dict], weight_bytes: int, bandwidth:
         "characters_per_s": per_token / step_s,
         "read_gb_per_token": read_bytes / 1e9,
         "read_gb_per_s": read_bytes / step_s / 1e9,
-        "fraction_of_bandwidth": read_bytes / step_s / bandwidth,
+        "fraction_of_bandwidth": statistics.median(
+            read_bytes * steps / figures["decode_s"] / figures["bandwidth"] for figures in rounds
+        ),
     }
 
 
@@ -76,7 +79,7 @@ def measure_cache_rate(cases: list[dict]) -> float | None:
 def summarize(groups: list[dict]) -> dict:
     """Return the report of what `measure_group` found, of one group or more."""
     bandwidths = [rate for group in groups for rate in group["bandwidths"]]
-    bandwidth, engines = statistics.median(bandwidths), {}
+    engines = {}
     for group in groups:
         reference = next(iter(group["engines"]))
         for name, found in group["engines"].items():
@@ -91,15 +94,15 @@ def summarize(groups: list[dict]) -> dict:
             if name != reference:
                 engine["ratios"] = compare(group["engines"][reference]["cases"], found["cases"])
     return {
-        "read_bandwidth_gb_per_s": bandwidth / 1e9,
+        "read_bandwidth_gb_per_s": statistics.median(bandwidths) / 1e9,
         "read_bandwidth_rounds": [rate / 1e9 for rate in bandwidths],
-        "engines": [summarize_engine(name, engine, bandwidth) for name, engine in engines.items()],
+        "engines": [summarize_engine(name, engine) for name, engine in engines.items()],
     }
 
 
-def summarize_engine(name: str, engine: dict, bandwidth: float) -> dict:
+def summarize_engine(name: str, engine: dict) -> dict:
     load = engine["load"]
-    cases = [summarize_case(*case, load["weight_bytes"], bandwidth) for case in engine["cases"]]
+    cases = [summarize_case(*case, load["weight_bytes"]) for case in engine["cases"]]
     for case, ratios in zip(cases, engine.get("ratios", []), strict=False):
         case["reference_is_faster"] = ratios
     peaks = [figures["memory_bytes"] for _, rounds in engine["cases"] for figures in rounds]
@@ -312,7 +315,8 @@ def draw_plot(report: dict, file: Path):
     def write(x, y, text, font, color="text", anchor="lm"):
         draw.text((SCALE * x, SCALE * y), text, COLORS[color], fonts[font], anchor)
 
-    left, y = MARGIN + LABEL_WIDTH, MARGIN
+    labels = max(fonts["label"].getlength(name) for name, *_ in panels[0][1]) / SCALE
+    left, y = MARGIN + labels + GAP, MARGIN
     full = WIDTH - MARGIN - VALUE_WIDTH - left
     for title, bars in panels:
         write(MARGIN, y + LINE / 2, title, "title")
