@@ -1,4 +1,4 @@
-"""Compile cpu.c with the system's C compiler, once on each machine, and load it.
+"""Compile the C kernels with the system's C compiler, once on each machine, and load it.
 
     python -m chatglm2.kernels.build_cpu
 
@@ -24,7 +24,7 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-SOURCE = Path(__file__).with_name("cpu.c")
+SOURCES = [Path(__file__).with_name(name) for name in ("cpu.c", "cpu.h")]
 COMPILERS = ("cc", "gcc", "clang")
 FLAGS = ["-std=gnu11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-Wno-psabi"]
 FLAGS += ["-shared", "-fPIC"]
@@ -116,12 +116,14 @@ def compile_into(folder: Path, name: str, command: list[str]) -> Path:
     """
     library = folder / name
     if not library.exists():
-        logger.warning_once(f"Compiling {SOURCE.name} with {command[0]}, once on this machine")
+        programs = [str(source) for source in SOURCES if source.suffix == ".c"]
+        names = " and ".join(Path(program).name for program in programs)
+        logger.warning_once(f"Compiling {names} with {command[0]}, once on this machine")
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         handle, unfinished = tempfile.mkstemp(dir=folder, suffix=".unfinished")
         os.close(handle)
         try:
-            run([*command, str(SOURCE), "-o", unfinished, "-lm"])
+            run([*command, *programs, "-o", unfinished, "-lm"])
             os.replace(unfinished, library)
         finally:
             Path(unfinished).unlink(missing_ok=True)
@@ -146,7 +148,8 @@ def build_with(compiler: list[str], folder: Path) -> Path:
     flags = [*FLAGS, *choose_isa_flags(is_clang)]
     for thread_flags in choose_thread_flags(is_clang):
         command = [*compiler, *flags, *thread_flags]
-        key = repr([command, version, describe_cpu()]).encode() + SOURCE.read_bytes()
+        key = repr([command, version, describe_cpu()]).encode()
+        key += b"".join(source.read_bytes() for source in SOURCES)
         name = f"cpu-{hashlib.sha256(key).hexdigest()[:16]}"
         name += ".dll" if sys.platform == "win32" else ".so"
         try:
@@ -172,6 +175,15 @@ def build(folder: Path) -> Path:
     raise RuntimeError("; ".join(dict.fromkeys(problems)))
 
 
+class Linear(ctypes.Structure):
+    """A quantized layer; see cpu.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("weight", "scale", "bias")),
+        *((name, ctypes.c_int64) for name in ("in_features", "out_features", "group_size", "bits")),
+    ]
+
+
 def load(library: Path) -> ctypes.CDLL:
     """Load the library and declare its functions.
 
@@ -186,9 +198,7 @@ def load(library: Path) -> ctypes.CDLL:
     for name in ("pack", "restore"):
         function = getattr(loaded, f"chatglm_{name}")
         function.argtypes, function.restype = [*2 * [pointer], *2 * [size], *2 * [number]], None
-    for name in ("multiply", "multiply_int8"):
-        function = getattr(loaded, f"chatglm_{name}")
-        function.argtypes = [*4 * [pointer], *4 * [size], *2 * [number]]
+    loaded.chatglm_multiply.argtypes = [*3 * [pointer], size, *2 * [number]]
     loaded.chatglm_multiply_stored.argtypes = [*3 * [pointer], *3 * [size], *2 * [number]]
     return loaded
 

@@ -14,122 +14,47 @@
 // bits of byte ((1 * 2 + 1) * 16 + 1) * 4 + 1 = 197 are -3 + 8 = 5. Outputs and columns that fill
 // the last block and the last lane have level 0.
 //
-// **A row's result depends on no other row, and not on how many there are**: an output of a row is
-// the same chains of operations in the same order in every tile of rows and blocks below. So all
-// is compiled without arithmetic that the compiler fuses or reorders (-ffp-contract=off, no
-// -ffast-math), and `multiply_add` alone decides between one rounding and two.
-//
-// The C is GNU C (gcc, clang), for little-endian machines. Its vectors are as long as the CPU's, so
-// a block is 1, 2 or 4 of them; what else differs between CPUs is in the first section.
-#include <float.h>
-#include <math.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
-
-#ifndef _OPENMP
-#include <pthread.h>
-#endif
-
-#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VNNI__)
-#define ISA "avx512"
-#define LANES 16      // of a vector
-#define CHAINS 2      // sums of the even and the odd columns: one row alone is not to wait
-#define EXACT_ROWS 8  // of the largest tile; its sums fill half of the registers
-#define INT8_ROWS 8
-#define NUM_VECTORS(rows) ((rows) == 1 ? 4 : (rows) == 8 ? 1 : 2)  // of outputs, in a tile
-#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
-#define ISA "avx2"
-#define LANES 8
-#else
-#define ISA "portable"
-#define LANES 4
-#endif
-#if LANES < 16
-#define CHAINS 1
-#define EXACT_ROWS 4
-#define INT8_ROWS 4
-#define NUM_VECTORS(rows) (8 / (rows))
-#endif
-#if LANES > 4
-#include <immintrin.h>
-#endif
+// **A row's result depends on no other row, and not on how many there are**: sums are of integers,
+// which are exact in any order, and groups of columns are added in one order in every tile of rows
+// and blocks below.
+#include "cpu.h"
 
 #define BLOCK 16                // outputs
 #define BLOCK_STEP (4 * BLOCK)  // bytes: 32 bits of each
 #define PARTS (BLOCK / LANES)   // vectors of a block
 #define UNIT (4 * PARTS)        // vectors that a thread takes at a time
-#define INT8_VECTORS 2          // of outputs, in a tile of INT8_ROWS
-#define INT8_GROUP 128          // columns of x that share a scale
+#define GROUP 128               // columns of x that share a scale
+#define TINY 1e-30f             // a group of smaller numbers is taken for zeros
 #define STORED_UNIT 8           // outputs that a thread takes at a time
 #define PREFETCH 2048           // bytes ahead
-#define ALIGNMENT 64
-#define INLINE static inline __attribute__((always_inline))
-#ifdef __clang__
-#define UNROLL _Pragma("clang loop unroll(full)")
-#else
-#define UNROLL _Pragma("GCC unroll 16")
-#endif
 
-// Vectors
-
-typedef float Floats __attribute__((vector_size(4 * LANES)));
-typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
-typedef uint32_t Bits __attribute__((vector_size(4 * LANES)));
-
-INLINE Floats spread(float value) { return value - (Floats){0}; }
-
-INLINE Floats load(const float *from) {
-    Floats v;
-    memcpy(&v, from, sizeof v);
-    return v;
-}
-
-INLINE Bits load_bits(const void *from) {
-    Bits v;
-    memcpy(&v, from, sizeof v);
-    return v;
-}
-
-INLINE Floats to_floats(Ints v) { return __builtin_convertvector(v, Floats); }
-
-INLINE Floats multiply_add(Floats a, Floats b, Floats sum) {
+// Tiles, such that their sums fill most of the registers: rows, and vectors of outputs.
 #if LANES == 16
-    return _mm512_fmadd_ps(a, b, sum);
-#elif LANES == 8
-    return _mm256_fmadd_ps(a, b, sum);
+#define EXACT_ROWS 8
+#define EXACT_VECTORS(rows) ((rows) <= 2 ? 4 : 8 / (rows))
+#define INT8_ROWS 12
 #else
-    return sum + a * b;
+#define EXACT_ROWS 4
+#define EXACT_VECTORS(rows) ((rows) <= 2 ? 2 : 1)
+#define INT8_ROWS 4
 #endif
-}
+#define INT8_VECTORS 2
+#define PANEL 1024  // columns of which the levels are unpacked into the first cache
 
-INLINE float add_lanes(Floats v) {
-    float lane[LANES];
-    memcpy(lane, &v, sizeof v);
-    for (int n = LANES / 2; n; n /= 2)
-        for (int i = 0; i < n; i++) lane[i] += lane[i + n];
-    return lane[0];
-}
-
-// The level of column c of the 8 (INT4) or 4 (INT8) in each lane.
-INLINE Floats extract_level(Bits v, int bits, int c) {
-    const Bits shifted = v >> (bits == 4 ? 8 * (c % 4) + 4 * (c / 4) : 8 * c);
-#if LANES == 16
-    if (bits == 4) {  // the low four bits of an index choose one of a table of 16
-        const Floats table = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
-        return _mm512_permutexvar_ps((__m512i)shifted, table);
-    }
-#endif
-    const Ints level = (Ints)(shifted & (bits == 4 ? 15u : 255u));
-    return to_floats(level) - (bits == 4 ? 8.0f : 128.0f);
-}
+typedef int8_t Bytes __attribute__((vector_size(LANES)));
 
 // sum + the four unsigned bytes of each lane times the four signed ones of x; nothing saturates.
-INLINE Ints add_dot4(Ints sum, Bits v, int32_t x) {
+INLINE Ints add_dot4(Ints sum, Bits v, int32_t x, int bits) {
+    (void)bits;
 #if LANES == 16
-    return (Ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)v, _mm512_set1_epi32(x));
+    // in this order of instructions, not in the compiler's (gcc 12), which halves the speed
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(v), "v"(spread_int(x)));
+    return sum;
 #elif LANES == 8
     const __m256i all = _mm256_set1_epi32(x), bytes = (__m256i)v;
+    if (bits == 4)  // sums of two products fit 16 bits
+        return sum + (Ints)_mm256_madd_epi16(_mm256_maddubs_epi16(bytes, all),
+                                             _mm256_set1_epi16(1));
     const __m256i x_even = _mm256_srai_epi16(_mm256_slli_epi16(all, 8), 8);
     const __m256i x_odd = _mm256_srai_epi16(all, 8);
     const __m256i even = _mm256_and_si256(bytes, _mm256_set1_epi16(255));
@@ -138,88 +63,6 @@ INLINE Ints add_dot4(Ints sum, Bits v, int32_t x) {
 #else
     UNROLL for (int i = 0; i < 4; i++) sum += (Ints)((v >> 8 * i) & 255u) * (int8_t)(x >> 8 * i);
     return sum;
-#endif
-}
-
-// LANES numbers of 16 bits: float16 or bfloat16.
-INLINE Floats load_stored(const uint16_t *from, int is_bfloat16) {
-#if LANES == 16
-    const __m256i stored = _mm256_loadu_si256((const void *)from);
-    if (!is_bfloat16) return _mm512_cvtph_ps(stored);
-    const Bits h = (Bits)_mm512_cvtepu16_epi32(stored);
-#elif LANES == 8
-    const __m128i stored = _mm_loadu_si128((const void *)from);
-    if (!is_bfloat16) return _mm256_cvtph_ps(stored);
-    const Bits h = (Bits)_mm256_cvtepu16_epi32(stored);
-#else
-    Bits h = {0};
-    UNROLL for (int i = 0; i < LANES; i++) h[i] = from[i];
-    if (!is_bfloat16) {  // exponent and mantissa where float32 has them, then the exponent's bias
-        const Floats number = (Floats)((h & 0x7fff) << 13) * 0x1p112f;
-        const Bits is_special = (Bits)((h & 0x7c00) == 0x7c00);  // infinity, NaN
-        return (Floats)((Bits)number | (is_special & 0x7f800000) | (h & 0x8000) << 16);
-    }
-#endif
-    return (Floats)(h << 16);
-}
-
-// Threads
-
-typedef void (*Work)(const void *task, int64_t unit);
-
-#ifdef _OPENMP
-// With gcc this is the libgomp that torch has loaded (they share the name libgomp.so.1), so both
-// use the same threads, one after the other.
-static void run(Work work, const void *task, int64_t num_units, int num_threads) {
-#pragma omp parallel for schedule(dynamic) num_threads(num_threads) if (num_units > 1)
-    for (int64_t unit = 0; unit < num_units; unit++) work(task, unit);
-}
-#else
-#define MAX_THREADS 64
-
-typedef struct {
-    Work work;
-    const void *task;
-    int64_t num_units, next;
-} Queue;
-
-static void *take_units(void *queue) {
-    Queue *q = queue;
-    int64_t unit;
-    while ((unit = __atomic_fetch_add(&q->next, 1, __ATOMIC_RELAXED)) < q->num_units)
-        q->work(q->task, unit);
-    return NULL;
-}
-
-static void run(Work work, const void *task, int64_t num_units, int num_threads) {
-    Queue queue = {work, task, num_units, 0};
-    pthread_t threads[MAX_THREADS];
-    int started = 0;
-    while (started < MAX_THREADS && started + 1 < num_threads && started + 1 < num_units &&
-           !pthread_create(&threads[started], NULL, take_units, &queue))
-        started++;
-    take_units(&queue);
-    while (started) pthread_join(threads[--started], NULL);
-}
-#endif
-
-static int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
-static void *allocate(int64_t size) {
-    const int64_t whole = divide_up(size, ALIGNMENT) * ALIGNMENT;
-#ifdef _WIN32
-    return _aligned_malloc(whole, ALIGNMENT);
-#else
-    return aligned_alloc(ALIGNMENT, whole);
-#endif
-}
-
-static void release(void *memory) {
-#ifdef _WIN32
-    _aligned_free(memory);
-#else
-    free(memory);
 #endif
 }
 
@@ -286,206 +129,304 @@ static void restore_block(const void *task, int64_t block) {
     }
 }
 
-// A product; x is copied into tiles of rows: [column][row of the tile], and for the int8 ones
-// [column / 4][row of the tile][column % 4].
+// A product. x is rounded in groups of GROUP columns to integers, a group's scale times an integer
+// of one signed byte or of three (digits of base 256):
+//
+//   1 digit   scale = largest |x| / 127
+//   3 digits  scale = a power of 2, such that the largest |x| is 2^22 to 2^23 of them: what float32
+//             knows of it, and the products and sums of integers that follow lose nothing, so the
+//             result is no less exact than with float32 arithmetic ("exact" in the names below)
+//
+// It is copied into tiles of rows: [column / 4][digit, the lowest first][row of the tile][column %
+// 4], so that one instruction multiplies four columns of a lane by four bytes of a row.
 
 typedef struct {
-    const uint8_t *weight;
-    const float *scale, *x;
+    const Linear *layer;
+    const float *x;
     float *y;
-    int64_t num_rows, in, out, group_size;
-    int bits;
-    // what follows is not told but made
+    int64_t num_rows, tile_rows;
+    int digits;
+    // what follows is made
     int64_t columns;  // `in`, rounded up to whole lanes
     int64_t groups, x_groups;
-    float *tiles, *x_scale;
-    int32_t *int8_tiles, *x_sum;  // x_sum: of the levels of each group
+    int32_t *tiles;
+    float *x_scale;  // [tile][group][row]
+    int32_t *x_start;  // [tile][group][digit][row]: minus what 8 or 128 more of each level gives
 } Product;
 
-static int64_t count_vectors(int64_t out) { return divide_up(out, BLOCK) * PARTS; }
-
-// 1, 2, 4 or 8: the last tile of x may have rows of zeros.
-static int64_t get_tile_rows(int64_t rows_left) {
+// 1, 2, 4 or 8: rows that fill the last tile are zeros.
+static int64_t fill_tile(int64_t rows_left) {
     int64_t rows = 1;
     while (rows < rows_left && rows < EXACT_ROWS) rows *= 2;
     return rows;
 }
 
+static int64_t count_vectors(int64_t out) { return divide_up(out, BLOCK) * PARTS; }
+
 // Vector v of the outputs is part v % PARTS of block v / PARTS.
 INLINE const uint8_t *find_weight(const Product *t, int64_t v) {
-    return t->weight + v / PARTS * BLOCK * t->columns * t->bits / 8 + v % PARTS * 4 * LANES;
+    return t->layer->weight + v / PARTS * BLOCK * t->columns * t->layer->bits / 8 +
+           v % PARTS * 4 * LANES;
 }
 
-INLINE const float *find_scale(const Product *t, int64_t v, int64_t group) {
-    return t->scale + (v / PARTS * t->groups + group) * BLOCK + v % PARTS * LANES;
+INLINE Floats find_scale(const Product *t, int64_t v, int64_t group) {
+    return load(t->layer->scale + (v / PARTS * t->groups + group) * BLOCK + v % PARTS * LANES);
 }
 
-INLINE void write_result(const Product *t, int64_t row, int64_t v, Floats result) {
-    const int64_t left = t->out - v * LANES;
-    if (row < t->num_rows && left > 0)
-        memcpy(t->y + row * t->out + v * LANES, &result, 4 * smaller(LANES, left));
+static int64_t count_tile_rows(const Product *t, int64_t first) {
+    return t->digits == 1 ? INT8_ROWS : fill_tile(t->num_rows - first);
 }
 
-static void tile_x(const void *task, int64_t tile) {
+// Vector v of LANES outputs, of which the last may have fewer.
+INLINE Floats read_outputs(const float *from, int64_t v, int64_t out) {
+    const int64_t left = out - v * LANES;
+    if (left >= LANES) return load(from + v * LANES);
+    float lanes[LANES] = {0};
+    if (left > 0) memcpy(lanes, from + v * LANES, 4 * left);
+    return load(lanes);
+}
+
+INLINE void write_outputs(float *to, int64_t v, int64_t out, Floats value) {
+    const int64_t left = out - v * LANES;
+    if (left >= LANES) store(to + v * LANES, value);
+    else if (left > 0) memcpy(to + v * LANES, &value, 4 * left);
+}
+
+// Scale of a group of columns; where a whole row has one, 1: the last panel multiplies by that.
+INLINE Floats find_group_scale(const Product *t, int64_t v, int64_t group) {
+    return t->groups == 1 ? spread(1) : find_scale(t, v, group);
+}
+
+// A result before the columns from `column` on; a panel of columns leaves it in y.
+INLINE Floats read_total(const Product *t, int64_t row, int64_t v, int64_t column) {
+    if (column == 0 || row >= t->num_rows) return spread(0);
+    return read_outputs(t->y + row * t->layer->out, v, t->layer->out);
+}
+
+// `column` is where the next panel begins.
+INLINE void write_total(const Product *t, int64_t row, int64_t v, int64_t column, Floats total) {
+    const Linear *layer = t->layer;
+    if (row >= t->num_rows) return;
+    if (column == t->columns) {
+        if (t->groups == 1) total *= find_scale(t, v, 0);
+        if (layer->bias) total += read_outputs(layer->bias, v, layer->out);
+    }
+    write_outputs(t->y + row * layer->out, v, layer->out, total);
+}
+
+// A group with infinities or NaNs gets the scale NaN, so that the results are NaN too; one of tiny
+// numbers, which have fewer bits, is 0.
+static float choose_scale(const float *x, int digits) {
+    Ints largest = {0};  // float32 numbers without signs are in the order of their bits
+    for (int c = 0; c < GROUP; c += LANES) {
+        const Ints size = (Ints)(load_bits(x + c) & 0x7fffffffu);
+        largest = choose(size > largest, size, largest);
+    }
+    int32_t bits = 0;
+    for (int i = 0; i < LANES; i++) bits = largest[i] > bits ? largest[i] : bits;
+    float max;
+    memcpy(&max, &bits, 4);
+    if (!(max <= FLT_MAX)) return NAN;
+    if (max < TINY) return 0;
+    if (digits == 1) return max / 127;
+    const int32_t power = ((bits + 0x10200) & 0x7f800000) - (22 << 23);
+    memcpy(&max, &power, 4);
+    return max;
+}
+
+// x of a row becomes digits, in place `row` of a tile.
+INLINE void quantize_group(const Product *t, int64_t tile, int64_t group, int64_t row, int64_t rows,
+                           const int digits) {
+    const int64_t first = group * GROUP, width = smaller(GROUP, t->layer->in - first);
+    const int64_t place = tile * t->tile_rows * t->x_groups + group * rows;
+    const int64_t x_row = tile * t->tile_rows + row;
+    float x[GROUP] = {0};
+    int8_t bytes[3][GROUP];
+    Ints sum[3] = {{0}};
+    if (x_row < t->num_rows) memcpy(x, t->x + x_row * t->layer->in + first, 4 * width);
+    const float scale = choose_scale(x, digits), inverse = scale != 0 ? 1 / scale : 0;
+    for (int c = 0; c < GROUP; c += LANES) {
+        Ints value = round_to_ints(load(x + c) * inverse);
+        UNROLL for (int d = 0; d < digits; d++) {
+            const Ints digit = d + 1 < digits ? (Ints)((Bits)value << 24) >> 24 : value;
+            const Bytes stored = __builtin_convertvector(digit, Bytes);
+            memcpy(bytes[d] + c, &stored, LANES);
+            sum[d] += digit;
+            value = (value - digit) >> 8;
+        }
+    }
+    t->x_scale[place + row] = scale;
+    int32_t *to = t->tiles + (tile * t->tile_rows * t->columns + first * rows) / 4 * digits + row;
+    for (int d = 0; d < digits; d++) {
+        int32_t all = 0;
+        for (int i = 0; i < LANES; i++) all += sum[d][i];
+        t->x_start[place * digits + d * rows + row] = -all * (t->layer->bits == 4 ? 8 : 128);
+        for (int64_t c = 0; c < smaller(GROUP, t->columns - first); c += 4)
+            memcpy(to + (c / 4 * digits + d) * rows, bytes[d] + c, 4);
+    }
+}
+
+// A unit is a group of all rows of a tile.
+static void quantize_x(const void *task, int64_t unit) {
     const Product *t = task;
-    const int64_t first = tile * EXACT_ROWS, rows = get_tile_rows(t->num_rows - first);
-    float *to = t->tiles + first * t->columns;
-    for (int64_t c = 0; c < t->columns; c++)
-        for (int64_t r = 0; r < rows; r++)
-            to[c * rows + r] =
-                c < t->in && first + r < t->num_rows ? t->x[(first + r) * t->in + c] : 0;
+    const int64_t tile = unit / t->x_groups, group = unit % t->x_groups;
+    const int64_t rows = count_tile_rows(t, tile * t->tile_rows);
+    for (int64_t row = 0; row < rows; row++)
+        if (t->digits == 1) quantize_group(t, tile, group, row, rows, 1);
+        else quantize_group(t, tile, group, row, rows, 3);
 }
 
-// `vectors` and `rows` are constants where this is inlined: at most 16 sums, in registers.
-INLINE void multiply_exact_tile(const Product *t, int64_t first, int64_t row, int bits,
-                                const int vectors, const int rows) {
-    const int step = 32 / bits;  // columns
-    const float *x = t->tiles + row * t->columns;
+// Columns from `column` to `end`. `vectors` and `rows` are constants where this is inlined; the
+// sums are in registers.
+INLINE void multiply_exact_tile(const Product *t, int64_t first, int64_t row, int64_t column,
+                                int64_t end, int bits, const int vectors, const int rows) {
+    const int32_t *x = t->tiles + (row * t->columns + column * rows) / 4 * 3;
     const uint8_t *w[8];
-    Floats total[16], sum[16];
-    UNROLL for (int v = 0; v < vectors; v++) w[v] = find_weight(t, first + v);
-    UNROLL for (int i = 0; i < vectors * rows; i++) total[i] = spread(0);
-    for (int64_t group = 0; group < t->groups; group++) {
-        const int64_t width = t->groups == 1 ? t->columns : t->group_size;
-        UNROLL for (int i = 0; i < vectors * rows * CHAINS; i++) sum[i] = spread(0);
-        for (const float *end = x + width * rows; x < end; x += step * rows)
+    Floats total[8];
+    UNROLL for (int v = 0; v < vectors; v++) {
+        w[v] = find_weight(t, first + v) + column * BLOCK * bits / 8;
+        UNROLL for (int r = 0; r < rows; r++)
+            total[v * rows + r] = read_total(t, row + r, first + v, column);
+    }
+    for (int64_t group = column / GROUP; group * GROUP < end; group++) {
+        const int64_t place = row * t->x_groups + group * rows;
+        const int64_t width = smaller(GROUP, end - group * GROUP);
+        Ints sum[24];
+        UNROLL for (int v = 0; v < vectors; v++)
+            UNROLL for (int i = 0; i < 3 * rows; i++)
+                sum[v * 3 * rows + i] = spread_int(t->x_start[place * 3 + i]);
+        for (const int32_t *x_end = x + width / 4 * 3 * rows; x < x_end;) {
+            Bits lanes[8], levels[8];
             UNROLL for (int v = 0; v < vectors; v++) {
-                const Bits lanes = load_bits(w[v]);
+                lanes[v] = load_bits(w[v]);
                 __builtin_prefetch(w[v] + PREFETCH);
                 w[v] += BLOCK_STEP;
-                UNROLL for (int c = 0; c < step; c++) {
-                    const Floats level = extract_level(lanes, bits, c);
-                    UNROLL for (int r = 0; r < rows; r++) {
-                        Floats *s = &sum[(v * rows + r) * CHAINS + c % CHAINS];
-                        *s = multiply_add(level, spread(x[c * rows + r]), *s);
-                    }
-                }
             }
+            UNROLL for (int half = 0; half < 8 / bits; half++, x += 3 * rows) {
+                UNROLL for (int v = 0; v < vectors; v++)
+                    levels[v] = bits == 8 ? lanes[v] : lanes[v] >> 4 * half & 0x0f0f0f0fu;
+                UNROLL for (int i = 0; i < 3 * rows; i++)
+                    UNROLL for (int v = 0; v < vectors; v++) {
+                        Ints *s = &sum[v * 3 * rows + i];
+                        *s = add_dot4(*s, levels[v], x[i], bits);
+                    }
+            }
+        }
         UNROLL for (int v = 0; v < vectors; v++) {
-            const Floats scale = load(find_scale(t, first + v, group));
+            const Floats scale = find_group_scale(t, first + v, group);
             UNROLL for (int r = 0; r < rows; r++) {
-                const int i = v * rows + r;
-                const Floats all = CHAINS == 2 ? sum[2 * i] + sum[2 * i + 1] : sum[i];
-                total[i] = multiply_add(all, scale, total[i]);
+                const Ints *s = &sum[v * 3 * rows + r];
+                const Floats high = to_floats(s[rows] + (s[2 * rows] << 8));
+                const Floats all = multiply_add(high, spread(256), to_floats(s[0]));
+                Floats *to = &total[v * rows + r];
+                *to = multiply_add(all, scale * t->x_scale[place + r], *to);
             }
         }
     }
     UNROLL for (int v = 0; v < vectors; v++)
         UNROLL for (int r = 0; r < rows; r++)
-            write_result(t, row + r, first + v, total[v * rows + r]);
+            write_total(t, row + r, first + v, end, total[v * rows + r]);
 }
 
-INLINE void multiply_exact_rows(const Product *t, int64_t v, int64_t end, int64_t row, int bits,
-                                const int rows) {
-    for (; v + NUM_VECTORS(rows) <= end; v += NUM_VECTORS(rows))
-        multiply_exact_tile(t, v, row, bits, NUM_VECTORS(rows), rows);
-    for (; v < end; v++) multiply_exact_tile(t, v, row, bits, 1, rows);
+// In panels of columns whose x stays in the first cache.
+INLINE void multiply_exact_rows(const Product *t, int64_t first, int64_t last, int64_t row,
+                                int bits, const int rows) {
+    const int64_t panel = 8 * PANEL / rows;
+    for (int64_t column = 0; column < t->columns; column += panel) {
+        const int64_t end = smaller(column + panel, t->columns);
+        int64_t v = first;
+        for (; v + EXACT_VECTORS(rows) <= last; v += EXACT_VECTORS(rows))
+            multiply_exact_tile(t, v, row, column, end, bits, EXACT_VECTORS(rows), rows);
+        for (; v < last; v++) multiply_exact_tile(t, v, row, column, end, bits, 1, rows);
+    }
 }
 
 INLINE void multiply_exact_unit(const Product *t, int64_t unit, int bits) {
-    const int64_t first = unit * UNIT, end = smaller(first + UNIT, count_vectors(t->out));
+    const int64_t first = unit * UNIT, last = smaller(first + UNIT, count_vectors(t->layer->out));
     for (int64_t row = 0; row < t->num_rows; row += EXACT_ROWS)
-        switch (get_tile_rows(t->num_rows - row)) {
-            case 1: multiply_exact_rows(t, first, end, row, bits, 1); break;
-            case 2: multiply_exact_rows(t, first, end, row, bits, 2); break;
-            case 4: multiply_exact_rows(t, first, end, row, bits, 4); break;
+        switch (count_tile_rows(t, row)) {
+            case 1: multiply_exact_rows(t, first, last, row, bits, 1); break;
+            case 2: multiply_exact_rows(t, first, last, row, bits, 2); break;
+            case 4: multiply_exact_rows(t, first, last, row, bits, 4); break;
 #if EXACT_ROWS == 8
-            case 8: multiply_exact_rows(t, first, end, row, bits, 8); break;
+            case 8: multiply_exact_rows(t, first, last, row, bits, 8); break;
 #endif
         }
 }
 
 static void multiply_exact(const void *task, int64_t unit) {
     const Product *t = task;
-    if (t->bits == 4) multiply_exact_unit(t, unit, 4);
+    if (t->layer->bits == 4) multiply_exact_unit(t, unit, 4);
     else multiply_exact_unit(t, unit, 8);
 }
 
-// x[c] becomes the integer of least distance to x[c] / scale, scale = max |x| / 127 of the group.
-// A group with infinities or NaNs has the scale NaN, so that the results are NaN too.
-static void quantize_group(const float *x, int64_t width, int8_t *level, float *scale,
-                           int32_t *sum) {
-    float largest = 0, zero = 0;
-    for (int64_t c = 0; c < width; c++) {
-        largest = fmaxf(largest, fabsf(x[c]));
-        zero += x[c] * 0;
-    }
-    *scale = zero == 0 ? largest / 127 : NAN;
-    *sum = 0;
-    for (int64_t c = 0; c < width; c++) {
-        level[c] = *scale >= FLT_MIN ? (int8_t)rintf(x[c] / *scale) : 0;  // smaller ones are rough
-        *sum += level[c];
+// Levels of a panel of columns: [column / 4][vector][lane][column % 4].
+INLINE void unpack_panel(const Product *t, int64_t first, int64_t column, int64_t width, int bits,
+                         uint8_t *levels) {
+    UNROLL for (int v = 0; v < INT8_VECTORS; v++) {
+        const uint8_t *w = find_weight(t, first + v) + column * BLOCK * bits / 8;
+        for (int64_t c = 0; c < width; c += 32 / bits, w += BLOCK_STEP)
+            UNROLL for (int half = 0; half < 8 / bits; half++) {
+                const Bits lanes = load_bits(w);
+                const Bits v_levels = bits == 8 ? lanes : lanes >> 4 * half & 0x0f0f0f0fu;
+                memcpy(levels + ((c / 4 + half) * INT8_VECTORS + v) * 4 * LANES, &v_levels,
+                       4 * LANES);
+            }
     }
 }
 
-static void tile_int8_x(const void *task, int64_t tile) {
-    const Product *t = task;
-    for (int64_t group = 0; group < t->x_groups; group++)
-        for (int64_t r = 0; r < INT8_ROWS; r++) {
-            const int64_t first = group * INT8_GROUP, row = tile * INT8_ROWS + r;
-            const int64_t place = (tile * t->x_groups + group) * INT8_ROWS + r;
-            int8_t level[INT8_GROUP] = {0};
-            t->x_scale[place] = t->x_sum[place] = 0;
-            if (row < t->num_rows)
-                quantize_group(t->x + row * t->in + first, smaller(INT8_GROUP, t->in - first),
-                               level, t->x_scale + place, t->x_sum + place);
-            int32_t *to = t->int8_tiles + (tile * t->columns + first) / 4 * INT8_ROWS + r;
-            for (int64_t c = 0; c < smaller(INT8_GROUP, t->columns - first); c += 4)
-                memcpy(to + c / 4 * INT8_ROWS, level + c, 4);
-        }
-}
-
-// Integer sums of a group of columns, times both scales. The sums start at what the 8 or 128 that
-// is added to each level would make of them, with the opposite sign.
-INLINE void multiply_int8_tile(const Product *t, int64_t first, int64_t tile, int bits) {
-    const int vectors = INT8_VECTORS, rows = INT8_ROWS;
-    const int32_t *x = t->int8_tiles + tile * t->columns / 4 * rows;
-    const uint8_t *w[INT8_VECTORS];
-    Floats total[INT8_VECTORS * INT8_ROWS];
-    UNROLL for (int v = 0; v < vectors; v++) w[v] = find_weight(t, first + v);
-    UNROLL for (int i = 0; i < vectors * rows; i++) total[i] = spread(0);
-    for (int64_t group = 0; group < t->x_groups; group++) {
-        const int64_t column = group * INT8_GROUP, place = (tile * t->x_groups + group) * rows;
-        const int64_t width = smaller(INT8_GROUP, t->columns - column);
-        Ints sum[INT8_VECTORS * INT8_ROWS];
+// Columns from `column` to `end`, of which `levels` are unpacked.
+INLINE void multiply_int8_tile(const Product *t, int64_t first, int64_t row, int64_t column,
+                               int64_t end, int bits, const uint8_t *levels) {
+    const int rows = INT8_ROWS, vectors = INT8_VECTORS;
+    const int32_t *x = t->tiles + (row * t->columns + column * rows) / 4;
+    Floats total[INT8_ROWS][INT8_VECTORS];
+    for (int r = 0; r < rows; r++)
         UNROLL for (int v = 0; v < vectors; v++)
+            total[r][v] = read_total(t, row + r, first + v, column);
+    for (int64_t group = column / GROUP; group * GROUP < end; group++) {
+        const int64_t place = row * t->x_groups + group * rows;
+        const int64_t width = smaller(GROUP, end - group * GROUP);
+        Ints sum[INT8_ROWS][INT8_VECTORS];
+        UNROLL for (int r = 0; r < rows; r++)
+            UNROLL for (int v = 0; v < vectors; v++)
+                sum[r][v] = spread_int(t->x_start[place + r]);
+        for (const int32_t *x_end = x + width / 4 * rows; x < x_end; x += rows) {
+            Bits lanes[INT8_VECTORS];
+            UNROLL for (int v = 0; v < vectors; v++, levels += 4 * LANES)
+                lanes[v] = load_bits(levels);
             UNROLL for (int r = 0; r < rows; r++)
-                sum[v * rows + r] = -t->x_sum[place + r] * (bits == 4 ? 8 : 128) - (Ints){0};
-        for (const int32_t *end = x + width / 4 * rows; x < end; x += 8 / bits * rows)
-            UNROLL for (int v = 0; v < vectors; v++) {
-                const Bits lanes = load_bits(w[v]);
-                w[v] += BLOCK_STEP;
-                UNROLL for (int half = 0; half < 8 / bits; half++) {
-                    const Bits levels = bits == 8 ? lanes : lanes >> 4 * half & 0x0f0f0f0fu;
-                    UNROLL for (int r = 0; r < rows; r++) {
-                        Ints *s = &sum[v * rows + r];
-                        *s = add_dot4(*s, levels, x[half * rows + r]);
-                    }
-                }
-            }
+                UNROLL for (int v = 0; v < vectors; v++)
+                    sum[r][v] = add_dot4(sum[r][v], lanes[v], x[r], bits);
+        }
         UNROLL for (int v = 0; v < vectors; v++) {
-            const Floats scale = load(find_scale(t, first + v, column / t->group_size));
-            UNROLL for (int r = 0; r < rows; r++) {
-                Floats *all = &total[v * rows + r];
-                *all = multiply_add(to_floats(sum[v * rows + r]), scale * t->x_scale[place + r],
-                                    *all);
-            }
+            const Floats scale = find_group_scale(t, first + v, group);
+            UNROLL for (int r = 0; r < rows; r++)
+                total[r][v] = multiply_add(to_floats(sum[r][v]), scale * t->x_scale[place + r],
+                                           total[r][v]);
         }
     }
-    UNROLL for (int v = 0; v < vectors; v++)
-        UNROLL for (int r = 0; r < rows; r++)
-            write_result(t, tile * rows + r, first + v, total[v * rows + r]);
+    for (int r = 0; r < rows; r++)
+        UNROLL for (int v = 0; v < vectors; v++)
+            write_total(t, row + r, first + v, end, total[r][v]);
 }
 
 INLINE void multiply_int8_unit(const Product *t, int64_t unit, int bits) {
-    const int64_t first = unit * UNIT, end = smaller(first + UNIT, count_vectors(t->out));
-    for (int64_t tile = 0; tile * INT8_ROWS < t->num_rows; tile++)
-        for (int64_t v = first; v < end; v += INT8_VECTORS) multiply_int8_tile(t, v, tile, bits);
+    const int64_t begin = unit * UNIT, last = smaller(begin + UNIT, count_vectors(t->layer->out));
+    uint8_t levels[PANEL * INT8_VECTORS * LANES] __attribute__((aligned(ALIGNMENT)));
+    for (int64_t column = 0; column < t->columns; column += PANEL) {
+        const int64_t end = smaller(column + PANEL, t->columns);
+        for (int64_t first = begin; first < last; first += INT8_VECTORS) {
+            unpack_panel(t, first, column, end - column, bits, levels);
+            for (int64_t row = 0; row < t->num_rows; row += INT8_ROWS)
+                multiply_int8_tile(t, first, row, column, end, bits, levels);
+        }
+    }
 }
 
 static void multiply_int8(const void *task, int64_t unit) {
     const Product *t = task;
-    if (t->bits == 4) multiply_int8_unit(t, unit, 4);
+    if (t->layer->bits == 4) multiply_int8_unit(t, unit, 4);
     else multiply_int8_unit(t, unit, 8);
 }
 
@@ -533,7 +474,7 @@ INLINE void multiply_stored_rows(const StoredProduct *t, int64_t output, int64_t
 INLINE void multiply_stored_unit(const StoredProduct *t, int64_t unit, const int is_bfloat16) {
     const int64_t first = unit * STORED_UNIT, end = smaller(first + STORED_UNIT, t->out);
     for (int64_t row = 0; row < t->num_rows; row += EXACT_ROWS)
-        switch (get_tile_rows(t->num_rows - row)) {
+        switch (fill_tile(t->num_rows - row)) {
             case 1: multiply_stored_rows(t, first, end, row, is_bfloat16, 8, 1); break;
             case 2: multiply_stored_rows(t, first, end, row, is_bfloat16, 4, 2); break;
             case 4: multiply_stored_rows(t, first, end, row, is_bfloat16, EXACT_ROWS / 2, 4); break;
@@ -575,37 +516,25 @@ void chatglm_restore(const uint8_t *packed, uint8_t *restored, int64_t out, int6
     run(restore_block, &task, divide_up(out, BLOCK), num_threads);
 }
 
-int chatglm_multiply(const uint8_t *weight, const float *scale, const float *x, float *y,
-                     int64_t num_rows, int64_t in, int64_t out, int64_t group_size, int bits,
+int chatglm_multiply(const Linear *layer, const float *x, float *y, int64_t num_rows, int is_exact,
                      int num_threads) {
-    Product task = {weight, scale, x, y, num_rows, in, out, group_size, bits};
-    task.columns = divide_up(in, 32 / bits) * (32 / bits);
-    task.groups = in / group_size;
-    const int64_t num_tiles = divide_up(num_rows, EXACT_ROWS);
-    task.tiles = allocate(num_tiles * EXACT_ROWS * task.columns * 4);
+    Product task = {layer, x, y, num_rows};
+    task.digits = is_exact ? 3 : 1;
+    task.tile_rows = is_exact ? EXACT_ROWS : INT8_ROWS;
+    task.columns = divide_up(layer->in, 32 / layer->bits) * (32 / layer->bits);
+    task.groups = layer->in / layer->group_size;
+    task.x_groups = divide_up(layer->in, GROUP);
+    const int64_t num_tiles = divide_up(num_rows, task.tile_rows);
+    const int64_t filled = num_tiles * task.tile_rows;  // rows
+    task.tiles = allocate(filled * (task.digits * (task.columns + 4 * task.x_groups) +
+                                    4 * task.x_groups));
     if (!task.tiles) return -1;
-    run(tile_x, &task, num_tiles, num_threads);
-    run(multiply_exact, &task, divide_up(count_vectors(out), UNIT), num_threads);
+    task.x_start = task.tiles + filled * task.columns / 4 * task.digits;
+    task.x_scale = (float *)(task.x_start + filled * task.x_groups * task.digits);
+    run(quantize_x, &task, num_tiles * task.x_groups, num_threads);
+    run(is_exact ? multiply_exact : multiply_int8, &task,
+        divide_up(count_vectors(layer->out), UNIT), num_threads);
     release(task.tiles);
-    return 0;
-}
-
-int chatglm_multiply_int8(const uint8_t *weight, const float *scale, const float *x, float *y,
-                          int64_t num_rows, int64_t in, int64_t out, int64_t group_size, int bits,
-                          int num_threads) {
-    Product task = {weight, scale, x, y, num_rows, in, out, group_size, bits};
-    task.columns = divide_up(in, 32 / bits) * (32 / bits);
-    task.groups = in / group_size;
-    task.x_groups = divide_up(in, INT8_GROUP);
-    const int64_t num_tiles = divide_up(num_rows, INT8_ROWS);
-    const int64_t filled = num_tiles * INT8_ROWS;  // rows
-    task.int8_tiles = allocate(filled * (task.columns + 8 * task.x_groups));
-    if (!task.int8_tiles) return -1;
-    task.x_sum = task.int8_tiles + filled * task.columns / 4;
-    task.x_scale = (float *)(task.x_sum + filled * task.x_groups);
-    run(tile_int8_x, &task, num_tiles, num_threads);
-    run(multiply_int8, &task, divide_up(count_vectors(out), UNIT), num_threads);
-    release(task.int8_tiles);
     return 0;
 }
 

@@ -6,6 +6,7 @@ same, bit for bit, whatever other rows there are. The weights of a `QuantizedLin
 kernels' order in place of the official one, which `PackedWeight` restores exactly.
 """
 
+import ctypes
 import mmap
 import sys
 from contextlib import suppress
@@ -15,7 +16,7 @@ import torch
 
 from chatglm2.quantization import QuantizedLinear
 
-from .build_cpu import get_library
+from .build_cpu import Linear, get_library
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BLOCK = 16  # outputs; see cpu.c
@@ -92,6 +93,13 @@ def prepare(layer: QuantizedLinear) -> PackedWeight:
     return layer.replace_weight(PackedWeight.from_layer)
 
 
+def describe(layer: QuantizedLinear, packed: PackedWeight) -> Linear:
+    """Return a layer as C sees it, without its bias; its addresses are those of `packed`."""
+    addresses = packed.weight.data_ptr(), packed.scale.data_ptr(), None
+    group_size = layer.group_size or layer.in_features
+    return Linear(*addresses, layer.in_features, layer.out_features, group_size, layer.bits)
+
+
 @torch.no_grad()
 def matmul(x: torch.Tensor, layer: QuantizedLinear, exact: bool = True) -> torch.Tensor:
     """Return x @ W.T; unless it is to be exact, x is rounded to int8 in groups of 128 columns."""
@@ -99,10 +107,7 @@ def matmul(x: torch.Tensor, layer: QuantizedLinear, exact: bool = True) -> torch
     rows = x.reshape(-1, layer.in_features).float().contiguous()
     y = rows.new_empty(*x.shape[:-1], layer.out_features)
     if len(rows):
-        sizes = len(rows), layer.in_features, layer.out_features
-        group_size = layer.group_size or layer.in_features
-        function = "multiply" if exact else "multiply_int8"
-        call(function, packed.weight, packed.scale, rows, y, *sizes, group_size, layer.bits)
+        call("multiply", ctypes.byref(describe(layer, packed)), rows, y, len(rows), exact)
     return y.to(x.dtype)
 
 

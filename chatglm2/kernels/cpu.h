@@ -1,0 +1,194 @@
+// What the C kernels share: vectors as long as the CPU's, threads, memory, and products.
+//
+// All is compiled without arithmetic that the compiler fuses or reorders (-ffp-contract=off, no
+// -ffast-math), and `multiply_add` alone decides between one rounding and two: so a result depends
+// neither on the number of threads nor on what is computed beside it.
+//
+// The C is GNU C (gcc, clang), for little-endian machines. What differs between CPUs is here.
+#pragma once
+
+#include <float.h>
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#ifndef _OPENMP
+#include <pthread.h>
+#endif
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VNNI__)
+#define ISA "avx512"
+#define LANES 16  // of a vector
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#define ISA "avx2"
+#define LANES 8
+#else
+#define ISA "portable"
+#define LANES 4
+#endif
+#if LANES > 4
+#include <immintrin.h>
+#endif
+
+#define ALIGNMENT 64
+#define INLINE static inline __attribute__((always_inline))
+#ifdef __clang__
+#define UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define UNROLL _Pragma("GCC unroll 32")
+#endif
+
+// Vectors
+
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+typedef uint32_t Bits __attribute__((vector_size(4 * LANES)));
+
+INLINE Floats spread(float value) { return value - (Floats){0}; }
+INLINE Ints spread_int(int32_t value) { return value - (Ints){0}; }
+
+INLINE Floats load(const float *from) {
+    Floats v;
+    memcpy(&v, from, sizeof v);
+    return v;
+}
+
+INLINE Bits load_bits(const void *from) {
+    Bits v;
+    memcpy(&v, from, sizeof v);
+    return v;
+}
+
+INLINE void store(float *to, Floats v) { memcpy(to, &v, sizeof v); }
+
+INLINE Floats to_floats(Ints v) { return __builtin_convertvector(v, Floats); }
+
+INLINE Floats multiply_add(Floats a, Floats b, Floats sum) {
+#if LANES == 16
+    return _mm512_fmadd_ps(a, b, sum);
+#elif LANES == 8
+    return _mm256_fmadd_ps(a, b, sum);
+#else
+    return sum + a * b;
+#endif
+}
+
+// Where `where` is -1, not 0, a; elsewhere b.
+INLINE Ints choose(Ints where, Ints a, Ints b) { return (where & a) | (~where & b); }
+
+INLINE Floats max_of(Floats a, Floats b) {
+    return (Floats)choose((Ints)(a > b), (Ints)a, (Ints)b);
+}
+
+// The integers of least distance; of two, the one farther from 0.
+INLINE Ints round_to_ints(Floats v) {
+    const Bits half = ((Bits)v & 0x80000000u) | 0x3f000000u;
+    return __builtin_convertvector(v + (Floats)half, Ints);
+}
+
+INLINE float add_lanes(Floats v) {
+    float lane[LANES];
+    memcpy(lane, &v, sizeof v);
+    for (int n = LANES / 2; n; n /= 2)
+        for (int i = 0; i < n; i++) lane[i] += lane[i + n];
+    return lane[0];
+}
+
+// LANES numbers of 16 bits: float16 or bfloat16.
+INLINE Floats load_stored(const uint16_t *from, int is_bfloat16) {
+#if LANES == 16
+    const __m256i stored = _mm256_loadu_si256((const void *)from);
+    if (!is_bfloat16) return _mm512_cvtph_ps(stored);
+    const Bits h = (Bits)_mm512_cvtepu16_epi32(stored);
+#elif LANES == 8
+    const __m128i stored = _mm_loadu_si128((const void *)from);
+    if (!is_bfloat16) return _mm256_cvtph_ps(stored);
+    const Bits h = (Bits)_mm256_cvtepu16_epi32(stored);
+#else
+    Bits h = {0};
+    UNROLL for (int i = 0; i < LANES; i++) h[i] = from[i];
+    if (!is_bfloat16) {  // exponent and mantissa where float32 has them, then the exponent's bias
+        const Floats number = (Floats)((h & 0x7fff) << 13) * 0x1p112f;
+        const Bits is_special = (Bits)((h & 0x7c00) == 0x7c00);  // infinity, NaN
+        return (Floats)((Bits)number | (is_special & 0x7f800000) | (h & 0x8000) << 16);
+    }
+#endif
+    return (Floats)(h << 16);
+}
+
+// Threads
+
+typedef void (*Work)(const void *task, int64_t unit);
+
+#ifdef _OPENMP
+// With gcc this is the libgomp that torch has loaded (they share the name libgomp.so.1), so both
+// use the same threads, one after the other.
+static void run(Work work, const void *task, int64_t num_units, int num_threads) {
+#pragma omp parallel for schedule(dynamic) num_threads(num_threads) if (num_units > 1)
+    for (int64_t unit = 0; unit < num_units; unit++) work(task, unit);
+}
+#else
+#define MAX_THREADS 64
+
+typedef struct {
+    Work work;
+    const void *task;
+    int64_t num_units, next;
+} Queue;
+
+static void *take_units(void *queue) {
+    Queue *q = queue;
+    int64_t unit;
+    while ((unit = __atomic_fetch_add(&q->next, 1, __ATOMIC_RELAXED)) < q->num_units)
+        q->work(q->task, unit);
+    return NULL;
+}
+
+static void run(Work work, const void *task, int64_t num_units, int num_threads) {
+    Queue queue = {work, task, num_units, 0};
+    pthread_t threads[MAX_THREADS];
+    int started = 0;
+    while (started < MAX_THREADS && started + 1 < num_threads && started + 1 < num_units &&
+           !pthread_create(&threads[started], NULL, take_units, &queue))
+        started++;
+    take_units(&queue);
+    while (started) pthread_join(threads[--started], NULL);
+}
+#endif
+
+static inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Memory
+
+static inline void *allocate(int64_t size) {
+    const int64_t whole = divide_up(size, ALIGNMENT) * ALIGNMENT;
+#ifdef _WIN32
+    return _aligned_malloc(whole, ALIGNMENT);
+#else
+    return aligned_alloc(ALIGNMENT, whole);
+#endif
+}
+
+static inline void release(void *memory) {
+#ifdef _WIN32
+    _aligned_free(memory);
+#else
+    free(memory);
+#endif
+}
+
+// Products (cpu.c)
+
+typedef struct {
+    const uint8_t *weight;  // in the order of cpu.c
+    const float *scale;
+    const float *bias;  // or NULL
+    int64_t in, out, group_size;
+    int64_t bits;
+} Linear;
+
+// y[r, o] = sum over c of x[r, c] * W[o, c] + bias[o]; returns 0, or -1 if there is no memory.
+int chatglm_multiply(const Linear *layer, const float *x, float *y, int64_t num_rows, int is_exact,
+                     int num_threads);
