@@ -55,6 +55,7 @@ CHAT_DEFAULTS = {
     "max_length": 8192,
 }
 
+CACHE_SETTINGS = ("use_cache", "cache_implementation")  # of `generate`
 CACHE_BLOCK = 256  # tokens by which the capacity of a cache grows
 MAX_GROUPED_TOKENS = 128  # beyond, expanded keys are as fast as grouped queries
 
@@ -168,14 +169,19 @@ class ChatGLMCacheLayer(DynamicLayer):
         if key_states.requires_grad:  # a gradient needs tensors that nobody overwrites
             self.buffers = None
             return super().update(key_states, value_states)
+        held = self.extend(key_states.shape[2])
+        for buffer, new in zip((self.keys, self.values), (key_states, value_states), strict=True):
+            buffer[:, :, held:] = new
+        return self.keys, self.values
+
+    def extend(self, count: int) -> int:
+        """Take in `count` more tokens, to be written by the caller; return where they begin."""
         held = self.keys.shape[2]
-        length = held + key_states.shape[2]
+        length = held + count
         if self.buffers is None or self.buffers[0].shape[2] < length or self.is_frozen():
             self.grow(length)
-        for buffer, new in zip(self.buffers, (key_states, value_states), strict=True):
-            buffer[:, :, held:length] = new
         self.keys, self.values = (buffer[:, :, :length] for buffer in self.buffers)
-        return self.keys, self.values
+        return held
 
     # What makes new tensors leaves the buffers behind; the next update makes new ones.
 
@@ -459,9 +465,12 @@ class GLMTransformer(nn.Module):
                 all_hidden_states.append(hidden_states)
             if output_attentions:
                 all_attentions.append(weights)
-        if hasattr(self, "final_layernorm"):
-            hidden_states = self.final_layernorm(hidden_states)
-        return hidden_states, tuple(all_hidden_states), tuple(all_attentions)
+        return self.normalize(hidden_states), tuple(all_hidden_states), tuple(all_attentions)
+
+    def normalize(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if not hasattr(self, "final_layernorm"):
+            return hidden_states
+        return self.final_layernorm(hidden_states)
 
 
 class PrefixEncoder(nn.Module):
@@ -717,6 +726,17 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         is_padding = attention_mask[:, None, :, None] == 0
         return mask | is_padding if mask.dtype == torch.bool else mask * ~is_padding
 
+    def encode(self, inputs: dict, attention_mask, mask_cache, position_ids):
+        """Call the encoder; or the backend of quantized layers, if it can compute all blocks."""
+        if self.backend is not None:
+            tokens = {"attention_mask": attention_mask, "position_ids": position_ids}
+            hidden_states = self.backend.encode(self, {**inputs, **tokens})
+            if hidden_states is not None:
+                return self.encoder.normalize(hidden_states), (), ()
+        states = inputs["hidden_states"]
+        mask = self.create_mask(states, attention_mask, mask_cache, position_ids)
+        return self.encoder(attention_mask=mask, **inputs)
+
     @can_return_tuple
     def forward(
         self,
@@ -771,21 +791,22 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         if position_ids is None:
             length = inputs_embeds.shape[1]
             position_ids = torch.arange(offset, offset + length, device=inputs_embeds.device)[None]
-        mask = self.create_mask(inputs_embeds, attention_mask, mask_cache, position_ids)
         hidden_states = inputs_embeds
         if self.config.fp32_residual_connection:
             hidden_states = hidden_states.float()
+        inputs = {
+            "hidden_states": hidden_states,
+            "rotary": self.rotary_pos_emb(inputs_embeds, position_ids),
+            "past_key_values": past_key_values,
+            "cache_dtype": self.cache_dtype,
+            "prefix": prefix,
+            "output_hidden_states": output_hidden_states,
+            "output_attentions": output_attentions,
+            **kwargs,
+        }
         with self.telling_role(num_prompt_tokens):
-            hidden_states, all_hidden_states, all_attentions = self.encoder(
-                hidden_states,
-                prefix=prefix,
-                output_hidden_states=output_hidden_states,
-                output_attentions=output_attentions,
-                attention_mask=mask,
-                rotary=self.rotary_pos_emb(inputs_embeds, position_ids),
-                past_key_values=past_key_values,
-                cache_dtype=self.cache_dtype,
-                **kwargs,
+            hidden_states, all_hidden_states, all_attentions = self.encode(
+                inputs, attention_mask, mask_cache, position_ids
             )
         return BaseModelOutputWithPast(
             last_hidden_state=hidden_states,
@@ -1004,6 +1025,14 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def generate(self, inputs=None, generation_config=None, **kwargs):
+        """As the library's; the cache is a `ChatGLMCache` unless another kind is asked for."""
+        settings = generation_config or self.generation_config
+        kinds = [kwargs.get(name, getattr(settings, name)) for name in CACHE_SETTINGS]
+        if kinds == [True, None] and kwargs.get("past_key_values") is None:
+            kwargs["past_key_values"] = ChatGLMCache()
+        return super().generate(inputs, generation_config, **kwargs)
 
     def process_response(self, response: str) -> str:
         """Strip the text and fill in the training date, as the original."""

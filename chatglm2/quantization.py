@@ -125,8 +125,10 @@ def torch_matmul(x: torch.Tensor, layer: "QuantizedLinear") -> torch.Tensor:
 # Backends in order of preference: the device type it is for, and its module in chatglm2/kernels/.
 # A module offers matmul(x [..., in], layer), which returns x @ W.T [..., out], and
 # find_problem(layer, x_device, dtype), which returns why it cannot serve, or None. It may offer
-# prepare(layer), which packs the weight as it wants it, stored_matmul(x, weight), for the weights
-# of 16 bits, and prompt_matmul(x, layer), a faster but less exact product for prompts.
+# - prepare(layer), which packs the weight as it wants it,
+# - prompt_matmul(x, layer), a faster but less exact product for prompts,
+# - stored_matmul(x, weight), for the weights of 16 bits,
+# - encode(transformer, inputs, num_prompt_tokens), all blocks at once, or None if it cannot.
 BACKENDS = {
     "triton": ("cuda", "triton_backend"),
     "cuda": ("cuda", "cuda_backend"),
@@ -222,7 +224,7 @@ class ModelBackend:
         """Return a function of the backend, e.g. `matmul`, or None if it has no such."""
         if (device, dtype) not in self.picked:
             backend = pick_backend(self.kinds.values(), device, dtype)
-            names = "matmul", "prepare", "stored_matmul", "prompt_matmul"
+            names = "matmul", "prepare", "prompt_matmul", "stored_matmul", "encode"
             self.picked[device, dtype] = {name: getattr(backend, name, None) for name in names}
         return self.picked[device, dtype][function]
 
@@ -246,6 +248,18 @@ class ModelBackend:
             return prompt_matmul(x, layer)
         prompt, rest = x[..., :length, :], x[..., length:, :]
         return torch.cat((prompt_matmul(prompt, layer), matmul(rest, layer)), dim=-2)
+
+
+    def encode(self, transformer: nn.Module, inputs: dict) -> torch.Tensor | None:
+        """Return the last block's hidden states if the backend can compute all blocks at once.
+
+        Args:
+            inputs: The arguments of `GLMTransformer.forward`, but with the model's
+                `attention_mask` and `position_ids`.
+        """
+        states = inputs["hidden_states"]
+        encode = self.get("encode", states.device, states.dtype)
+        return encode and encode(transformer, inputs, self.role.num_prompt_tokens)
 
 
 def quantized_matmul(x: torch.Tensor, layer: "QuantizedLinear") -> torch.Tensor:

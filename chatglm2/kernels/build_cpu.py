@@ -24,7 +24,7 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-SOURCES = [Path(__file__).with_name(name) for name in ("cpu.c", "cpu.h")]
+SOURCES = [Path(__file__).with_name(name) for name in ("cpu.c", "decode.c", "cpu.h")]
 COMPILERS = ("cc", "gcc", "clang")
 FLAGS = ["-std=gnu11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-Wno-psabi"]
 FLAGS += ["-shared", "-fPIC"]
@@ -184,6 +184,29 @@ class Linear(ctypes.Structure):
     ]
 
 
+class Layer(ctypes.Structure):
+    """A block; see decode.c."""
+
+    _fields_ = [
+        *((name, Linear) for name in ("qkv", "dense", "h_to_4h", "h4_to_h")),
+        *((name, ctypes.c_void_p) for name in ("input_norm", "post_norm")),
+        ("epsilon", ctypes.c_double),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("num_heads", "num_kv_heads", "head_dim", "rotated_dim", "adds_to_normed")
+        ),
+    ]
+
+
+class Conversation(ctypes.Structure):
+    """The cache of a layer for one conversation; see decode.c."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("keys", "values")),
+        *((name, ctypes.c_int64) for name in ("length", "capacity")),
+    ]
+
+
 def load(library: Path) -> ctypes.CDLL:
     """Load the library and declare its functions.
 
@@ -199,6 +222,7 @@ def load(library: Path) -> ctypes.CDLL:
         function = getattr(loaded, f"chatglm_{name}")
         function.argtypes, function.restype = [*2 * [pointer], *2 * [size], *2 * [number]], None
     loaded.chatglm_multiply.argtypes = [*3 * [pointer], size, *2 * [number]]
+    loaded.chatglm_decode_layer.argtypes = [*5 * [pointer], size, *2 * [number]]
     loaded.chatglm_multiply_stored.argtypes = [*3 * [pointer], *3 * [size], *2 * [number]]
     return loaded
 

@@ -441,23 +441,34 @@ typedef struct {
     int is_bfloat16;
 } StoredProduct;
 
+// LANES columns from c on; of the last ones, those beyond `in` are zeros.
+INLINE void add_columns(const StoredProduct *t, const uint16_t *const *w, const float *x,
+                        const int is_bfloat16, const int outputs, const int rows, int64_t c,
+                        const int is_last, Floats *sum) {
+    Floats columns[EXACT_ROWS];
+    UNROLL for (int r = 0; r < rows; r++) columns[r] = load(x + r * t->columns + c);
+    UNROLL for (int o = 0; o < outputs; o++) {
+        const uint16_t *from = w[o] + c;
+        uint16_t last[LANES] = {0};
+        if (is_last) from = memcpy(last, from, 2 * (t->in - c));
+        else __builtin_prefetch(from + PREFETCH / 2);
+        const Floats weight = load_stored(from, is_bfloat16);
+        UNROLL for (int r = 0; r < rows; r++)
+            sum[o * rows + r] = multiply_add(weight, columns[r], sum[o * rows + r]);
+    }
+}
+
 INLINE void multiply_stored_tile(const StoredProduct *t, int64_t output, int64_t row,
                                  const int is_bfloat16, const int outputs, const int rows) {
+    const float *x = t->x + row * t->columns;
+    const uint16_t *w[8];
     Floats sum[16];
+    UNROLL for (int o = 0; o < outputs; o++) w[o] = t->weight + (output + o) * t->in;
     UNROLL for (int i = 0; i < outputs * rows; i++) sum[i] = spread(0);
-    for (int64_t c = 0; c < t->columns; c += LANES) {
-        Floats x[EXACT_ROWS];
-        UNROLL for (int r = 0; r < rows; r++) x[r] = load(t->x + (row + r) * t->columns + c);
-        UNROLL for (int o = 0; o < outputs; o++) {
-            const uint16_t *w = t->weight + (output + o) * t->in + c;
-            uint16_t last[LANES] = {0};
-            if (c + LANES > t->in) w = memcpy(last, w, 2 * (t->in - c));
-            else __builtin_prefetch(w + PREFETCH / 2);
-            const Floats weight = load_stored(w, is_bfloat16);
-            UNROLL for (int r = 0; r < rows; r++)
-                sum[o * rows + r] = multiply_add(weight, x[r], sum[o * rows + r]);
-        }
-    }
+    int64_t c = 0;
+    for (; c + LANES <= t->in; c += LANES)
+        add_columns(t, w, x, is_bfloat16, outputs, rows, c, 0, sum);
+    if (c < t->in) add_columns(t, w, x, is_bfloat16, outputs, rows, c, 1, sum);
     UNROLL for (int o = 0; o < outputs; o++)
         UNROLL for (int r = 0; r < rows; r++)
             if (row + r < t->num_rows)

@@ -125,3 +125,10 @@ def stored_matmul(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         sizes = len(rows), weight.shape[1], len(weight)
         call("multiply_stored", weight, rows, y, *sizes, weight.dtype == torch.bfloat16)
     return y.to(x.dtype)
+
+
+def decode(transformer, inputs: dict) -> torch.Tensor | None:
+    """Return the last hidden states of a decode step if it can be taken as a whole, or None."""
+    from .fused_step import fused_step_supported, run_fused_step  # it imports the model
+
+    return None if fused_step_supported(transformer, inputs) else run_fused_step(transformer, inputs)
