@@ -127,7 +127,8 @@ def torch_matmul(x: torch.Tensor, layer: "QuantizedLinear") -> torch.Tensor:
 # find_problem(layer, x_device, dtype), which returns why it cannot serve, or None. It may offer
 # - prepare(layer), which packs the weight as it wants it,
 # - prompt_matmul(x, layer), a faster but less exact product for prompts,
-# - stored_matmul(x, weight), for the weights of 16 bits,
+# - stored_matmul(x, weight), for the weights of 16 bits, and place(weight), which copies such a
+#   weight to where it is read fastest,
 # - encode(transformer, inputs, num_prompt_tokens), all blocks at once, or None if it cannot.
 BACKENDS = {
     "triton": ("cuda", "triton_backend"),
@@ -224,7 +225,7 @@ class ModelBackend:
         """Return a function of the backend, e.g. `matmul`, or None if it has no such."""
         if (device, dtype) not in self.picked:
             backend = pick_backend(self.kinds.values(), device, dtype)
-            names = "matmul", "prepare", "prompt_matmul", "stored_matmul", "encode"
+            names = "matmul", "prepare", "prompt_matmul", "stored_matmul", "place", "encode"
             self.picked[device, dtype] = {name: getattr(backend, name, None) for name in names}
         return self.picked[device, dtype][function]
 
@@ -547,6 +548,10 @@ def prepare_layers(model):
             prepare = layer.backend.get("prepare", model.device, model.dtype)
             if prepare is not None:
                 prepare(layer)
+        elif isinstance(layer, StoredLinear) and layer.backend is not None:
+            place = layer.backend.get("place", model.device, model.dtype)
+            if place is not None:
+                layer.weight.data = place(layer.weight.data)
 
 
 def get_quantization(model_config) -> ChatGLMQuantizationConfig | None:

@@ -97,7 +97,9 @@ def test_command(quick, capsys, caplog, monkeypatch):
     build_cpu.main()
     (library,) = build_cpu.get_cache_folder().iterdir()
     assert capsys.readouterr().out == f"portable: {library}\n"
-    assert re.fullmatch(r"Compiling cpu.c and decode.c with .*, once on this machine", caplog.messages[0])
+    assert re.fullmatch(
+        r"Compiling cpu.c and decode.c with .*, once on this machine", caplog.messages[0]
+    )
     monkeypatch.setenv("CHATGLM_CPU_ISA", "avx1024")
     build_cpu.get_library.cache_clear()
     with pytest.raises(SystemExit) as stop:

@@ -25,14 +25,14 @@
 #define UNIT (4 * PARTS)        // vectors that a thread takes at a time
 #define GROUP 128               // columns of x that share a scale
 #define TINY 1e-30f             // a group of smaller numbers is taken for zeros
-#define STORED_UNIT 8           // outputs that a thread takes at a time
+#define STORED_UNIT 32          // outputs that a thread takes at a time
 #define PREFETCH 2048           // bytes ahead
 
 // Tiles, such that their sums fill most of the registers: rows, and vectors of outputs.
 #if LANES == 16
 #define EXACT_ROWS 8
 #define EXACT_VECTORS(rows) ((rows) <= 2 ? 4 : 8 / (rows))
-#define INT8_ROWS 12
+#define INT8_ROWS 8
 #else
 #define EXACT_ROWS 4
 #define EXACT_VECTORS(rows) ((rows) <= 2 ? 2 : 1)
@@ -458,39 +458,51 @@ INLINE void add_columns(const StoredProduct *t, const uint16_t *const *w, const 
     }
 }
 
+// Columns from `column` to `end`; `sum` has a vector for each output and row.
 INLINE void multiply_stored_tile(const StoredProduct *t, int64_t output, int64_t row,
-                                 const int is_bfloat16, const int outputs, const int rows) {
+                                 int64_t column, int64_t end, const int is_bfloat16,
+                                 const int outputs, const int rows, Floats *sum) {
     const float *x = t->x + row * t->columns;
     const uint16_t *w[8];
-    Floats sum[16];
+    Floats part[16];
     UNROLL for (int o = 0; o < outputs; o++) w[o] = t->weight + (output + o) * t->in;
-    UNROLL for (int i = 0; i < outputs * rows; i++) sum[i] = spread(0);
-    int64_t c = 0;
-    for (; c + LANES <= t->in; c += LANES)
-        add_columns(t, w, x, is_bfloat16, outputs, rows, c, 0, sum);
-    if (c < t->in) add_columns(t, w, x, is_bfloat16, outputs, rows, c, 1, sum);
-    UNROLL for (int o = 0; o < outputs; o++)
-        UNROLL for (int r = 0; r < rows; r++)
-            if (row + r < t->num_rows)
-                t->y[(row + r) * t->out + output + o] = add_lanes(sum[o * rows + r]);
+    UNROLL for (int i = 0; i < outputs * rows; i++) part[i] = sum[i];
+    int64_t c = column;
+    for (; c + LANES <= end; c += LANES)
+        add_columns(t, w, x, is_bfloat16, outputs, rows, c, 0, part);
+    if (c < end) add_columns(t, w, x, is_bfloat16, outputs, rows, c, 1, part);
+    UNROLL for (int i = 0; i < outputs * rows; i++) sum[i] = part[i];
 }
 
-INLINE void multiply_stored_rows(const StoredProduct *t, int64_t output, int64_t end, int64_t row,
+// In panels of columns whose x stays in the first cache.
+INLINE void multiply_stored_rows(const StoredProduct *t, int64_t first, int64_t last, int64_t row,
                                  const int is_bfloat16, const int outputs, const int rows) {
-    for (; output + outputs <= end; output += outputs)
-        multiply_stored_tile(t, output, row, is_bfloat16, outputs, rows);
-    for (; output < end; output++) multiply_stored_tile(t, output, row, is_bfloat16, 1, rows);
+    Floats sum[STORED_UNIT * EXACT_ROWS] = {{0}};
+    const int64_t panel = 4 * PANEL / rows;
+    for (int64_t column = 0; column < t->in; column += panel) {
+        const int64_t end = smaller(column + panel, t->in);
+        int64_t o = first;
+        for (; o + outputs <= last; o += outputs)
+            multiply_stored_tile(t, o, row, column, end, is_bfloat16, outputs, rows,
+                                 sum + (o - first) * rows);
+        for (; o < last; o++)
+            multiply_stored_tile(t, o, row, column, end, is_bfloat16, 1, rows,
+                                 sum + (o - first) * rows);
+    }
+    for (int64_t o = first; o < last; o++)
+        for (int64_t r = 0; r < smaller(rows, t->num_rows - row); r++)
+            t->y[(row + r) * t->out + o] = add_lanes(sum[(o - first) * rows + r]);
 }
 
 INLINE void multiply_stored_unit(const StoredProduct *t, int64_t unit, const int is_bfloat16) {
-    const int64_t first = unit * STORED_UNIT, end = smaller(first + STORED_UNIT, t->out);
+    const int64_t first = unit * STORED_UNIT, last = smaller(first + STORED_UNIT, t->out);
     for (int64_t row = 0; row < t->num_rows; row += EXACT_ROWS)
         switch (fill_tile(t->num_rows - row)) {
-            case 1: multiply_stored_rows(t, first, end, row, is_bfloat16, 8, 1); break;
-            case 2: multiply_stored_rows(t, first, end, row, is_bfloat16, 4, 2); break;
-            case 4: multiply_stored_rows(t, first, end, row, is_bfloat16, EXACT_ROWS / 2, 4); break;
+            case 1: multiply_stored_rows(t, first, last, row, is_bfloat16, 4, 1); break;
+            case 2: multiply_stored_rows(t, first, last, row, is_bfloat16, 4, 2); break;
+            case 4: multiply_stored_rows(t, first, last, row, is_bfloat16, 4 / PARTS, 4); break;
 #if EXACT_ROWS == 8
-            case 8: multiply_stored_rows(t, first, end, row, is_bfloat16, 2, 8); break;
+            case 8: multiply_stored_rows(t, first, last, row, is_bfloat16, 2, 8); break;
 #endif
         }
 }

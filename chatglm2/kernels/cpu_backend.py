@@ -93,6 +93,11 @@ def prepare(layer: QuantizedLinear) -> PackedWeight:
     return layer.replace_weight(PackedWeight.from_layer)
 
 
+def place(weight: torch.Tensor) -> torch.Tensor:
+    """Return a copy of a 16-bit weight in memory that is read fast."""
+    return allocate(weight.nbytes).view(weight.dtype).view(weight.shape).copy_(weight)
+
+
 def describe(layer: QuantizedLinear, packed: PackedWeight) -> Linear:
     """Return a layer as C sees it, without its bias; its addresses are those of `packed`."""
     addresses = packed.weight.data_ptr(), packed.scale.data_ptr(), None
@@ -131,4 +136,6 @@ def decode(transformer, inputs: dict) -> torch.Tensor | None:
     """Return the last hidden states of a decode step if it can be taken as a whole, or None."""
     from .fused_step import fused_step_supported, run_fused_step  # it imports the model
 
-    return None if fused_step_supported(transformer, inputs) else run_fused_step(transformer, inputs)
+    return (
+        None if fused_step_supported(transformer, inputs) else run_fused_step(transformer, inputs)
+    )

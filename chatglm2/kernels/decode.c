@@ -1,4 +1,4 @@
-// A decode step of one layer: a new token of each of several conversations, in float32.
+// One layer of the model: the new tokens of each of several conversations, in float32.
 //
 //   normed = RMSNorm(hidden)
 //   query, key, value = qkv(normed); query and key are rotated, key and value join the cache
@@ -13,9 +13,11 @@
 // The cache of a conversation has G x capacity x d numbers, of float32, float16 or bfloat16. Its
 // keys are taken in chunks, each with a softmax of its own (FlashAttention, arXiv 2205.14135,
 // section 3.1), which are then weighed against each other. Chunks begin at multiples of CHUNK, so
-// a row's result depends on no other row.
+// a row (a token of a conversation) is computed alike whatever other rows there are.
 #include "cpu.h"
 
+#define ROWS 512      // computed at a time
+#define QUERIES 32    // of them, whose partial results are held
 #define CHUNK 512     // keys that a thread takes at a time
 #define KEYS 64       // keys whose scores are held
 #define TILE 8        // sums in registers
@@ -32,26 +34,34 @@ typedef struct {
 
 typedef struct {
     uint8_t *keys, *values;
-    int64_t length, capacity;  // tokens; the new one comes at `length`
+    int64_t length, capacity;  // tokens; the new ones come at `length`
 } Conversation;
 
 enum { FLOAT32, FLOAT16, BFLOAT16 };  // of the cache
 
 typedef struct {
     const Layer *layer;
-    const Conversation *rows;
-    const float *cos, *sin;  // [row][rotated_dim / 2]
-    int64_t num_rows, num_bundles, max_chunks;
-    int cache_type;
-    float *hidden, *normed, *qkv, *attended, *inner, *activated;  // [row][...]
+    const Conversation *conversations;
+    int64_t num_new, num_rows;  // tokens of each conversation, and of all
+    const float *cos, *sin;     // [row][rotated_dim / 2]
+    float *hidden;              // [row][hidden size]
+    int cache_type, is_exact;
+    // what follows is made; rows are counted from `first` on
+    int64_t first, rows, first_query, num_bundles, max_chunks;
+    float *normed, *qkv, *attended, *inner, *activated;  // [row][...]
     float *query;    // [row][bundle][d][LANES], divided by sqrt(d)
-    float *partial;  // [row][bundle][chunk]: greatest score, sum of exponentials, [d] of values;
+    float *partial;  // [chunk][bundle][query]: greatest score, sum of exponentials, [d] of values;
                      // each [LANES]
     const float *norm;  // weight of the norm that is computed now
-} Step;
+} Task;
 
-static int64_t count_bundles(const Layer *layer) {
-    return divide_up(layer->num_heads / layer->num_kv_heads, LANES) * layer->num_kv_heads;
+static const Conversation *find_conversation(const Task *t, int64_t row) {
+    return t->conversations + (t->first + row) / t->num_new;
+}
+
+// Where a row's token is in its conversation.
+static int64_t find_position(const Task *t, int64_t row) {
+    return find_conversation(t, row)->length + (t->first + row) % t->num_new;
 }
 
 // e^x from its Taylor series around the nearest multiple of ln 2; 0 < e^x < infinity is kept.
@@ -69,9 +79,9 @@ INLINE Floats exponential(Floats x) {
 
 // normed = weight * hidden / sqrt(mean(hidden^2) + epsilon); a unit is a row.
 static void normalize(const void *task, int64_t row) {
-    const Step *t = task;
+    const Task *t = task;
     const int64_t size = t->layer->qkv.in, whole = size / LANES * LANES;
-    const float *x = t->hidden + row * size;
+    const float *x = t->hidden + (t->first + row) * size;
     float *to = t->normed + row * size;
     Floats sums = spread(0);
     for (int64_t c = 0; c < whole; c += LANES) sums = multiply_add(load(x + c), load(x + c), sums);
@@ -95,7 +105,7 @@ static void add(const void *task, int64_t unit) {
 
 // activated = SiLU(gate) * up, SiLU(x) = x / (1 + e^-x); a unit is a part of a row.
 static void activate(const void *task, int64_t unit) {
-    const Step *t = task;
+    const Task *t = task;
     const int64_t size = t->layer->h4_to_h.in, parts = divide_up(size, COLUMNS);
     const int64_t row = unit / parts, begin = unit % parts * COLUMNS;
     const float *gate = t->inner + row * 2 * size, *up = gate + size;
@@ -110,9 +120,9 @@ static void activate(const void *task, int64_t unit) {
 }
 
 // Rotary embedding of the first `rotated_dim` numbers of a head, in neighbouring pairs.
-static void rotate(const Step *t, int64_t row, float *head) {
+static void rotate(const Task *t, int64_t row, float *head) {
     const int64_t pairs = t->layer->rotated_dim / 2;
-    const float *cos = t->cos + row * pairs, *sin = t->sin + row * pairs;
+    const float *cos = t->cos + (t->first + row) * pairs, *sin = t->sin + (t->first + row) * pairs;
     for (int64_t i = 0; i < pairs; i++) {
         const float x0 = head[2 * i], x1 = head[2 * i + 1];
         head[2 * i] = x0 * cos[i] - x1 * sin[i];
@@ -140,7 +150,7 @@ static uint16_t to_float16(float value) {
     return sign | (bits + 0xfff + (bits >> 13 & 1)) >> 13;
 }
 
-static void append(const Step *t, uint8_t *cache, int64_t token, const float *head) {
+static void append(const Task *t, uint8_t *cache, int64_t token, const float *head) {
     const int64_t size = t->layer->head_dim;
     uint16_t *to = (uint16_t *)cache + token * size;
     if (t->cache_type == FLOAT32) memcpy((float *)cache + token * size, head, 4 * size);
@@ -151,9 +161,10 @@ static void append(const Step *t, uint8_t *cache, int64_t token, const float *he
 
 // Rotate, spread the query heads over the lanes, and write key and value; a unit is a row.
 static void place_heads(const void *task, int64_t row) {
-    const Step *t = task;
+    const Task *t = task;
     const Layer *layer = t->layer;
-    const Conversation *at = &t->rows[row];
+    const Conversation *at = find_conversation(t, row);
+    const int64_t position = find_position(t, row);
     const int64_t d = layer->head_dim, group = layer->num_heads / layer->num_kv_heads;
     const int64_t bundles = t->num_bundles / layer->num_kv_heads;
     float *head = t->qkv + row * layer->qkv.out;
@@ -168,13 +179,13 @@ static void place_heads(const void *task, int64_t row) {
     }
     for (int64_t g = 0; g < layer->num_kv_heads; g++, head += d) {
         rotate(t, row, head);
-        append(t, at->keys, g * at->capacity + at->length, head);
-        append(t, at->values, g * at->capacity + at->length, head + layer->num_kv_heads * d);
+        append(t, at->keys, g * at->capacity + position, head);
+        append(t, at->values, g * at->capacity + position, head + layer->num_kv_heads * d);
     }
 }
 
 // `count` cached tokens from `token` on, as float32: as they are, or copied to `copy`.
-INLINE const float *read_cache(const Step *t, const uint8_t *cache, int64_t token, int64_t count,
+INLINE const float *read_cache(const Task *t, const uint8_t *cache, int64_t token, int64_t count,
                                float *copy) {
     const int64_t d = t->layer->head_dim;
     if (t->cache_type == FLOAT32) return (const float *)cache + token * d;
@@ -217,18 +228,24 @@ INLINE void add_values(const Floats *weights, const float *values, int64_t d, in
     UNROLL for (int i = 0; i < columns; i++) store(output + i * LANES, sum[i]);
 }
 
-static int64_t size_partial(const Step *t) { return (2 + t->layer->head_dim) * LANES; }
+static int64_t size_partial(const Task *t) { return (2 + t->layer->head_dim) * LANES; }
 
-// The softmax over a chunk of keys, and the values weighted by it, for a bundle of a row.
+static float *find_partial(const Task *t, int64_t chunk, int64_t bundle, int64_t query) {
+    return t->partial + ((chunk * t->num_bundles + bundle) * QUERIES + query) * size_partial(t);
+}
+
+// The softmax over a chunk of keys, and the values weighted by it, for a bundle of a row. Units that
+// follow each other are queries of the same chunk, which then is in the cache of the CPU.
 static void attend_chunk(const void *task, int64_t unit) {
-    const Step *t = task;
-    const int64_t chunk = unit % t->max_chunks, place = unit / t->max_chunks;
-    const int64_t row = place / t->num_bundles, bundle = place % t->num_bundles;
+    const Task *t = task;
+    const int64_t queries = smaller(QUERIES, t->rows - t->first_query);
+    const int64_t chunk = unit / queries / t->num_bundles;
+    const int64_t bundle = unit / queries % t->num_bundles, row = t->first_query + unit % queries;
     const int64_t d = t->layer->head_dim, bundles = t->num_bundles / t->layer->num_kv_heads;
-    const Conversation *at = &t->rows[row];
-    const int64_t end = smaller((chunk + 1) * CHUNK, at->length + 1);
-    const float *query = t->query + place * d * LANES;
-    float *partial = t->partial + unit * size_partial(t), *output = partial + 2 * LANES;
+    const Conversation *at = find_conversation(t, row);
+    const int64_t end = smaller((chunk + 1) * CHUNK, find_position(t, row) + 1);
+    const float *query = t->query + (row * t->num_bundles + bundle) * d * LANES;
+    float *partial = find_partial(t, chunk, bundle, unit % queries), *output = partial + 2 * LANES;
     const int64_t first_token = bundle / bundles * at->capacity;
     float copy[(KEYS * MAX_HEAD_DIM + LANES)];
     Floats scores[KEYS], greatest = spread(-INFINITY), sum = spread(0);
@@ -256,18 +273,19 @@ static void attend_chunk(const void *task, int64_t unit) {
 
 // Weigh the chunks of a bundle of a row, and write its heads one after the other.
 static void join_chunks(const void *task, int64_t unit) {
-    const Step *t = task;
+    const Task *t = task;
     const Layer *layer = t->layer;
-    const int64_t row = unit / t->num_bundles, bundle = unit % t->num_bundles, d = layer->head_dim;
+    const int64_t query = unit / t->num_bundles, bundle = unit % t->num_bundles;
+    const int64_t row = t->first_query + query, d = layer->head_dim;
     const int64_t group = layer->num_heads / layer->num_kv_heads;
     const int64_t bundles = t->num_bundles / layer->num_kv_heads;
-    const int64_t num_chunks = divide_up(t->rows[row].length + 1, CHUNK);
-    const float *partial = t->partial + unit * t->max_chunks * size_partial(t);
+    const int64_t num_chunks = find_position(t, row) / CHUNK + 1;
     Floats greatest = spread(-INFINITY), sum = spread(0), output[MAX_HEAD_DIM];
     for (int64_t i = 0; i < num_chunks; i++)
-        greatest = max_of(greatest, load(partial + i * size_partial(t)));
+        greatest = max_of(greatest, load(find_partial(t, i, bundle, query)));
     for (int64_t c = 0; c < d; c++) output[c] = spread(0);
-    for (int64_t i = 0; i < num_chunks; i++, partial += size_partial(t)) {
+    for (int64_t i = 0; i < num_chunks; i++) {
+        const float *partial = find_partial(t, i, bundle, query);
         const Floats weight = exponential(load(partial) - greatest);
         sum = multiply_add(weight, load(partial + LANES), sum);
         for (int64_t c = 0; c < d; c++)
@@ -279,62 +297,92 @@ static void join_chunks(const void *task, int64_t unit) {
         for (int64_t c = 0; c < d; c++) to[lane * d + c] = output[c][lane] / sum[lane];
 }
 
-static void add_to_hidden(const Step *t, const float *output, int num_threads) {
-    const float *residual = t->layer->adds_to_normed ? t->normed : t->hidden;
-    const Sum task = {t->hidden, residual, output, t->num_rows * t->layer->qkv.in};
+static void attend(Task *t, int num_threads) {
+    for (t->first_query = 0; t->first_query < t->rows; t->first_query += QUERIES) {
+        const int64_t units = smaller(QUERIES, t->rows - t->first_query) * t->num_bundles;
+        run(attend_chunk, t, units * t->max_chunks, num_threads);
+        run(join_chunks, t, units, num_threads);
+    }
+}
+
+static int multiply(const Task *t, const Linear *linear, const float *x, float *y,
+                    int num_threads) {
+    return chatglm_multiply(linear, x, y, t->rows, t->is_exact, num_threads);
+}
+
+static void add_to_hidden(const Task *t, const float *output, int num_threads) {
+    const int64_t size = t->layer->qkv.in;
+    float *hidden = t->hidden + t->first * size;
+    const Sum task = {hidden, t->layer->adds_to_normed ? t->normed : hidden, output,
+                      t->rows * size};
     run(add, &task, divide_up(task.size, COLUMNS), num_threads);
 }
 
-static int compute(Step *t, int num_threads) {
+static int compute_rows(Task *t, int num_threads) {
     const Layer *layer = t->layer;
-    const int64_t rows = t->num_rows;
     t->norm = layer->input_norm;
-    run(normalize, t, rows, num_threads);
-    if (chatglm_multiply(&layer->qkv, t->normed, t->qkv, rows, 1, num_threads)) return -1;
-    run(place_heads, t, rows, num_threads);
-    run(attend_chunk, t, rows * t->num_bundles * t->max_chunks, num_threads);
-    run(join_chunks, t, rows * t->num_bundles, num_threads);
-    if (chatglm_multiply(&layer->dense, t->attended, t->inner, rows, 1, num_threads)) return -1;
+    run(normalize, t, t->rows, num_threads);
+    if (multiply(t, &layer->qkv, t->normed, t->qkv, num_threads)) return -1;
+    run(place_heads, t, t->rows, num_threads);
+    attend(t, num_threads);
+    if (multiply(t, &layer->dense, t->attended, t->inner, num_threads)) return -1;
     add_to_hidden(t, t->inner, num_threads);
     t->norm = layer->post_norm;
-    run(normalize, t, rows, num_threads);
-    if (chatglm_multiply(&layer->h_to_4h, t->normed, t->inner, rows, 1, num_threads)) return -1;
-    run(activate, t, rows * divide_up(layer->h4_to_h.in, COLUMNS), num_threads);
-    if (chatglm_multiply(&layer->h4_to_h, t->activated, t->inner, rows, 1, num_threads)) return -1;
+    run(normalize, t, t->rows, num_threads);
+    if (multiply(t, &layer->h_to_4h, t->normed, t->inner, num_threads)) return -1;
+    run(activate, t, t->rows * divide_up(layer->h4_to_h.in, COLUMNS), num_threads);
+    if (multiply(t, &layer->h4_to_h, t->activated, t->inner, num_threads)) return -1;
     add_to_hidden(t, t->inner, num_threads);
     return 0;
 }
 
-// Take a step: hidden [row][hidden size] becomes the layer's output, and the caches have a token
-// more. Returns 0, or -1 if there is no memory.
-int chatglm_decode_layer(const Layer *layer, float *hidden, const float *cos, const float *sin,
-                         const Conversation *rows, int64_t num_rows, int cache_type,
-                         int num_threads) {
-    Step task = {.layer = layer, .rows = rows, .cos = cos, .sin = sin, .num_rows = num_rows};
-    task.cache_type = cache_type, task.hidden = hidden;
-    task.num_bundles = count_bundles(layer);
-    for (int64_t row = 0; row < num_rows; row++) {
-        const int64_t chunks = divide_up(rows[row].length + 1, CHUNK);
-        if (chunks > task.max_chunks) task.max_chunks = chunks;
-    }
-    const int64_t lanes = num_rows * task.num_bundles * LANES;
-    const int64_t inner = layer->h_to_4h.out > layer->qkv.in ? layer->h_to_4h.out : layer->qkv.in;
-    float **parts[] = {&task.query,    &task.partial, &task.normed,   &task.qkv,
-                       &task.attended, &task.inner,   &task.activated};
-    const int64_t sizes[] = {lanes * layer->head_dim,
-                             lanes * task.max_chunks * (2 + layer->head_dim),
-                             num_rows * layer->qkv.in,
-                             num_rows * layer->qkv.out,
-                             num_rows * layer->dense.in,
-                             num_rows * inner,
-                             num_rows * layer->h4_to_h.in};
+// Set the pointers to parts of `memory`, and return how many numbers they need.
+static int64_t lay_out(Task *t, float *memory) {
+    const Layer *layer = t->layer;
+    const int64_t d = layer->head_dim, group = layer->num_heads / layer->num_kv_heads;
+    const int64_t hidden = layer->qkv.in, inner = layer->h_to_4h.out;
+    const int64_t rows = smaller(ROWS, t->num_rows);
+    int64_t longest = 0;
+    for (int64_t i = 0; i * t->num_new < t->num_rows; i++)
+        if (t->conversations[i].length > longest) longest = t->conversations[i].length;
+    t->max_chunks = (longest + t->num_new - 1) / CHUNK + 1;
+    t->num_bundles = divide_up(group, LANES) * layer->num_kv_heads;
+    struct {
+        float **part;
+        int64_t size;
+    } parts[] = {
+        {&t->normed, rows * hidden},
+        {&t->qkv, rows * layer->qkv.out},
+        {&t->attended, rows * layer->dense.in},
+        {&t->inner, rows * (inner > hidden ? inner : hidden)},
+        {&t->activated, rows * layer->h4_to_h.in},
+        {&t->query, rows * t->num_bundles * d * LANES},
+        {&t->partial, t->max_chunks * t->num_bundles * QUERIES * size_partial(t)},
+    };
     int64_t total = 0;
-    for (int i = 0; i < 7; i++) total += divide_up(sizes[i], LANES) * LANES;
-    float *memory = allocate(4 * total);
-    if (!memory) return -1;
-    float *next = memory;
-    for (int i = 0; i < 7; next += divide_up(sizes[i], LANES) * LANES, i++) *parts[i] = next;
-    const int problem = compute(&task, num_threads);
-    release(memory);
-    return problem;
+    for (int i = 0; i < 7; total += divide_up(parts[i++].size, LANES) * LANES)
+        *parts[i].part = memory + total;
+    return total;
+}
+
+// What a call of the next function needs at `memory`, in bytes.
+int64_t chatglm_size_layer(const Layer *layer, const Conversation *conversations, int64_t num_new,
+                           int64_t num_rows) {
+    Task task = {.layer = layer, .conversations = conversations};
+    task.num_new = num_new, task.num_rows = num_rows;
+    return 4 * lay_out(&task, NULL) + ALIGNMENT;
+}
+
+// Compute a layer: hidden [row][hidden size] becomes its output, and the caches have `num_new` tokens
+// more. Returns 0, or -1 if there is no memory.
+int chatglm_compute_layer(const Layer *layer, float *hidden, const float *cos, const float *sin,
+                          const Conversation *conversations, int64_t num_new, int64_t num_rows,
+                          int cache_type, int is_exact, void *memory, int num_threads) {
+    Task task = {layer, conversations, num_new, num_rows, cos, sin, hidden, cache_type, is_exact};
+    lay_out(&task, (float *)(divide_up((intptr_t)memory, ALIGNMENT) * ALIGNMENT));
+    for (; task.first < num_rows; task.first += ROWS) {
+        task.rows = smaller(ROWS, num_rows - task.first);
+        if (compute_rows(&task, num_threads)) return -1;
+    }
+    return 0;
 }
