@@ -98,7 +98,7 @@ def test_command(quick, capsys, caplog, monkeypatch):
     (library,) = build_cpu.get_cache_folder().iterdir()
     assert capsys.readouterr().out == f"portable: {library}\n"
     assert re.fullmatch(
-        r"Compiling cpu.c and decode.c with .*, once on this machine", caplog.messages[0]
+        r"Compiling cpu.c and layer.c with .*, once on this machine", caplog.messages[0]
     )
     monkeypatch.setenv("CHATGLM_CPU_ISA", "avx1024")
     build_cpu.get_library.cache_clear()

@@ -24,7 +24,7 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-SOURCES = [Path(__file__).with_name(name) for name in ("cpu.c", "decode.c", "cpu.h")]
+SOURCES = [Path(__file__).with_name(name) for name in ("cpu.c", "layer.c", "cpu.h")]
 COMPILERS = ("cc", "gcc", "clang")
 FLAGS = ["-std=gnu11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-Wno-psabi"]
 FLAGS += ["-shared", "-fPIC"]
@@ -185,7 +185,7 @@ class Linear(ctypes.Structure):
 
 
 class Layer(ctypes.Structure):
-    """A block; see decode.c."""
+    """A block; see layer.c."""
 
     _fields_ = [
         *((name, Linear) for name in ("qkv", "dense", "h_to_4h", "h4_to_h")),
@@ -199,7 +199,7 @@ class Layer(ctypes.Structure):
 
 
 class Conversation(ctypes.Structure):
-    """The cache of a layer for one conversation; see decode.c."""
+    """The cache of a layer for one conversation; see layer.c."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("keys", "values")),
@@ -222,7 +222,11 @@ def load(library: Path) -> ctypes.CDLL:
         function = getattr(loaded, f"chatglm_{name}")
         function.argtypes, function.restype = [*2 * [pointer], *2 * [size], *2 * [number]], None
     loaded.chatglm_multiply.argtypes = [*3 * [pointer], size, *2 * [number]]
-    loaded.chatglm_decode_layer.argtypes = [*5 * [pointer], size, *2 * [number]]
+    loaded.chatglm_size_layer.argtypes = [*2 * [pointer], *2 * [size]]
+    loaded.chatglm_size_layer.restype = size
+    loaded.chatglm_compute_layer.argtypes = [
+        *5 * [pointer], *2 * [size], *2 * [number], pointer, number
+    ]
     loaded.chatglm_multiply_stored.argtypes = [*3 * [pointer], *3 * [size], *2 * [number]]
     return loaded
 

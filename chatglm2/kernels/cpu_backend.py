@@ -132,10 +132,10 @@ def stored_matmul(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return y.to(x.dtype)
 
 
-def decode(transformer, inputs: dict) -> torch.Tensor | None:
-    """Return the last hidden states of a decode step if it can be taken as a whole, or None."""
+def encode(transformer, inputs: dict, num_prompt_tokens: int) -> torch.Tensor | None:
+    """Return the hidden states after the last block if all can be computed at once, or None."""
     from .fused_step import fused_step_supported, run_fused_step  # it imports the model
 
-    return (
-        None if fused_step_supported(transformer, inputs) else run_fused_step(transformer, inputs)
-    )
+    if fused_step_supported(transformer, inputs, num_prompt_tokens):
+        return None
+    return run_fused_step(transformer, inputs, is_exact=not num_prompt_tokens)

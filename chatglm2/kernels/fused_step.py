@@ -1,7 +1,7 @@
-"""A whole decode step of a quantized model on a CPU: one C call for each layer, see decode.c.
+"""The blocks of a quantized model on a CPU: one C call for each, see layer.c.
 
-Called one by one from PyTorch, the kernels wait for Python between the products. The step is taken
-only where it computes what the modules would: `fused_step_supported` asks that at every call.
+Called one by one from PyTorch, the kernels wait for Python between the products. So this is done
+wherever it computes what the modules would: `fused_step_supported` asks that at every call.
 """
 
 import ctypes
@@ -24,48 +24,72 @@ from chatglm2.quantization import QuantizedLinear
 from . import cpu_backend
 from .build_cpu import Conversation, Layer, get_library
 
-CACHE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # as in decode.c
+CACHE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # as in layer.c
 MAX_HEAD_DIM = 256
 ATTENTION_IMPLEMENTATIONS = ("sdpa", "eager")
+ARGUMENTS = (  # that are looked at
+    "hidden_states",
+    "rotary",
+    "past_key_values",
+    "cache_dtype",
+    "attention_mask",
+    "position_ids",
+)
 
 
-def fused_step_supported(transformer: ChatGLMModel, inputs: dict) -> str | None:
+def fused_step_supported(
+    transformer: ChatGLMModel, inputs: dict, num_prompt_tokens: int = 0
+) -> str | None:
     """Return why the modules must be called one by one, or None.
 
     Args:
-        inputs: The arguments of `GLMTransformer.forward`.
+        inputs: The arguments of `GLMTransformer.forward`, but with the model's `attention_mask` and
+            `position_ids`.
+        num_prompt_tokens: So many of the tokens are a prompt's.
     """
-    return find_problem_of_call(inputs) or find_problem_of_model(transformer)
+    return (
+        find_problem_of_tokens(inputs, num_prompt_tokens)
+        or find_problem_of_cache(inputs["past_key_values"])
+        or find_problem_of_model(transformer)
+    )
 
 
-def find_problem_of_call(inputs: dict) -> str | None:
-    inputs = dict(inputs)
-    hidden_states, cache = inputs.pop("hidden_states"), inputs.pop("past_key_values")
-    inputs.pop("rotary")
-    asked = [name for name, value in inputs.items() if value is not None and value is not False]
-    if asked:
-        return f"{asked[0]} is given"
+def find_problem_of_tokens(inputs: dict, num_prompt_tokens: int) -> str | None:
+    others = [name for name in inputs if name not in ARGUMENTS]
+    for name in (*others, "prefix", "output_hidden_states", "output_attentions"):
+        if inputs[name] is not None and inputs[name] is not False:
+            return f"{name} is given"
+    hidden_states, mask = inputs["hidden_states"], inputs["attention_mask"]
     if type(hidden_states) is not torch.Tensor or hidden_states.dtype != torch.float32:
         return "the hidden states are not plain float32"
-    if hidden_states.shape[1] != 1:
-        return "there is more than one new token"
+    if num_prompt_tokens and num_prompt_tokens < hidden_states.shape[1]:
+        return "not all tokens have one role"
+    if mask is not None and (mask.ndim != 2 or not mask.all()):
+        return "tokens are masked"
+    positions = inputs["position_ids"]
+    if hidden_states.shape[1] > 1 and not (positions.diff() == 1).all():
+        return "the positions are not consecutive"
     if torch.is_grad_enabled() and hidden_states.requires_grad:
         return "a gradient is needed"
     if torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
         return "autocast or torch.compile changes what is computed"
-    return find_problem_of_cache(cache)
+    return None
 
 
 def find_problem_of_cache(cache) -> str | None:
     if type(cache) not in (ChatGLMCache, RaggedCache):
         return f"the cache is a {type(cache).__name__}"
-    for row in cache.rows if type(cache) is RaggedCache else [cache]:
+    for row in list_rows(cache):
         for layer in row.layers:
-            if type(layer) is not ChatGLMCacheLayer or not layer.is_initialized:
-                return "the cache is empty, or its layers are of another type"
-        if not row.layers or row.layers[0].keys.dtype not in CACHE_TYPES:
-            return "the cache is empty, or of another dtype"
+            if type(layer) is not ChatGLMCacheLayer:
+                return f"a layer of the cache is a {type(layer).__name__}"
+            if layer.is_initialized and layer.keys.dtype not in CACHE_TYPES:
+                return f"the cache has {layer.keys.dtype}"
     return None
+
+
+def list_rows(cache) -> list[ChatGLMCache]:
+    return cache.rows if type(cache) is RaggedCache else [cache]
 
 
 def is_plain(module, kind: type) -> bool:
@@ -106,7 +130,7 @@ def find_problem_of_model(transformer: ChatGLMModel) -> str | None:
 
 
 def find_linears(block: GLMBlock) -> tuple:
-    """Return the layers in the order of decode.c."""
+    """Return the layers in the order of layer.c."""
     attention, mlp = block.self_attention, block.mlp
     return attention.query_key_value, attention.dense, mlp.dense_h_to_4h, mlp.dense_4h_to_h
 
@@ -132,31 +156,41 @@ def describe_layer(block: GLMBlock) -> Layer:
     )
 
 
-def describe_rows(cache, layer_idx: int) -> tuple[ctypes.Array, torch.dtype]:
-    """Make room for a token in each conversation, and return where its keys and values go."""
-    rows = []
-    for row in cache.rows if type(cache) is RaggedCache else [cache]:
-        layer = row.layers[layer_idx]
-        length = layer.extend(1)
+def extend_cache(cache, block: GLMBlock, inputs: dict) -> tuple[ctypes.Array, torch.dtype]:
+    """Make room for the new tokens of each conversation, and return where they go."""
+    attention, hidden_states = block.self_attention, inputs["hidden_states"]
+    dtype = inputs["cache_dtype"] or hidden_states.dtype
+    conversations = []
+    for row in list_rows(cache):
+        if len(row.layers) <= attention.layer_idx:  # nothing is cached yet
+            shape = len(hidden_states), attention.num_kv_heads, 0, attention.head_dim
+            row.update(*2 * [hidden_states.new_empty(shape, dtype=dtype)], attention.layer_idx)
+        layer = row.layers[attention.layer_idx]
+        length = layer.extend(hidden_states.shape[1])
         keys, values = layer.buffers
-        batch, num_heads, capacity, head_dim = keys.shape
-        size = num_heads * capacity * head_dim * keys.element_size()
-        rows += [
-            Conversation(keys.data_ptr() + i * size, values.data_ptr() + i * size, length, capacity)
-            for i in range(batch)
+        size = keys[0].nbytes
+        conversations += [
+            Conversation(
+                keys.data_ptr() + i * size, values.data_ptr() + i * size, length, keys.shape[2]
+            )
+            for i in range(len(keys))
         ]
-    return (Conversation * len(rows))(*rows), keys.dtype
+    return (Conversation * len(conversations))(*conversations), keys.dtype
 
 
 @torch.no_grad()
-def run_fused_step(transformer: ChatGLMModel, inputs: dict) -> torch.Tensor:
-    """Return the hidden states after the last block, [b, 1, h]; the cache has a token more."""
-    hidden_states, cache = inputs["hidden_states"].clone().contiguous(), inputs["past_key_values"]
-    batch = len(hidden_states)
+def run_fused_step(transformer: ChatGLMModel, inputs: dict, is_exact: bool) -> torch.Tensor:
+    """Return the hidden states after the last block, [b, s, h]; the cache then has the tokens."""
+    states = inputs["hidden_states"].clone(memory_format=torch.contiguous_format)
+    batch, num_new = states.shape[:2]
     cos, sin = (x.expand(batch, -1, -1, -1).contiguous() for x in inputs["rotary"])
+    memory = None
     for block in transformer.encoder.layers:
-        rows, dtype = describe_rows(cache, block.self_attention.layer_idx)
+        conversations, dtype = extend_cache(inputs["past_key_values"], block, inputs)
         layer = ctypes.byref(describe_layer(block))
-        states = hidden_states, cos, sin
-        cpu_backend.call("decode_layer", layer, *states, rows, batch, CACHE_TYPES[dtype])
-    return hidden_states
+        sizes = conversations, num_new, batch * num_new
+        if memory is None:  # for all layers
+            memory = cpu_backend.allocate(get_library()[0].chatglm_size_layer(layer, *sizes))
+        types = CACHE_TYPES[dtype], is_exact
+        cpu_backend.call("compute_layer", layer, states, cos, sin, *sizes, *types, memory)
+    return states

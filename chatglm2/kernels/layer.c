@@ -47,7 +47,7 @@ typedef struct {
     float *hidden;              // [row][hidden size]
     int cache_type, is_exact;
     // what follows is made; rows are counted from `first` on
-    int64_t first, rows, first_query, num_bundles, max_chunks;
+    int64_t first, rows, first_query, queries, num_bundles, max_chunks;
     float *normed, *qkv, *attended, *inner, *activated;  // [row][...]
     float *query;    // [row][bundle][d][LANES], divided by sqrt(d)
     float *partial;  // [chunk][bundle][query]: greatest score, sum of exponentials, [d] of values;
@@ -231,14 +231,14 @@ INLINE void add_values(const Floats *weights, const float *values, int64_t d, in
 static int64_t size_partial(const Task *t) { return (2 + t->layer->head_dim) * LANES; }
 
 static float *find_partial(const Task *t, int64_t chunk, int64_t bundle, int64_t query) {
-    return t->partial + ((chunk * t->num_bundles + bundle) * QUERIES + query) * size_partial(t);
+    return t->partial + ((chunk * t->num_bundles + bundle) * t->queries + query) * size_partial(t);
 }
 
 // The softmax over a chunk of keys, and the values weighted by it, for a bundle of a row. Units that
 // follow each other are queries of the same chunk, which then is in the cache of the CPU.
 static void attend_chunk(const void *task, int64_t unit) {
     const Task *t = task;
-    const int64_t queries = smaller(QUERIES, t->rows - t->first_query);
+    const int64_t queries = smaller(t->queries, t->rows - t->first_query);
     const int64_t chunk = unit / queries / t->num_bundles;
     const int64_t bundle = unit / queries % t->num_bundles, row = t->first_query + unit % queries;
     const int64_t d = t->layer->head_dim, bundles = t->num_bundles / t->layer->num_kv_heads;
@@ -298,8 +298,8 @@ static void join_chunks(const void *task, int64_t unit) {
 }
 
 static void attend(Task *t, int num_threads) {
-    for (t->first_query = 0; t->first_query < t->rows; t->first_query += QUERIES) {
-        const int64_t units = smaller(QUERIES, t->rows - t->first_query) * t->num_bundles;
+    for (t->first_query = 0; t->first_query < t->rows; t->first_query += t->queries) {
+        const int64_t units = smaller(t->queries, t->rows - t->first_query) * t->num_bundles;
         run(attend_chunk, t, units * t->max_chunks, num_threads);
         run(join_chunks, t, units, num_threads);
     }
@@ -342,6 +342,7 @@ static int64_t lay_out(Task *t, float *memory) {
     const int64_t d = layer->head_dim, group = layer->num_heads / layer->num_kv_heads;
     const int64_t hidden = layer->qkv.in, inner = layer->h_to_4h.out;
     const int64_t rows = smaller(ROWS, t->num_rows);
+    t->queries = smaller(QUERIES, rows);
     int64_t longest = 0;
     for (int64_t i = 0; i * t->num_new < t->num_rows; i++)
         if (t->conversations[i].length > longest) longest = t->conversations[i].length;
@@ -357,7 +358,7 @@ static int64_t lay_out(Task *t, float *memory) {
         {&t->inner, rows * (inner > hidden ? inner : hidden)},
         {&t->activated, rows * layer->h4_to_h.in},
         {&t->query, rows * t->num_bundles * d * LANES},
-        {&t->partial, t->max_chunks * t->num_bundles * QUERIES * size_partial(t)},
+        {&t->partial, t->max_chunks * t->num_bundles * t->queries * size_partial(t)},
     };
     int64_t total = 0;
     for (int i = 0; i < 7; total += divide_up(parts[i++].size, LANES) * LANES)
