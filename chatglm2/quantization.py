@@ -250,7 +250,6 @@ class ModelBackend:
         prompt, rest = x[..., :length, :], x[..., length:, :]
         return torch.cat((prompt_matmul(prompt, layer), matmul(rest, layer)), dim=-2)
 
-
     def encode(self, transformer: nn.Module, inputs: dict) -> torch.Tensor | None:
         """Return the last block's hidden states if the backend can compute all blocks at once.
 

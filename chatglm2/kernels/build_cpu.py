@@ -225,7 +225,11 @@ def load(library: Path) -> ctypes.CDLL:
     loaded.chatglm_size_layer.argtypes = [*2 * [pointer], *2 * [size]]
     loaded.chatglm_size_layer.restype = size
     loaded.chatglm_compute_layer.argtypes = [
-        *5 * [pointer], *2 * [size], *2 * [number], pointer, number
+        *5 * [pointer],
+        *2 * [size],
+        *2 * [number],
+        pointer,
+        number,
     ]
     loaded.chatglm_multiply_stored.argtypes = [*3 * [pointer], *3 * [size], *2 * [number]]
     return loaded

@@ -360,18 +360,22 @@ static void multiply_exact(const void *task, int64_t unit) {
     else multiply_exact_unit(t, unit, 8);
 }
 
-// Levels of a panel of columns: [column / 4][vector][lane][column % 4].
-INLINE void unpack_panel(const Product *t, int64_t first, int64_t column, int64_t width, int bits,
-                         uint8_t *levels) {
+// The levels of a panel of columns: [column / 4][vector][lane][column % 4]. Meanwhile the weights of
+// the panel after it, whose first vector and column are given, begin to come from memory.
+INLINE void unpack_panel(const Product *t, int64_t first, int64_t column, int64_t width,
+                         int64_t next_first, int64_t next_column, int bits, uint8_t *levels) {
     UNROLL for (int v = 0; v < INT8_VECTORS; v++) {
         const uint8_t *w = find_weight(t, first + v) + column * BLOCK * bits / 8;
-        for (int64_t c = 0; c < width; c += 32 / bits, w += BLOCK_STEP)
+        const uint8_t *next = find_weight(t, next_first + v) + next_column * BLOCK * bits / 8;
+        for (int64_t c = 0; c < width; c += 32 / bits, w += BLOCK_STEP, next += BLOCK_STEP) {
+            const Bits lanes = load_bits(w);
+            __builtin_prefetch(next, 0, 2);
             UNROLL for (int half = 0; half < 8 / bits; half++) {
-                const Bits lanes = load_bits(w);
-                const Bits v_levels = bits == 8 ? lanes : lanes >> 4 * half & 0x0f0f0f0fu;
-                memcpy(levels + ((c / 4 + half) * INT8_VECTORS + v) * 4 * LANES, &v_levels,
+                const Bits unpacked = bits == 8 ? lanes : lanes >> 4 * half & 0x0f0f0f0fu;
+                memcpy(levels + ((c / 4 + half) * INT8_VECTORS + v) * 4 * LANES, &unpacked,
                        4 * LANES);
             }
+        }
     }
 }
 
@@ -417,7 +421,9 @@ INLINE void multiply_int8_unit(const Product *t, int64_t unit, int bits) {
     for (int64_t column = 0; column < t->columns; column += PANEL) {
         const int64_t end = smaller(column + PANEL, t->columns);
         for (int64_t first = begin; first < last; first += INT8_VECTORS) {
-            unpack_panel(t, first, column, end - column, bits, levels);
+            const int is_last = first + INT8_VECTORS >= last;
+            unpack_panel(t, first, column, end - column, is_last ? begin : first + INT8_VECTORS,
+                         is_last ? end : column, bits, levels);
             for (int64_t row = 0; row < t->num_rows; row += INT8_ROWS)
                 multiply_int8_tile(t, first, row, column, end, bits, levels);
         }

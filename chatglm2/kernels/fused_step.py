@@ -49,7 +49,7 @@ def fused_step_supported(
     """
     return (
         find_problem_of_tokens(inputs, num_prompt_tokens)
-        or find_problem_of_cache(inputs["past_key_values"])
+        or find_problem_of_cache(inputs["past_key_values"], len(inputs["hidden_states"]))
         or find_problem_of_model(transformer)
     )
 
@@ -69,22 +69,25 @@ def find_problem_of_tokens(inputs: dict, num_prompt_tokens: int) -> str | None:
     positions = inputs["position_ids"]
     if hidden_states.shape[1] > 1 and not (positions.diff() == 1).all():
         return "the positions are not consecutive"
-    if torch.is_grad_enabled() and hidden_states.requires_grad:
-        return "a gradient is needed"
+    if torch.is_grad_enabled():
+        return "a gradient may be needed"
     if torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
         return "autocast or torch.compile changes what is computed"
     return None
 
 
-def find_problem_of_cache(cache) -> str | None:
+def find_problem_of_cache(cache, batch_size: int) -> str | None:
     if type(cache) not in (ChatGLMCache, RaggedCache):
         return f"the cache is a {type(cache).__name__}"
+    num_rows = batch_size // len(list_rows(cache))
     for row in list_rows(cache):
         for layer in row.layers:
             if type(layer) is not ChatGLMCacheLayer:
                 return f"a layer of the cache is a {type(layer).__name__}"
             if layer.is_initialized and layer.keys.dtype not in CACHE_TYPES:
                 return f"the cache has {layer.keys.dtype}"
+            if layer.is_initialized and len(layer.keys) != num_rows:
+                return f"the cache has {len(layer.keys)} conversations"
     return None
 
 
@@ -111,21 +114,24 @@ def find_problem_of_model(transformer: ChatGLMModel) -> str | None:
     if config._attn_implementation not in ATTENTION_IMPLEMENTATIONS:
         return f"the attention is {config._attn_implementation}"
     if not is_plain(encoder, GLMTransformer):
-        return "the encoder is changed or hooked"
-    for i, block in enumerate(encoder.layers):
-        if not is_plain(block, GLMBlock):
-            return f"block {i} is a {type(block).__name__} or hooked"
-        attention, mlp = block.self_attention, block.mlp
-        if not (is_plain(attention, SelfAttention) and is_plain(mlp, MLP)):
-            return f"attention or MLP of block {i} is changed or hooked"
-        for norm in (block.input_layernorm, block.post_attention_layernorm):
-            if not is_plain(norm, RMSNorm) or norm.weight.dtype != torch.float32:
-                return f"a norm of block {i} is a {type(norm).__name__}, not float32, or hooked"
-        for linear in find_linears(block):
-            if not is_plain(linear, QuantizedLinear):
-                return f"a layer of block {i} is a {type(linear).__name__} or hooked"
-            if linear.bias is not None and linear.bias.dtype != torch.float32:
-                return f"a bias of block {i} is not float32"
+        return f"the encoder is a {type(encoder).__name__} or hooked"
+    problems = (find_problem_of_block(block) for block in encoder.layers)
+    return next(filter(None, problems), None)
+
+
+def find_problem_of_block(block: GLMBlock) -> str | None:
+    if not is_plain(block, GLMBlock):
+        return f"a block is a {type(block).__name__} or hooked"
+    if not (is_plain(block.self_attention, SelfAttention) and is_plain(block.mlp, MLP)):
+        return "an attention or MLP is of another class or hooked"
+    for norm in (block.input_layernorm, block.post_attention_layernorm):
+        if not is_plain(norm, RMSNorm) or norm.weight.dtype != torch.float32:
+            return f"a norm is a {type(norm).__name__}, hooked or not float32"
+    for linear in find_linears(block):
+        if not is_plain(linear, QuantizedLinear):
+            return f"a layer is a {type(linear).__name__} or hooked"
+        if linear.bias is not None and linear.bias.dtype != torch.float32:
+            return "a bias is not float32"
     return None
 
 

@@ -16,7 +16,7 @@
 // a row (a token of a conversation) is computed alike whatever other rows there are.
 #include "cpu.h"
 
-#define ROWS 512      // computed at a time
+#define ROWS 256      // computed at a time
 #define QUERIES 32    // of them, whose partial results are held
 #define CHUNK 512     // keys that a thread takes at a time
 #define KEYS 64       // keys whose scores are held
