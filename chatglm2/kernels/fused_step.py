@@ -49,7 +49,9 @@ def fused_step_supported(
     """
     return (
         find_problem_of_tokens(inputs, num_prompt_tokens)
-        or find_problem_of_cache(inputs["past_key_values"], len(inputs["hidden_states"]))
+        or find_problem_of_cache(
+            inputs["past_key_values"], len(inputs["hidden_states"]), transformer.config
+        )
         or find_problem_of_model(transformer)
     )
 
@@ -62,6 +64,8 @@ def find_problem_of_tokens(inputs: dict, num_prompt_tokens: int) -> str | None:
     hidden_states, mask = inputs["hidden_states"], inputs["attention_mask"]
     if type(hidden_states) is not torch.Tensor or hidden_states.dtype != torch.float32:
         return "the hidden states are not plain float32"
+    if inputs["rotary"][0].dtype != torch.float32:
+        return "the rotary embedding is not float32"
     if num_prompt_tokens and num_prompt_tokens < hidden_states.shape[1]:
         return "not all tokens have one role"
     if mask is not None and (mask.ndim != 2 or not mask.all()):
@@ -76,18 +80,25 @@ def find_problem_of_tokens(inputs: dict, num_prompt_tokens: int) -> str | None:
     return None
 
 
-def find_problem_of_cache(cache, batch_size: int) -> str | None:
+def find_problem_of_cache(cache, batch_size: int, config) -> str | None:
+    """Return why C cannot write into a cache; it checks no bounds."""
     if type(cache) not in (ChatGLMCache, RaggedCache):
         return f"the cache is a {type(cache).__name__}"
-    num_rows = batch_size // len(list_rows(cache))
-    for row in list_rows(cache):
-        for layer in row.layers:
-            if type(layer) is not ChatGLMCacheLayer:
-                return f"a layer of the cache is a {type(layer).__name__}"
-            if layer.is_initialized and layer.keys.dtype not in CACHE_TYPES:
-                return f"the cache has {layer.keys.dtype}"
-            if layer.is_initialized and len(layer.keys) != num_rows:
-                return f"the cache has {len(layer.keys)} conversations"
+    rows = list_rows(cache)
+    layers = [layer for row in rows for layer in row.layers]
+    for layer in layers:
+        if type(layer) is not ChatGLMCacheLayer:
+            return f"a layer of the cache is a {type(layer).__name__}"
+    held = [layer.keys for layer in layers if layer.is_initialized]
+    dtypes = {keys.dtype for keys in held}
+    if len(dtypes) > 1 or not dtypes <= CACHE_TYPES.keys():
+        return f"the cache has {', '.join(map(str, dtypes))}"
+    num_rows = 1 if type(cache) is RaggedCache else batch_size
+    sizes = num_rows, config.num_key_value_heads, config.kv_channels
+    if num_rows * len(rows) != batch_size or any(
+        (len(keys), keys.shape[1], keys.shape[3]) != sizes for keys in held
+    ):
+        return "the cache has other sizes"
     return None
 
 
@@ -124,6 +135,8 @@ def find_problem_of_block(block: GLMBlock) -> str | None:
         return f"a block is a {type(block).__name__} or hooked"
     if not (is_plain(block.self_attention, SelfAttention) and is_plain(block.mlp, MLP)):
         return "an attention or MLP is of another class or hooked"
+    if block.training or block.self_attention.training:
+        return "a block is in training mode"
     for norm in (block.input_layernorm, block.post_attention_layernorm):
         if not is_plain(norm, RMSNorm) or norm.weight.dtype != torch.float32:
             return f"a norm is a {type(norm).__name__}, hooked or not float32"
@@ -141,11 +154,11 @@ def find_linears(block: GLMBlock) -> tuple:
     return attention.query_key_value, attention.dense, mlp.dense_h_to_4h, mlp.dense_4h_to_h
 
 
-def describe_layer(block: GLMBlock) -> Layer:
-    """Return a block as C sees it, with the addresses of its weights."""
+def describe_layer(block: GLMBlock, weights: list, rotated_dim: int) -> Layer:
+    """Return a block as C sees it, with the addresses of its weights, which it does not keep."""
     linears = []
-    for linear in find_linears(block):
-        described = cpu_backend.describe(linear, cpu_backend.prepare(linear))
+    for linear, packed in zip(find_linears(block), weights, strict=True):
+        described = cpu_backend.describe(linear, packed)
         described.bias = None if linear.bias is None else linear.bias.data_ptr()
         linears.append(described)
     attention, config = block.self_attention, block.config
@@ -157,7 +170,7 @@ def describe_layer(block: GLMBlock) -> Layer:
         attention.num_heads,
         attention.num_kv_heads,
         attention.head_dim,
-        attention.head_dim // 2,
+        rotated_dim,
         config.apply_residual_connection_post_layernorm,
     )
 
@@ -193,7 +206,9 @@ def run_fused_step(transformer: ChatGLMModel, inputs: dict, is_exact: bool) -> t
     memory = None
     for block in transformer.encoder.layers:
         conversations, dtype = extend_cache(inputs["past_key_values"], block, inputs)
-        layer = ctypes.byref(describe_layer(block))
+        # held here while C reads them: another thread may save the model, which restores them
+        weights = [cpu_backend.prepare(linear) for linear in find_linears(block)]
+        layer = ctypes.byref(describe_layer(block, weights, 2 * cos.shape[-1]))
         sizes = conversations, num_new, batch * num_new
         if memory is None:  # for all layers
             memory = cpu_backend.allocate(get_library()[0].chatglm_size_layer(layer, *sizes))
