@@ -174,13 +174,18 @@ class ChatGLMCacheLayer(DynamicLayer):
             buffer[:, :, held:] = new
         return self.keys, self.values
 
-    def extend(self, count: int) -> int:
-        """Take in `count` more tokens, to be written by the caller; return where they begin."""
+    def reserve(self, count: int) -> int:
+        """Let the buffers have room for `count` more tokens; return how many they hold."""
         held = self.keys.shape[2]
         length = held + count
         if self.buffers is None or self.buffers[0].shape[2] < length or self.is_frozen():
             self.grow(length)
-        self.keys, self.values = (buffer[:, :, :length] for buffer in self.buffers)
+        return held
+
+    def extend(self, count: int) -> int:
+        """Take in `count` more tokens, written by the caller; return where they begin."""
+        held = self.reserve(count)
+        self.keys, self.values = (buffer[:, :, : held + count] for buffer in self.buffers)
         return held
 
     # What makes new tensors leaves the buffers behind; the next update makes new ones.

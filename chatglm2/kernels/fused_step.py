@@ -175,7 +175,7 @@ def describe_layer(block: GLMBlock, weights: list, rotated_dim: int) -> Layer:
     )
 
 
-def extend_cache(cache, block: GLMBlock, inputs: dict) -> tuple[ctypes.Array, torch.dtype]:
+def reserve_cache(cache, block: GLMBlock, inputs: dict) -> tuple[ctypes.Array, torch.dtype]:
     """Make room for the new tokens of each conversation, and return where they go."""
     attention, hidden_states = block.self_attention, inputs["hidden_states"]
     dtype = inputs["cache_dtype"] or hidden_states.dtype
@@ -185,7 +185,7 @@ def extend_cache(cache, block: GLMBlock, inputs: dict) -> tuple[ctypes.Array, to
             shape = len(hidden_states), attention.num_kv_heads, 0, attention.head_dim
             row.update(*2 * [hidden_states.new_empty(shape, dtype=dtype)], attention.layer_idx)
         layer = row.layers[attention.layer_idx]
-        length = layer.extend(hidden_states.shape[1])
+        length = layer.reserve(hidden_states.shape[1])
         keys, values = layer.buffers
         size = keys[0].nbytes
         conversations += [
@@ -205,7 +205,7 @@ def run_fused_step(transformer: ChatGLMModel, inputs: dict, is_exact: bool) -> t
     cos, sin = (x.expand(batch, -1, -1, -1).contiguous() for x in inputs["rotary"])
     memory = None
     for block in transformer.encoder.layers:
-        conversations, dtype = extend_cache(inputs["past_key_values"], block, inputs)
+        conversations, dtype = reserve_cache(inputs["past_key_values"], block, inputs)
         # held here while C reads them: another thread may save the model, which restores them
         weights = [cpu_backend.prepare(linear) for linear in find_linears(block)]
         layer = ctypes.byref(describe_layer(block, weights, 2 * cos.shape[-1]))
@@ -214,4 +214,6 @@ def run_fused_step(transformer: ChatGLMModel, inputs: dict, is_exact: bool) -> t
             memory = cpu_backend.allocate(get_library()[0].chatglm_size_layer(layer, *sizes))
         types = CACHE_TYPES[dtype], is_exact
         cpu_backend.call("compute_layer", layer, states, cos, sin, *sizes, *types, memory)
+        for row in list_rows(inputs["past_key_values"]):  # only now: an error leaves no garbage
+            row.layers[block.self_attention.layer_idx].extend(num_new)
     return states
