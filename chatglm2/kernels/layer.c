@@ -199,10 +199,18 @@ INLINE const float *read_cache(const Task *t, const uint8_t *cache, int64_t toke
     return copy;
 }
 
-// scores[k] of each lane = query . key k, for `count` keys, computed TILE at a time.
+static inline void fetch(const uint8_t *from, int64_t size) {
+    for (int64_t i = 0; i < size; i += ALIGNMENT) __builtin_prefetch(from + i);
+}
+
+// scores[k] of each lane = query . key k, for `count` keys, computed TILE at a time. Meanwhile what
+// is needed after them begins to come from memory, `step` bytes for each tile.
 INLINE void score_keys(const float *query, const float *keys, int64_t d, int64_t count,
+                       const uint8_t *next_keys, const uint8_t *values, int64_t step,
                        Floats *scores) {
-    for (int64_t first = 0; first < count; first += TILE) {
+    for (int64_t first = 0; first < count; first += TILE, next_keys += step, values += step) {
+        fetch(next_keys, step);
+        fetch(values, step);
         const float *key[TILE];
         Floats sum[TILE];
         UNROLL for (int i = 0; i < TILE; i++) {
@@ -247,12 +255,15 @@ static void attend_chunk(const void *task, int64_t unit) {
     const float *query = t->query + (row * t->num_bundles + bundle) * d * LANES;
     float *partial = find_partial(t, chunk, bundle, unit % queries), *output = partial + 2 * LANES;
     const int64_t first_token = bundle / bundles * at->capacity;
+    const int64_t token_size = d * (t->cache_type == FLOAT32 ? 4 : 2);
     float copy[(KEYS * MAX_HEAD_DIM + LANES)];
     Floats scores[KEYS], greatest = spread(-INFINITY), sum = spread(0);
     memset(output, 0, 4 * d * LANES);
     for (int64_t begin = chunk * CHUNK; begin < end; begin += KEYS) {
         const int64_t count = smaller(KEYS, end - begin), token = first_token + begin;
-        score_keys(query, read_cache(t, at->keys, token, count, copy), d, count, scores);
+        const float *keys = read_cache(t, at->keys, token, count, copy);
+        score_keys(query, keys, d, count, at->keys + (token + KEYS) * token_size,
+                   at->values + token * token_size, TILE * token_size, scores);
         const Floats before = greatest;
         for (int64_t k = 0; k < count; k++) greatest = max_of(greatest, scores[k]);
         const Floats factor = exponential(before - greatest);
