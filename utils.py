@@ -27,6 +27,7 @@ from huggingface_hub.utils import validate_repo_id
 from chatglm2 import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMTokenizer
 from chatglm2.modeling_chatglm import find_weight_files
 from chatglm2.quantization import ChatGLMQuantizationConfig, get_quantization, prepare_layers
+from machine import choose_threads, get_free_memory
 
 ROOT = Path(__file__).resolve().parent
 DEFAULT_MODEL = "THUDM/chatglm2-6b"
@@ -95,7 +96,12 @@ def add_model_arguments(parser: argparse.ArgumentParser):
         help="multiply prompts too by exact activations, not ones rounded to int8 (only the C "
         "kernels for quantized models on a CPU round them; answers are always exact)",
     )
-    parser.add_argument("--threads", type=number(int, 1), help="CPU threads (default: PyTorch's)")
+    parser.add_argument(
+        "--threads",
+        type=number(int, 1),
+        help="CPU threads (default: $OMP_NUM_THREADS, else the physical cores that this process "
+        "may use)",
+    )
 
 
 def load_model(args: argparse.Namespace):
@@ -108,8 +114,8 @@ def load_model(args: argparse.Namespace):
         SystemExit: There is no such checkpoint, it is damaged or of another kind, the device is
             absent, or memory or disk is too small.
     """
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    if threads := args.threads or choose_threads():
+        torch.set_num_threads(threads)
     try:
         folder, hub_info = locate_checkpoint(args.model, args.revision)
         source = args.model if folder is None else folder
@@ -428,49 +434,6 @@ def check_memory(
         f"{model} needs {gigabytes(needed)} for {name_of(dtype, bits, output_bits)} on {device}, "
         f"{gigabytes(free)} free: take {', or '.join(steps)}."
     )
-
-
-def get_free_memory(device: torch.device) -> int | None:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    if device.type == "cpu" and sys.platform == "linux":
-        return read_free_memory(Path("/"))
-    return None
-
-
-def read_free_memory(root: Path) -> int | None:
-    """Return the bytes that Linux and the control groups of this process leave free."""
-    meminfo, own_groups = root / "proc/meminfo", root / "proc/self/cgroup"
-    free = []
-    if meminfo.exists() and (match := re.search(r"MemAvailable:\s+(\d+)", meminfo.read_text())):
-        free.append(1024 * int(match[1]))
-    for line in own_groups.read_text().splitlines() if own_groups.exists() else ():
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            mount, files = "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")
-        elif "memory" in controllers.split(","):
-            mount = "sys/fs/cgroup/memory"
-            files = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-        else:
-            continue
-        group = Path(path.lstrip("/"))
-        folders = [root / mount / parent for parent in (group, *group.parents)]
-        free += [
-            left for folder in folders if (left := read_group_memory(folder, *files)) is not None
-        ]
-    return min(free, default=None)
-
-
-def read_group_memory(folder: Path, limit: str, usage: str, cached: str) -> int | None:
-    """Return the limit of a control group minus its usage without file pages that can go."""
-    if (
-        not (folder / limit).exists()
-        or (bytes_limit := (folder / limit).read_text().strip()) == "max"
-    ):
-        return None
-    match = re.search(rf"^{cached} (\d+)", (folder / "memory.stat").read_text(), re.MULTILINE)
-    reclaimable = int(match[1]) if match else 0
-    return int(bytes_limit) - int((folder / usage).read_text()) + reclaimable
 
 
 def check_disk(model: str, hub_info):

@@ -101,6 +101,14 @@ def test_load_model(tiny_checkpoint, monkeypatch, capsys):
     assert "cpu, float32: " in captured.err.splitlines()[0]
 
 
+@pytest.mark.parametrize("chosen", [3, None])
+def test_threads_without_the_flag(tiny_checkpoint, monkeypatch, capsys, chosen):
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: print("threads", n))
+    monkeypatch.setattr(utils, "choose_threads", lambda: chosen)
+    utils.load_model(parse("--model", str(tiny_checkpoint)))
+    assert capsys.readouterr().out == (f"threads {chosen}\n" if chosen else "")
+
+
 def test_dtype_is_honoured(tiny_checkpoint):
     _, model = utils.load_model(parse("--model", str(tiny_checkpoint), "--dtype", "bfloat16"))
     assert model.dtype == torch.bfloat16
@@ -524,45 +532,6 @@ def test_memory_is_checked_before_loading(checkpoint, monkeypatch):
     change_config(checkpoint, padded_vocab_size=10**9)
     monkeypatch.setattr(utils, "get_free_memory", lambda device: 10**9)
     assert "GB for float32" in fail_to_load("--model", str(checkpoint))
-
-
-def write_files(root: Path, files: dict[str, str]):
-    for name, text in files.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text(text)
-
-
-GIB = 1024**3
-MEMINFO = {"proc/meminfo": "MemTotal: 33554432 kB\nMemAvailable: 16777216 kB\n"}
-V2 = {
-    "proc/self/cgroup": "0::/user/chat\n",
-    "sys/fs/cgroup/user/memory.max": str(8 * GIB),
-    "sys/fs/cgroup/user/memory.current": str(5 * GIB),
-    "sys/fs/cgroup/user/memory.stat": f"anon 7\ninactive_file {GIB}\n",
-    "sys/fs/cgroup/user/chat/memory.max": "max\n",
-}
-V1 = {
-    "proc/self/cgroup": "5:cpu,cpuacct:/docker/1\n4:memory:/docker/1\n0::/\n",
-    "sys/fs/cgroup/memory/memory.limit_in_bytes": str(6 * GIB),
-    "sys/fs/cgroup/memory/memory.usage_in_bytes": str(4 * GIB),
-    "sys/fs/cgroup/memory/memory.stat": f"inactive_file 1\ntotal_inactive_file {GIB}\n",
-}
-
-
-@pytest.mark.parametrize(
-    ("files", "expected"),
-    [({}, None), (MEMINFO, 16 * GIB), (MEMINFO | V2, 4 * GIB), (V1, 3 * GIB)],
-    ids=["nothing", "machine", "control groups 2", "control groups 1, a container"],
-)
-def test_free_memory(tmp_path, files, expected):
-    write_files(tmp_path, files)
-    assert utils.read_free_memory(tmp_path) == expected
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_free_memory_of_this_machine():
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    assert 0 < utils.get_free_memory(torch.device("cpu")) < total
 
 
 def test_disk(monkeypatch, tmp_path):

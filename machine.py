@@ -1,0 +1,102 @@
+"""What the machine has, and what a container leaves of it: free memory and processor cores."""
+
+import os
+import re
+import sys
+from pathlib import Path
+
+import torch
+
+
+def get_free_memory(device: torch.device) -> int | None:
+    """Return the free bytes of a device; `None` where they cannot be read."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    if device.type == "cpu" and sys.platform == "linux":
+        return read_free_memory(Path("/"))
+    return None
+
+
+def find_group_folders(root: Path, controller: str) -> list[tuple[int, Path]]:
+    """Return version (1 or 2) and folder of each control group that this process is in."""
+    own_groups = root / "proc/self/cgroup"
+    folders = []
+    for line in own_groups.read_text().splitlines() if own_groups.exists() else ():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            version, mount = 2, "sys/fs/cgroup"
+        elif controller in controllers.split(","):
+            version, mount = 1, f"sys/fs/cgroup/{controller}"
+        else:
+            continue
+        group = Path(path.lstrip("/"))
+        folders += [(version, root / mount / parent) for parent in (group, *group.parents)]
+    return folders
+
+
+def read_free_memory(root: Path) -> int | None:
+    """Return the bytes that Linux and the control groups of this process leave free."""
+    meminfo, free = root / "proc/meminfo", []
+    if meminfo.exists() and (match := re.search(r"MemAvailable:\s+(\d+)", meminfo.read_text())):
+        free.append(1024 * int(match[1]))
+    for version, folder in find_group_folders(root, "memory"):
+        files = ("memory.max", "memory.current", "inactive_file")
+        if version == 1:
+            files = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        if (left := read_group_memory(folder, *files)) is not None:
+            free.append(left)
+    return min(free, default=None)
+
+
+def read_group_memory(folder: Path, limit: str, usage: str, cached: str) -> int | None:
+    """Return the limit of a control group minus its usage without file pages that can go."""
+    if (
+        not (folder / limit).exists()
+        or (bytes_limit := (folder / limit).read_text().strip()) == "max"
+    ):
+        return None
+    match = re.search(rf"^{cached} (\d+)", (folder / "memory.stat").read_text(), re.MULTILINE)
+    reclaimable = int(match[1]) if match else 0
+    return int(bytes_limit) - int((folder / usage).read_text()) + reclaimable
+
+
+def choose_threads() -> int | None:
+    """Return how many threads the CPU should compute with; `None` leaves it to PyTorch.
+
+    One for each physical core that this process may run on (two hyperthreads share the arithmetic
+    of a core), and not more than the processors' time that its control groups grant, rounded down:
+    a thread too many is stopped for a part of each period, and the others wait for it. PyTorch
+    knows as much where `OMP_NUM_THREADS` is set, and outside of Linux.
+    """
+    if sys.platform != "linux" or os.environ.get("OMP_NUM_THREADS"):
+        return None
+    cores = count_cores(Path("/"), os.sched_getaffinity(0))
+    quota = read_cpu_quota(Path("/"))
+    return cores if quota is None else max(1, min(cores, int(quota)))
+
+
+def count_cores(root: Path, processors: set[int]) -> int:
+    """Return the number of physical cores that the given logical processors belong to."""
+    cores = set()
+    for processor in processors:
+        siblings = root / f"sys/devices/system/cpu/cpu{processor}/topology/thread_siblings_list"
+        cores.add(siblings.read_text() if siblings.exists() else processor)
+    return len(cores)
+
+
+def read_cpu_quota(root: Path) -> float | None:
+    """Return how many processors' time the control groups grant; `None` is no limit."""
+    quotas = []
+    for version, folder in find_group_folders(root, "cpu"):
+        if version == 2:
+            names, unlimited = ("cpu.max",), "max"
+        else:
+            names, unlimited = ("cpu.cfs_quota_us", "cpu.cfs_period_us"), "-1"
+        if not all((folder / name).exists() for name in names):
+            continue
+        quota, period = " ".join((folder / name).read_text() for name in names).split()
+        if quota != unlimited:
+            quotas.append(int(quota) / int(period))
+    return min(quotas, default=None)
