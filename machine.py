@@ -1,7 +1,8 @@
-"""What the machine has, and what a container leaves of it: free memory and processor cores."""
+"""What the machine has, and what a container leaves of it: memory, disk and processor cores."""
 
 import os
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -17,6 +18,18 @@ def get_free_memory(device: torch.device) -> int | None:
     if device.type == "cpu" and sys.platform == "linux":
         return read_free_memory(Path("/"))
     return None
+
+
+def get_free_space(folder: Path) -> int:
+    """Return the free bytes of the disk that holds a folder, or will."""
+    folder = folder.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def gigabytes(size: float) -> str:
+    return f"{size / 1e9:.1f} GB"
 
 
 def find_group_folders(root: Path, controller: str) -> list[tuple[int, Path]]:

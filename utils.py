@@ -8,10 +8,8 @@ import argparse
 import math
 import os
 import re
-import shutil
 import sys
 import threading
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -24,10 +22,12 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
+import devices
 from chatglm2 import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMTokenizer
 from chatglm2.modeling_chatglm import find_weight_files
 from chatglm2.quantization import ChatGLMQuantizationConfig, get_quantization, prepare_layers
-from machine import choose_threads, get_free_memory
+from devices import auto_configure_device_map, load_model_on_gpus  # noqa: F401 (as the original)
+from machine import choose_threads, get_free_memory, get_free_space, gigabytes
 
 ROOT = Path(__file__).resolve().parent
 DEFAULT_MODEL = "THUDM/chatglm2-6b"
@@ -37,7 +37,6 @@ CURE = (
 )
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 HUB_TIMEOUT_S = 8
-MEMORY_MARGIN = 1.02  # what loading and the first rounds need beside the weights
 
 
 def number(kind: type, low, high=None):
@@ -97,6 +96,18 @@ def add_model_arguments(parser: argparse.ArgumentParser):
         "kernels for quantized models on a CPU round them; answers are always exact)",
     )
     parser.add_argument(
+        "--num-gpus",
+        type=number(int, 1),
+        default=1,
+        help="divide the model over so many GPUs (default: 1)",
+    )
+    parser.add_argument(
+        "--offload-folder",
+        type=Path,
+        help="let the CPU's memory, then the disk hold what the GPU cannot; .bin files are copied "
+        "into this folder (default: a model that does not fit is refused)",
+    )
+    parser.add_argument(
         "--threads",
         type=number(int, 1),
         help="CPU threads (default: $OMP_NUM_THREADS, else the physical cores that this process "
@@ -124,13 +135,27 @@ def load_model(args: argparse.Namespace):
         bits = choose_bits(args.model, args.quantize, config)
         output_bits = choose_output_bits(args.quantize_output, bits, config)
         device, dtype, reason = choose_device_and_dtype(args.device, args.dtype, config.dtype)
+        if args.num_gpus > 1 and args.device not in ("auto", "cuda"):
+            raise SystemExit(
+                f"--num-gpus takes the GPUs from cuda:0 on: leave out --device {args.device}."
+            )
+        placement = {}
+        if args.num_gpus > 1 or args.offload_folder is not None:
+            sizes = devices.measure_parts(config, dtype, bits, output_bits)
+            placement, where = devices.place_model(
+                config, sizes, bits, device, args.num_gpus, args.offload_folder, source
+            )
+            reason += f", {where}"
         precision = name_of(dtype, bits, output_bits)
         print(f"{args.model}: {device}, {precision}: {reason}", file=sys.stderr)
-        check_memory(args.model, config, device, dtype, bits, output_bits)
+        if not placement:
+            check_memory(args.model, config, device, dtype, bits, output_bits)
         if hub_info is not None:
             check_disk(args.model, hub_info)
         tokenizer = ChatGLMTokenizer.from_pretrained(source, **revision)
-        model = load_weights(source, config, device, dtype, bits, output_bits, **revision)
+        model = load_weights(
+            source, config, device, dtype, bits, output_bits, **revision, **placement
+        )
     except (OSError, ValueError, HTTPError, RuntimeError) as error:
         raise SystemExit(f"{args.model}: {one_line(error)}") from error
     model.base_model.exact_prefill = args.exact_prefill
@@ -145,25 +170,30 @@ def load_weights(
     dtype: torch.dtype,
     bits: int,
     output_bits: int | None = None,
-    **revision,
+    **options,
 ):
     """Load the model, quantized to `bits` (0: not), the output layer to `output_bits`.
 
     A quantized one is loaded in the checkpoint's dtype: levels and scales are then the official
-    ones, and on a CPU embedding and output layer stay mapped from the file.
+    ones, and on a CPU embedding and output layer stay mapped from the file. But blocks on the disk
+    cannot be converted later.
+
+    Args:
+        options: Of `from_pretrained`: revision, device_map, offload_folder.
     """
+    is_convertible = bits and "offload_folder" not in options
     quantization = {}
     if bits and not config.quantization_bit:
         quantization = {"quantization_config": ChatGLMQuantizationConfig(bits=bits)}
     model, loading = ChatGLMForConditionalGeneration.from_pretrained(
         source,
         config=config,
-        dtype=(config.dtype or torch.float16) if bits else dtype,
+        dtype=(config.dtype or torch.float16) if is_convertible else dtype,
         device=None if device.type == "cpu" else device,
         ignore_mismatched_sizes=True,  # refused below, with a tensor's name
         output_loading_info=True,
         **quantization,
-        **revision,
+        **options,
     )
     unusable = {*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])}
     unusable |= {key for key in loading["unexpected_keys"] if key.endswith("weight_scale")}
@@ -175,7 +205,8 @@ def load_weights(
         )
     if output_bits:
         model.quantize(bits, output_bits=output_bits)
-    model = model.to(dtype)
+    if is_convertible:
+        model = model.to(dtype)
     if bits:  # it tells which backend serves, or why none can
         prepare_layers(model)
     return model
@@ -195,10 +226,6 @@ def name_precision(model) -> str:
     if quantization := get_quantization(model.config):
         return name_of(model.dtype, quantization.bits, quantization.output_bits)
     return name_of(model.dtype)
-
-
-def gigabytes(size: float) -> str:
-    return f"{size / 1e9:.1f} GB"
 
 
 # Which checkpoint: a folder, a copy in the hub's cache, or the hub.
@@ -396,13 +423,7 @@ def count_weight_bytes(
     config: ChatGLMConfig, dtype: torch.dtype, bits: int, output_bits: int | None = None
 ) -> int:
     """Return the size of a loaded model, from its shapes alone."""
-    if bits:
-        quantization = get_quantization(config) or ChatGLMQuantizationConfig(bits=bits)
-        fields = replace(quantization, output_bits=output_bits).to_dict()
-        config = ChatGLMConfig.from_dict({**config.to_dict(), "quantization_config": fields})
-    with torch.device("meta"):
-        model = ChatGLMForConditionalGeneration(config).to(dtype)
-    return sum(p.numel() * p.element_size() for p in model.parameters())
+    return sum(devices.measure_parts(config, dtype, bits, output_bits).values())
 
 
 def check_memory(
@@ -416,7 +437,7 @@ def check_memory(
     """Stop before loading what cannot fit; where free memory cannot be read, go on."""
 
     def need(dtype, bits):
-        return count_weight_bytes(config, dtype, bits, output_bits) * MEMORY_MARGIN
+        return count_weight_bytes(config, dtype, bits, output_bits) * devices.MEMORY_MARGIN
 
     free, needed = get_free_memory(device), need(dtype, bits)
     if free is None or needed <= free:
@@ -429,6 +450,10 @@ def check_memory(
     fitting = {option: size for option, size in smaller.items() if size <= free}
     steps = [f"{option} (needs {gigabytes(size)})" for option, size in fitting.items()]
     steps += ["a machine with more memory"]
+    if not bits or config.quantization_bit:
+        steps += ["--offload-folder FOLDER (the disk holds the rest: slow)"]
+    if device.type == "cuda" and torch.cuda.device_count() > 1:
+        steps += [f"--num-gpus (there are {torch.cuda.device_count()})"]
     steps += ["the bundled checkpoint (--model resources/chatglm2-tiny)"]
     raise SystemExit(
         f"{model} needs {gigabytes(needed)} for {name_of(dtype, bits, output_bits)} on {device}, "
@@ -448,10 +473,7 @@ def check_disk(model: str, hub_info):
             try_to_load_from_cache(model, file.rfilename, revision=hub_info.sha), str
         )
     )
-    folder = Path(constants.HF_HUB_CACHE)
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
+    free = get_free_space(Path(constants.HF_HUB_CACHE))
     if needed > free:
         raise SystemExit(
             f"{model}: the download needs {gigabytes(needed)}, {gigabytes(free)} free in "

@@ -42,7 +42,13 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import can_return_tuple, logging
 
 from .configuration_chatglm import ChatGLMConfig
-from .quantization import get_quantization, is_quantized_so, quantize_model, replace_layers
+from .quantization import (
+    get_quantization,
+    is_quantized_so,
+    mark_offloaded,
+    quantize_model,
+    replace_layers,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -623,6 +629,7 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.base_model.freeze_for_prefix()  # the loader makes every parameter trainable
+        mark_offloaded(model)
         return loaded
 
     @property
@@ -772,6 +779,9 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embedding.word_embeddings(input_ids)
+        device = inputs_embeds.device  # of several the one of the embedding
+        position_ids = None if position_ids is None else position_ids.to(device)
+        attention_mask = None if attention_mask is None else attention_mask.to(device)
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
@@ -795,7 +805,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
                 offset -= self.config.pre_seq_len  # the first token after the prefix has position 0
         if position_ids is None:
             length = inputs_embeds.shape[1]
-            position_ids = torch.arange(offset, offset + length, device=inputs_embeds.device)[None]
+            position_ids = torch.arange(offset, offset + length, device=device)[None]
         hidden_states = inputs_embeds
         if self.config.fp32_residual_connection:
             hidden_states = hidden_states.float()

@@ -266,6 +266,8 @@ def quantized_matmul(x: torch.Tensor, layer: "QuantizedLinear") -> torch.Tensor:
     """Return x @ W.T in the model's backend; in plain torch where x needs a gradient."""
     if x.requires_grad and torch.is_grad_enabled():
         return torch_matmul(x, layer)
+    if layer.is_offloaded and x.device.type == "cpu":
+        return torch_matmul(x, layer)
     if layer.backend is None:  # a layer outside of a model
         ModelBackend().add(layer)
     return layer.backend.multiply(x, layer)
@@ -285,11 +287,14 @@ class QuantizedLinear(nn.Module):
         replacement: What a backend holds in place of the weight, or None. The parameter then has
             no data (it is on the meta device), but whoever asks for `layer.weight`, a state dict,
             a copy or a conversion gets the official bytes back.
+        is_offloaded: Whether accelerate fetches the weight for each product anew, so that packing
+            it is no use.
     """
 
     backend: ModelBackend | None = None
     packed = None
     replacement = None
+    is_offloaded = False
 
     def __init__(
         self, in_features, out_features, bits, group_size=None, bias=None, dtype=None, device=None
@@ -543,14 +548,21 @@ def quantize_output_layer(transformer: nn.Module, config: ChatGLMQuantizationCon
 def prepare_layers(model):
     """Pick the backend of a quantized model and pack its weights now, not at the first question."""
     for layer in model.modules():
-        if isinstance(layer, QuantizedLinear):
-            prepare = layer.backend.get("prepare", model.device, model.dtype)
+        if isinstance(layer, QuantizedLinear) and not layer.is_offloaded:
+            prepare = layer.backend.get("prepare", layer.weight.device, model.dtype)
             if prepare is not None:
                 prepare(layer)
         elif isinstance(layer, StoredLinear) and layer.backend is not None:
             place = layer.backend.get("place", model.device, model.dtype)
             if place is not None:
                 layer.weight.data = place(layer.weight.data)
+
+
+def mark_offloaded(model):
+    """Note which layers of a loaded model have their weight elsewhere."""
+    for layer in model.modules():
+        if isinstance(layer, QuantizedLinear):
+            layer.is_offloaded = layer.weight.is_meta
 
 
 def get_quantization(model_config) -> ChatGLMQuantizationConfig | None:

@@ -246,6 +246,11 @@ def start_processes(args):
     """Join the other processes; on GPUs, give each one of its own."""
     use_cpu = args.device in ("cpu", "mps") or not torch.cuda.is_available()
     state = PartialState(cpu=use_cpu)
+    if state.num_processes > 1 and args.num_gpus > 1:
+        raise SystemExit(
+            f"--num-gpus {args.num_gpus}: each of {state.num_processes} processes takes a GPU of "
+            "its own: leave it out, or start one process."
+        )
     if state.num_processes > 1 and not use_cpu:
         if args.device not in ("auto", "cuda"):
             raise SystemExit(

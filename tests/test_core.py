@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
@@ -120,6 +121,13 @@ def test_two_processes_give_the_results_of_one(data, whole_run, tmp_path):
     assert read_results(tmp_path) == read_results(whole_run)
     assert json.loads((tmp_path / "results.json").read_text("utf-8"))["processes"] == 2
     assert result.stdout.count("| chatglm2-tiny | ") == 1
+
+
+def test_several_processes_with_several_gpus_each(core, monkeypatch):
+    monkeypatch.setattr(core, "PartialState", lambda cpu: SimpleNamespace(num_processes=2))
+    args = core.create_parser("", data="data").parse_args(["--num-gpus", "2"])
+    with pytest.raises(SystemExit, match="--num-gpus 2: each of 2 processes takes a GPU of its"):
+        core.load_model(args)
 
 
 @pytest.mark.parametrize("bits", ["4", "8"])

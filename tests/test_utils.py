@@ -10,14 +10,18 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from fake_devices import pretend_gpus
 from huggingface_hub import constants
 
+import devices
 import utils
 from chatglm2 import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMTokenizer
 from chatglm2.quantization import QuantizedLinear, get_quantization
@@ -471,6 +475,124 @@ def test_exact_prefill_arrives(int4_checkpoint):
         assert model.base_model.exact_prefill is expected
 
 
+# Several GPUs, and too small ones.
+
+
+@pytest.fixture
+def load_on_two_gpus(monkeypatch, two_gpus):
+    """Load with the given flags, on two pretended GPUs with so many free bytes each."""
+
+    def load(*argv, gpu=80e9, cpu=80e9):
+        monkeypatch.setenv("CHATGLM_BACKEND", "torch")  # the others look at the real GPU
+        free = {"cuda": gpu, "cpu": cpu}
+        for module in (utils, devices):
+            monkeypatch.setattr(module, "get_free_memory", lambda device: free[device.type])
+        with pretend_gpus():
+            tokenizer, model = utils.load_model(parse(*argv, "--dtype", "float32"))
+            answer = model.chat(tokenizer, "你好", do_sample=False, max_new_tokens=4)[0]
+        return answer, Counter(str(p.device) for p in model.parameters())
+
+    return load
+
+
+@pytest.fixture(scope="module")
+def first_answer(tiny_model, tiny_tokenizer):
+    return tiny_model.chat(tiny_tokenizer, "你好", do_sample=False, max_new_tokens=4)[0]
+
+
+@pytest.mark.parametrize("argv", [[], ["--offload-folder", "unused"]])
+def test_num_gpus(load_on_two_gpus, tiny_checkpoint, first_answer, capsys, argv):
+    answer, places = load_on_two_gpus("--model", str(tiny_checkpoint), "--num-gpus", "2", *argv)
+    assert answer == first_answer and set(places) == {"cuda:0", "cuda:1"}
+    assert ", blocks: 1 on cuda:0, 3 on cuda:1\n" in capsys.readouterr().err
+    assert not Path("unused").exists()
+
+
+def test_num_gpus_of_a_quantized_checkpoint(load_on_two_gpus, int4_checkpoint):
+    _, places = load_on_two_gpus("--model", str(int4_checkpoint), "--num-gpus", "2")
+    assert set(places) == {"cuda:0", "cuda:1"}
+
+
+def test_num_gpus_while_quantizing(load_on_two_gpus, tiny_checkpoint):
+    _, places = load_on_two_gpus(
+        "--model", str(tiny_checkpoint), "--num-gpus", "2", "--quantize", "8"
+    )
+    assert set(places) == {"cuda:0", "cuda:1"}
+
+
+# The bundled model in float32: 8.4 MB, and four blocks of 2.2 MB. Two of them are kept free.
+
+
+@pytest.mark.parametrize(
+    ("argv", "free", "expected"),
+    [
+        ([], (16e6, 80e6), "blocks: 1 on cuda:0, 3 in the CPU's memory (slow: each token"),
+        ([], (16e6, 9e6), "blocks: 1 on cuda:0, 2 in the CPU's memory, 1 on the disk (slow"),
+        (
+            ["--device", "cpu"],
+            (0, 15.5e6),
+            "blocks: 1 in the CPU's memory, 3 on the disk (slow: each tok",
+        ),
+    ],
+)
+def test_offload(
+    load_on_two_gpus, tiny_checkpoint, first_answer, capsys, tmp_path, argv, free, expected
+):
+    argv = ["--model", str(tiny_checkpoint), "--offload-folder", str(tmp_path), *argv]
+    answer, places = load_on_two_gpus(*argv, gpu=free[0], cpu=free[1])
+    assert answer == first_answer and places["meta"]
+    assert expected in capsys.readouterr().err
+
+
+def test_offload_of_a_quantized_checkpoint(load_on_two_gpus, int4_checkpoint, capsys, tmp_path):
+    argv = ["--model", str(int4_checkpoint), "--offload-folder", str(tmp_path)]
+    answer, _ = load_on_two_gpus(*argv, "--device", "cpu", cpu=5.4e6)
+    assert "blocks: 2 in the CPU's memory, 2 on the disk" in capsys.readouterr().err
+    expected, _ = load_on_two_gpus("--model", str(int4_checkpoint), "--device", "cpu")
+    assert answer == expected
+
+
+@pytest.mark.parametrize(
+    ("argv", "free", "expected"),
+    [
+        (
+            ["--num-gpus", "2"],
+            (10e6, 0),
+            "its part on cuda:0 needs 0.0 GB, 0.0 GB free: take more GPUs",
+        ),
+        (["--num-gpus", "2", "--device", "cpu"], (0, 0), "GPUs from cuda:0 on: leave out --device"),
+        (["--num-gpus", "3"], (0, 0), "--num-gpus is 3, but the GPUs here are cuda:0 to cuda:1"),
+        (["--offload-folder", "x"], (12e6, 80e6), "free on cuda:0, too little even for the embed"),
+        (
+            ["--offload-folder", "x", "--device", "cpu", "--quantize", "4"],
+            (0, 4.9e6),
+            "blocks on the disk cannot be quantized while loading: load a checkpoint that was sav",
+        ),
+        ([], (10e6, 80e6), "FOLDER (the disk holds the rest: slow), or --num-gpus (there are 2)"),
+    ],
+)
+def test_devices_that_cannot_hold_it(tiny_checkpoint, load_on_two_gpus, argv, free, expected):
+    argv = ["--model", str(tiny_checkpoint), *argv]
+    line = fail(partial(load_on_two_gpus, gpu=free[0], cpu=free[1]), *argv)
+    assert expected in line
+
+
+def test_more_gpus_than_there_are(tiny_checkpoint, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    line = fail_to_load("--model", str(tiny_checkpoint), "--num-gpus", "2")
+    assert "--num-gpus is 2, but PyTorch" in line and "finds no CUDA GPU here" in line
+
+
+def test_copies_that_the_disk_cannot_hold(checkpoint, tiny_model, monkeypatch, tmp_path):
+    (checkpoint / "model.safetensors").unlink()
+    torch.save(tiny_model.state_dict(), checkpoint / "pytorch_model.bin")
+    monkeypatch.setattr(devices, "get_free_memory", lambda device: 15.5e6)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1e6))
+    argv = ["--model", str(checkpoint), "--device", "cpu", "--offload-folder", str(tmp_path / "x")]
+    line = fail_to_load(*argv)
+    assert "have to be copied to --offload-folder" in line and "0.0 GB free: name a fol" in line
+
+
 # Memory and disk.
 
 
@@ -499,13 +621,17 @@ def test_the_official_model_is_counted(dtype, bits, expected):
         (
             *(16e9, torch.float32, 0),
             "needs 25.5 GB for float32 on cpu, 16.0 GB free: take --dtype bfloat16 (needs 12.7 GB),"
-            " or --quantize 4 (needs 4.0 GB), or a machine with more memory, or the bundled",
+            " or --quantize 4 (needs 4.0 GB), or a machine with more memory, or ",
         ),
         (12e9, torch.float32, 0, "12.0 GB free: take --quantize 4 (needs 4.0 GB), or a machine"),
         (12e9, torch.bfloat16, 0, "needs 12.7 GB for bfloat16 on cpu, 12.0 GB free: take --quan"),
         (6e9, torch.float16, 8, "6.9 GB for float16 with INT8 weights on cpu, 6.0 GB free: take -"),
         (3e9, torch.float32, 4, "4.0 GB for float32 with INT4 weights on cpu, 3.0 GB free: take a"),
-        (3e9, torch.float32, 0, "25.5 GB for float32 on cpu, 3.0 GB free: take a machine"),
+        (
+            *(3e9, torch.float32, 0),
+            "25.5 GB for float32 on cpu, 3.0 GB free: take a machine with more memory, or --offload"
+            "-folder FOLDER (the disk holds the rest: slow), or the bundled",
+        ),
     ],
 )
 def test_too_little_memory(monkeypatch, free, dtype, bits, expected):
