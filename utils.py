@@ -381,6 +381,8 @@ def choose_device_and_dtype(
 ) -> tuple[torch.device, torch.dtype, str]:
     """Resolve `--device` and `--dtype`; the last item says why."""
     chosen, reason = choose_device(device)
+    if dtype == "bfloat16" and not has_bfloat16(chosen):
+        raise SystemExit(f"--dtype bfloat16: {chosen} has none: take --dtype float16.")
     if dtype != "auto":
         reason += f", {dtype} was asked for"
         if chosen.type == "cpu" and dtype == "float16":
@@ -389,9 +391,15 @@ def choose_device_and_dtype(
     if chosen.type == "cpu":
         return chosen, torch.float32, f"{reason}, float32 is exact and fast on a CPU"
     own = checkpoint_dtype or torch.float16
-    if own == torch.bfloat16 and chosen.type == "cuda" and not torch.cuda.is_bf16_supported():
+    if own == torch.bfloat16 and not has_bfloat16(chosen):
         return chosen, torch.float16, f"{reason}, float16 because the GPU has no bfloat16"
     return chosen, own, f"{reason}, {name_of(own)} is the checkpoint's own"
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    if device.type == "mps":
+        return torch.backends.mps.is_macos_or_newer(14, 0)
+    return device.type != "cuda" or torch.cuda.is_bf16_supported()
 
 
 def choose_device(device: str) -> tuple[torch.device, str]:

@@ -6,7 +6,7 @@ and on mps what Metal cannot do (float64, products of integer matrices).
 """
 
 import threading
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from unittest.mock import patch
 
 import torch
@@ -100,7 +100,14 @@ def find_device(func, tensors: list[torch.Tensor]) -> torch.device:
 
 def check_product(func, tensors: list[torch.Tensor]):
     if not all(x.dtype.is_floating_point for x in tensors):
-        raise TypeError(f"{func}: mps multiplies no matrices of integers")
+        raise RuntimeError(f"{func}: mps multiplies no matrices of integers")
+
+
+class PretendEvent:
+    """What `generate` waits for on mps."""
+
+    def __init__(self, device=None, blocking=False):
+        self.record = self.synchronize = lambda: None
 
 
 class PretendMode(TorchFunctionMode):
@@ -143,12 +150,13 @@ def pretend_gpus():
             run(self)
 
     memory = {"mem_get_info": (80e9, 80e9), "memory_reserved": 0, "memory_allocated": 0}
-    patches = [patch.object(torch.cuda, k, lambda *_, v=v: v) for k, v in memory.items()]
-    with patch.object(threading.Thread, "run", run_pretending), PretendMode():
-        for each in patches:
-            each.start()
-        try:
-            yield
-        finally:
-            for each in patches:
-                each.stop()
+    overwrites = torch.__future__.get_overwrite_module_params_on_conversion()
+    with ExitStack() as stack:
+        for name, value in memory.items():
+            stack.enter_context(patch.object(torch.cuda, name, lambda *_, value=value: value))
+        stack.enter_context(patch.object(torch, "Event", PretendEvent))
+        stack.enter_context(patch.object(threading.Thread, "run", run_pretending))
+        torch.__future__.set_overwrite_module_params_on_conversion(True)
+        stack.callback(torch.__future__.set_overwrite_module_params_on_conversion, overwrites)
+        stack.enter_context(PretendMode())
+        yield

@@ -406,12 +406,30 @@ def test_gpu_without_bfloat16(monkeypatch):
     _, dtype, reason = utils.choose_device_and_dtype("auto", "auto", torch.bfloat16)
     assert dtype == torch.float16 and "no bfloat16" in reason
 
+    assert "--dtype float16" in fail(utils.choose_device_and_dtype, "auto", "bfloat16", None)
 
-def test_auto_takes_mps_before_the_cpu(monkeypatch):
+
+@pytest.mark.parametrize(
+    ("macos", "dtype", "checkpoint_dtype", "expected"),
+    [
+        (13, "auto", torch.float16, torch.float16),
+        (13, "auto", torch.bfloat16, torch.float16),
+        (14, "auto", torch.bfloat16, torch.bfloat16),
+        (14, "bfloat16", torch.float16, torch.bfloat16),
+        (13, "float32", torch.float16, torch.float32),
+    ],
+)
+def test_auto_takes_mps_before_the_cpu(monkeypatch, macos, dtype, checkpoint_dtype, expected):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    device, dtype, _ = utils.choose_device_and_dtype("auto", "auto", torch.float16)
-    assert (device.type, dtype) == ("mps", torch.float16)
+    monkeypatch.setattr(
+        torch.backends.mps, "is_macos_or_newer", lambda major, minor: major <= macos
+    )
+    device, chosen, _ = utils.choose_device_and_dtype("auto", dtype, checkpoint_dtype)
+    assert (device.type, chosen) == ("mps", expected)
+    if macos < 14:
+        line = fail(utils.choose_device_and_dtype, "mps", "bfloat16", None)
+        assert "--dtype bfloat16: mps has none: take --dtype float16" in line
 
 
 @pytest.mark.usefixtures("two_gpus")

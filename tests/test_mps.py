@@ -1,0 +1,173 @@
+"""Apple GPUs (mps), pretended: the CPU's answers, and nothing that Metal cannot compute."""
+
+import asyncio
+from contextlib import ExitStack
+from itertools import islice
+
+import pytest
+import torch
+from fake_devices import pretend_gpus
+
+import chatglm2.modeling_chatglm as modeling
+import chatglm2.quantization as quantization
+import utils
+from chatglm2 import ChatGLMConfig, ChatGLMForConditionalGeneration
+from chatglm2.batching import Batcher, Request
+
+OPTIONS = {"do_sample": False, "return_past_key_values": True}
+
+
+@pytest.fixture(autouse=True)
+def mac():
+    with pretend_gpus():
+        yield
+
+
+@pytest.fixture(scope="module", params=[0, 4])
+def models(request, tiny_checkpoint):
+    """The bundled model on the CPU and on mps, quantized to so many bits (0: not)."""
+    models = []
+    with pretend_gpus():
+        for device in ("cpu", "mps"):
+            model = ChatGLMForConditionalGeneration.from_pretrained(
+                tiny_checkpoint, dtype=torch.float32
+            )
+            models.append(model.quantize(request.param).to(device))
+    assert {p.device.type for p in models[1].parameters()} == {"mps"}
+    assert models[1].device.type == "mps"
+    return models
+
+
+def test_chat(models, tiny_tokenizer):
+    options = {"history": [("你好", "你好！")], "do_sample": False, "max_new_tokens": 6}
+    answers = [model.chat(tiny_tokenizer, "你叫什么名字？", **options) for model in models]
+    assert answers[0] == answers[1]
+
+
+def test_sampling(models, tiny_tokenizer):
+    """Sampling, penalties and beams run; the generator of a real GPU would draw other tokens."""
+    options = {"max_new_tokens": 4, "repetition_penalty": 1.2, "no_repeat_ngram_size": 2}
+    assert models[1].chat(tiny_tokenizer, "hi", **options)[0]
+    assert models[1].chat(tiny_tokenizer, "hi", num_beams=2, max_new_tokens=4)[0]
+
+
+def test_streams_with_a_kept_cache(models, tiny_tokenizer):
+    """On mps `generate` is a step ahead of what it hands over, and takes that back at the end."""
+    results = []
+    for model in models:
+        history, cache, texts = [], None, []
+        for query, length in (("你好", None), ("讲个笑话", 3), ("What is your name?", 5)):
+            steps = model.stream_chat(tiny_tokenizer, query, history, cache, **OPTIONS)
+            shown = [*islice(steps, length)]  # the first round goes on to its end
+            steps.close()
+            _, history, cache = shown[-1]
+            texts += [text for text, _, _ in shown]
+            texts.append((history, cache.history, cache.input_ids, cache.get_seq_length()))
+        results.append(texts)
+    assert results[0] == results[1]
+
+
+def test_a_batch_with_padding(models, tiny_tokenizer):
+    prompts = [tiny_tokenizer.build_prompt(query) for query in ("hi", "What is your name?")]
+    inputs = tiny_tokenizer(prompts, padding=True, return_tensors="pt")
+    outputs = [model.generate(**inputs.to(model.device), max_new_tokens=4) for model in models]
+    assert outputs[0].tolist() == outputs[1].tolist()
+
+
+def test_the_servers_batches(models, tiny_tokenizer):
+    async def ask(model):
+        with ExitStack() as stack:
+            batcher = Batcher(model, tiny_tokenizer)
+            stack.callback(batcher.join)
+            stack.callback(batcher.close)
+            prompts = [tiny_tokenizer.build_prompt(query) for query in ("你好", "tell me a joke")]
+            ids = [tiny_tokenizer.encode(prompt) for prompt in prompts]
+            requests = [Request(i, max_new_tokens=5, temperature=0) for i in ids]
+            requests.append(Request(ids[0], is_embedding=True))
+            answers = await asyncio.gather(*[batcher.submit(r).collect() for r in requests])
+            return [(answer.text, answer.embedding) for answer in answers]
+
+    expected, answers = (asyncio.run(ask(model)) for model in models)
+    assert [text for text, _ in answers] == [text for text, _ in expected]
+    torch.testing.assert_close(answers[-1][1], expected[-1][1])
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"pre_seq_len": 3},
+        {"pre_seq_len": 3, "prefix_projection": True},
+        {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
+        {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}},
+        {"multi_query_attention": False, "attn_implementation": "eager"},
+    ],
+    ids=["prefix", "projected prefix", "dynamic", "linear", "yarn", "eager"],
+)
+def test_other_configurations(fields):
+    config = ChatGLMConfig(
+        num_layers=2,
+        hidden_size=32,
+        ffn_hidden_size=48,
+        kv_channels=8,
+        num_attention_heads=4,
+        multi_query_group_num=2,
+        padded_vocab_size=64,
+        seq_length=64,
+        **{"multi_query_attention": True, **fields},
+    )
+    model = ChatGLMForConditionalGeneration(config, empty_init=False).eval()
+    ids = torch.arange(80)[None] % 64
+    mask = torch.ones_like(ids)
+    mask[:, :3] = 0
+    with torch.no_grad():
+        expected = model(ids, attention_mask=mask).logits
+        model = model.to("mps")
+        logits = model(ids.to("mps"), attention_mask=mask.to("mps")).logits
+    assert logits.device.type == "mps"
+    torch.testing.assert_close(logits.cpu(), expected)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_load_model(tiny_checkpoint, tiny_tokenizer, monkeypatch, capsys, bits):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(utils, "get_free_memory", lambda device: 10**8)
+    parser = utils.argparse.ArgumentParser()
+    utils.add_model_arguments(parser)
+    argv = ["--model", str(tiny_checkpoint), "--quantize", str(bits)]
+    _, model = utils.load_model(parser.parse_args(argv))
+    error = capsys.readouterr().err
+    assert f"mps, float16 with INT{bits} weights: there is an Apple GPU, float16 is the " in error
+    assert {p.device.type for p in model.parameters()} == {"mps"}
+    assert model.chat(tiny_tokenizer, "你好", max_new_tokens=2)[0]
+
+
+# What Metal cannot do is noticed, if it is put back.
+
+
+@pytest.fixture
+def model(tiny_checkpoint):
+    return ChatGLMForConditionalGeneration.from_pretrained(tiny_checkpoint, device="mps")
+
+
+def test_float64_is_noticed(model, tiny_tokenizer, monkeypatch):
+    original = modeling.RotaryEmbedding.forward
+
+    def forward(self, x, position_ids):
+        return original(self, x, position_ids.double())
+
+    monkeypatch.setattr(modeling.RotaryEmbedding, "forward", forward)
+    with pytest.raises(TypeError, match="mps has no float64"):
+        model.chat(tiny_tokenizer, "你好")
+
+
+def test_products_of_integers_are_noticed(model, tiny_tokenizer, monkeypatch):
+    def multiply(x, layer):
+        levels = quantization.unpack_int4(layer.weight)
+        return (x.flatten(0, -2).long() @ levels.long().T).to(x.dtype).view(*x.shape[:-1], -1)
+
+    model.quantize(4)
+    monkeypatch.setattr(quantization, "torch_matmul", multiply)
+    with pytest.raises(RuntimeError, match="multiplies no matrices of integers"):
+        model.chat(tiny_tokenizer, "你好")
