@@ -57,7 +57,7 @@ def test_python_blocks_run(name, tiny_checkpoint, int4_checkpoint, capsys, tmp_p
         ("THUDM/chatglm2-6b", str(tiny_checkpoint)),
         ("device='cuda'", "device='cpu'"),
         (".cuda()", ".cpu()"),
-        (".to('mps')", ".to('cpu')"),
+        ('.to("mps")', '.to("cpu")'),
         ("num_gpus=2", "device_map={'': 'cpu'}"),
     ):
         assert old in source
