@@ -111,6 +111,11 @@ def resolve_device_map(device_map: dict, config: ChatGLMConfig) -> dict[str, tor
         ValueError: It names what the model does not have, leaves out a part or divides a block;
             there is no such device; or the embedding is where no ids can be.
     """
+    if not isinstance(device_map, dict):
+        raise ValueError(
+            f"device_map is {device_map!r}: give a dictionary from parts to devices, or leave it out "
+            "for an even division."
+        )
     model = create_empty_model(config)
     named = {name: device for name, device in device_map.items() if name != "lm_head"}  # original's
     check_names(named, model, config.num_layers)

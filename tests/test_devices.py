@@ -140,6 +140,11 @@ def test_wrong_map(changes, expected):
     assert "\n" not in str(error.value)
 
 
+def test_a_map_that_is_none():
+    with pytest.raises(ValueError, match="device_map is 'auto': give a dictionary from parts to"):
+        devices.resolve_device_map("auto", CONFIG)
+
+
 def test_absent_gpus(tiny_checkpoint, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(ValueError, match=r"num_gpus is 2, but PyTorch .* finds no CUDA GPU here"):
