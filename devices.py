@@ -113,8 +113,8 @@ def resolve_device_map(device_map: dict, config: ChatGLMConfig) -> dict[str, tor
     """
     if not isinstance(device_map, dict):
         raise ValueError(
-            f"device_map is {device_map!r}: give a dictionary from parts to devices, or leave it out "
-            "for an even division."
+            f"device_map is {device_map!r}: give a dictionary from parts to devices, or leave it "
+            "out for an even division."
         )
     model = create_empty_model(config)
     named = {name: device for name, device in device_map.items() if name != "lm_head"}  # original's
