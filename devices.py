@@ -276,7 +276,7 @@ def place_model(
     bits: int,
     device: torch.device,
     num_gpus: int,
-    offload_folder: Path | None,
+    offload_folder: str | None,
     source,
 ) -> tuple[dict, str]:
     """Divide a model over several GPUs, and what does not fit there over memory and disk.
@@ -335,7 +335,7 @@ def check_quantized(config: ChatGLMConfig):
         )
 
 
-def check_space(offload_folder: Path, needed: int, source):
+def check_space(offload_folder: str, needed: int, source):
     """Check that blocks can be copied to the disk; safetensors are not, they are read in place.
 
     Of a model that is still to be downloaded it is not known.
@@ -344,7 +344,7 @@ def check_space(offload_folder: Path, needed: int, source):
         ValueError: They cannot.
     """
     is_copied = any(file.suffix == ".bin" for file in find_weight_files(Path(source)))
-    free = get_free_space(offload_folder)
+    free = get_free_space(Path(offload_folder))
     if is_copied and needed > free:
         raise ValueError(
             f"{gigabytes(needed)} have to be copied to --offload-folder {offload_folder}, "

@@ -26,7 +26,7 @@ import devices
 from chatglm2 import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMTokenizer
 from chatglm2.modeling_chatglm import find_weight_files
 from chatglm2.quantization import ChatGLMQuantizationConfig, get_quantization, prepare_layers
-from devices import auto_configure_device_map, load_model_on_gpus  # noqa: F401 (as the original)
+from devices import MEMORY_MARGIN, auto_configure_device_map, load_model_on_gpus  # noqa: F401
 from machine import choose_threads, get_free_memory, get_free_space, gigabytes
 
 ROOT = Path(__file__).resolve().parent
@@ -103,7 +103,6 @@ def add_model_arguments(parser: argparse.ArgumentParser):
     )
     parser.add_argument(
         "--offload-folder",
-        type=Path,
         help="let the CPU's memory, then the disk hold what the GPU cannot; .bin files are copied "
         "into this folder (default: a model that does not fit is refused)",
     )
@@ -445,7 +444,7 @@ def check_memory(
     """Stop before loading what cannot fit; where free memory cannot be read, go on."""
 
     def need(dtype, bits):
-        return count_weight_bytes(config, dtype, bits, output_bits) * devices.MEMORY_MARGIN
+        return count_weight_bytes(config, dtype, bits, output_bits) * MEMORY_MARGIN
 
     free, needed = get_free_memory(device), need(dtype, bits)
     if free is None or needed <= free:

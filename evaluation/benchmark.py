@@ -427,6 +427,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     )
     args = parser.parse_args(argv)
     check_args(args)
+    args.threads = args.threads or utils.choose_threads()  # of all programs that are compared
     if not args.random_weights:
         args.model = args.model or default_model
     return args
@@ -434,6 +435,8 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 def check_args(args: argparse.Namespace):
     """Refuse flags that would have no effect."""
+    if args.num_gpus > 1 or args.offload_folder:
+        raise SystemExit("--num-gpus and --offload-folder: what is measured is one device.")
     if args.random_weights and args.model:
         raise SystemExit(f"--model {args.model}: leave it or --random-weights out.")
     if args.random_weights and args.revision:

@@ -123,6 +123,7 @@ def test_every_model_argument_reaches_random_weights():
     utils.add_model_arguments(parser)
     known = {"model", "revision", "device", "dtype", "quantize", "threads"}
     known |= {"kv_cache_dtype", "quantize_output", "exact_prefill"}
+    known |= {"num_gpus", "offload_folder"}  # refused by check_args
     assert set(vars(parser.parse_args([]))) == known
 
 
@@ -352,6 +353,8 @@ def test_plot(fake, tmp_path):
         ([*RANDOM, "--model", "x"], "--model x: leave it or --random-weights out"),
         ([*RANDOM, "--revision", "x"], "--revision x needs a model on the hub"),
         ([*RANDOM, "--rounds", "0"], "--rounds 0 measures nothing"),
+        ([*RANDOM, "--num-gpus", "2"], "--num-gpus and --offload-folder: what is measured is one"),
+        ([*RANDOM, "--offload-folder", "x"], "--num-gpus and --offload-folder: what is measured"),
         (["--random-weights", "--config", "/no/such"], "--config /no/such: .*give a config.json"),
         (["--from-json", "/no/such"], "--from-json /no/such: "),
         ([*RANDOM, "--compare", "llama-q8_0", "--llama-python", "/no/python"], "cannot run"),
