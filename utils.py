@@ -24,6 +24,7 @@ from huggingface_hub.utils import validate_repo_id
 
 import devices
 from chatglm2 import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMTokenizer
+from chatglm2.adapters import read_adapter
 from chatglm2.modeling_chatglm import find_weight_files
 from chatglm2.quantization import ChatGLMQuantizationConfig, get_quantization, prepare_layers
 from devices import MEMORY_MARGIN, auto_configure_device_map, load_model_on_gpus  # noqa: F401
@@ -54,6 +55,15 @@ def number(kind: type, low, high=None):
         raise argparse.ArgumentTypeError(f"{text!r} is not {noun} {allowed}")
 
     return convert
+
+
+class StoreOnce(argparse.Action):
+    """Refuses an argument that is given twice, where somebody could mean both values."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        if getattr(namespace, self.dest) is not None:
+            parser.error(f"{option_string} is given twice: a model takes one")
+        setattr(namespace, self.dest, values)
 
 
 def add_model_arguments(parser: argparse.ArgumentParser):
@@ -112,6 +122,12 @@ def add_model_arguments(parser: argparse.ArgumentParser):
         help="CPU threads (default: $OMP_NUM_THREADS, else the physical cores that this process "
         "may use)",
     )
+    parser.add_argument(
+        "--adapter",
+        action=StoreOnce,
+        metavar="FOLDER",
+        help="a LoRA (PEFT) or a P-Tuning v2 prefix that was trained on the model",
+    )
 
 
 def load_model(args: argparse.Namespace):
@@ -133,6 +149,7 @@ def load_model(args: argparse.Namespace):
         config = read_config(source, **revision)
         bits = choose_bits(args.model, args.quantize, config)
         output_bits = choose_output_bits(args.quantize_output, bits, config)
+        adapter = choose_adapter(args.adapter, config, bits)
         device, dtype, reason = choose_device_and_dtype(args.device, args.dtype, config.dtype)
         if args.num_gpus > 1 and args.device not in ("auto", "cuda"):
             raise SystemExit(
@@ -153,7 +170,7 @@ def load_model(args: argparse.Namespace):
             check_disk(args.model, hub_info)
         tokenizer = ChatGLMTokenizer.from_pretrained(source, **revision)
         model = load_weights(
-            source, config, device, dtype, bits, output_bits, **revision, **placement
+            source, config, device, dtype, bits, output_bits, adapter, **revision, **placement
         )
     except (OSError, ValueError, HTTPError, RuntimeError) as error:
         raise SystemExit(f"{args.model}: {one_line(error)}") from error
@@ -169,9 +186,12 @@ def load_weights(
     dtype: torch.dtype,
     bits: int,
     output_bits: int | None = None,
+    adapter=None,
     **options,
 ):
     """Load the model, quantized to `bits` (0: not), the output layer to `output_bits`.
+
+    `adapter` is what `choose_adapter` returned.
 
     A quantized one is loaded in the checkpoint's dtype: levels and scales are then the official
     ones, and on a CPU embedding and output layer stay mapped from the file. But blocks on the disk
@@ -206,6 +226,8 @@ def load_weights(
         model.quantize(bits, output_bits=output_bits)
     if is_convertible:
         model = model.to(dtype)
+    if adapter:
+        adapter.add_to(model)
     if bits:  # it tells which backend serves, or why none can
         prepare_layers(model)
     return model
@@ -373,6 +395,18 @@ def choose_output_bits(wanted: bool, bits: int, config: ChatGLMConfig) -> int | 
         )
     present = get_quantization(config)
     return 8 if wanted else present and present.output_bits
+
+
+def choose_adapter(folder: str | None, config: ChatGLMConfig, bits: int):
+    """Read the adapter before the weights, which take longer; return `None` if none is wanted."""
+    if folder is None:
+        return None
+    try:
+        adapter = read_adapter(folder, config, is_quantized=bits > 0)
+    except (OSError, ValueError, ImportError) as error:
+        raise SystemExit(f"--adapter {one_line(error)}") from error
+    print(f"{folder}: {adapter}", file=sys.stderr)
+    return adapter
 
 
 def choose_device_and_dtype(

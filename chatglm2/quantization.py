@@ -448,7 +448,8 @@ class StoredLinear(StoredIn16Bits, nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         needs_grad = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
-        if self.backend is not None and not needs_grad:
+        # An adapter may bring a weight of its own, in float32.
+        if self.backend is not None and not needs_grad and self.weight.itemsize == 2:
             multiply = self.backend.get("stored_matmul", x.device, x.dtype)
             if multiply is not None:
                 return multiply(x, self.weight)

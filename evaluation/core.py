@@ -44,7 +44,7 @@ MAX_NEW_TOKENS = 512  # as the original
 CATEGORIES = ("STEM", "Social Sciences", "Humanities", "Others")  # in the order of the README
 JOURNAL = "items.jsonl"
 LOCK = "lock"
-SPELLINGS = {"model", "revision"}  # of a checkpoint: another name for the same weights will do
+SPELLINGS = {"model", "revision", "adapter"}  # another name for the same weights will do
 
 
 @dataclass(frozen=True)
@@ -333,15 +333,16 @@ def append(path: Path, records: list[dict]):
         file.write(lines.encode())
 
 
-def name_model(model: str) -> str:
-    path = Path(model)
-    return path.resolve().name if path.is_dir() else path.name
+def name_model(model: str, adapter: str | None = None) -> str:
+    """Return the last part of a checkpoint's path, and of its adapter's."""
+    paths = [Path(path).expanduser() for path in (model, adapter) if path]
+    return "+".join((path.resolve() if path.is_dir() else path).name for path in paths)
 
 
 def locate_output(benchmark: str, model, args) -> Path:
     precision = utils.name_precision(model).replace(" with ", "-").replace(" weights", "").lower()
     precision = precision.replace(", ", "-").replace(" ", "-")
-    name = f"{benchmark}-{name_model(args.model)}-{args.mode}-{precision}"
+    name = f"{benchmark}-{name_model(args.model, args.adapter)}-{args.mode}-{precision}"
     return args.output or Path("results", name)
 
 
@@ -399,6 +400,7 @@ def describe_run(benchmark: str, all_items: list[Item], model, args) -> dict:
         "mode": args.mode,
         "model": args.model,
         "revision": args.revision,
+        "adapter": args.adapter,
         "precision": utils.name_precision(model),
         "exact_prefill": args.exact_prefill,
         "kv_cache_dtype": args.kv_cache_dtype,
@@ -515,7 +517,7 @@ def format_table(results: dict) -> str:
     """Return the results as a row of the README's table."""
     categories = results["categories"]
     names = [name for name in CATEGORIES if name in categories]
-    cells = [name_model(results["model"]), f"{results['accuracy']:.2f}"]
+    cells = [name_model(results["model"], results.get("adapter")), f"{results['accuracy']:.2f}"]
     cells += [f"{categories[name]:.2f}" for name in names]
     header = ["Model", "Average" if names else "Accuracy", *names]
     rows = [header, ["---"] * len(header), cells]
