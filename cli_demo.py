@@ -41,8 +41,10 @@ def make_room(conversation: Conversation, query: str, args) -> int:
 
 def ask(conversation: Conversation, query: str, room: int, args, stop: threading.Event):
     """Print the answer as it grows, until it ends, has `room` tokens, or `stop` is set."""
-    shown = ""
-    answers = conversation.stream(query, room, top_p=args.top_p, temperature=args.temperature)
+    shown, settings = "", {"top_p": args.top_p, "temperature": args.temperature}
+    if args.prompt_lookup:
+        settings["prompt_lookup_num_tokens"] = args.prompt_lookup
+    answers = conversation.stream(query, room, **settings)
     with closing(answers):
         for answer in answers:
             if not answer.startswith(shown):  # a placeholder was filled in: print it anew
@@ -167,7 +169,20 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument(
         "--seed", type=utils.number(int, 0, 2**64 - 1), help="the same seed, the same answers"
     )
-    return parser.parse_args(argv)
+    parser.add_argument(
+        "--prompt-lookup",
+        type=utils.number(int, 1),
+        metavar="N",
+        help="with --temperature 0: where the answer repeats something of the conversation, try "
+        "its next N tokens in one step; faster for answers that quote",
+    )
+    args = parser.parse_args(argv)
+    if args.prompt_lookup and args.temperature:
+        parser.error(
+            f"--prompt-lookup {args.prompt_lookup} needs --temperature 0, not {args.temperature}: "
+            "it is made for greedy answers"
+        )
+    return args
 
 
 def main(argv=None):

@@ -971,8 +971,17 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
     ) -> dict:
         """As the library's; also says whether the tokens are a prompt's.
 
-        Without a cache a prompt is computed anew for each token: then always exactly.
+        Without a cache a prompt is computed anew for each token: then always exactly. Assisted
+        generation (prompt lookup) can go on with a kept cache, of whose ids transformers 5.23
+        passes all again.
         """
+        held = 0 if past_key_values is None else past_key_values.get_seq_length()
+        if next_sequence_length is None and held:
+            positions = kwargs.get("position_ids")
+            # Of new ids alone, there are more positions, or the first is not 0.
+            has_all = positions is not None and positions.shape[-1] == input_ids.shape[1]
+            if has_all and positions[0, 0] == 0:
+                next_sequence_length = input_ids.shape[1] - held
         inputs = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length,

@@ -441,6 +441,8 @@ def check_args(args: argparse.Namespace):
         raise SystemExit(f"--model {args.model}: leave it or --random-weights out.")
     if args.random_weights and args.revision:
         raise SystemExit(f"--revision {args.revision} needs a model on the hub, by --model.")
+    if args.random_weights and args.adapter:
+        raise SystemExit(f"--adapter {args.adapter} needs the model it was trained on, by --model.")
     for name in ("config", "layers", "random_context"):
         if getattr(args, name) is not None and not args.random_weights:
             flag = "--" + name.replace("_", "-")

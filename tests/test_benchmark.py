@@ -123,7 +123,7 @@ def test_every_model_argument_reaches_random_weights():
     utils.add_model_arguments(parser)
     known = {"model", "revision", "device", "dtype", "quantize", "threads"}
     known |= {"kv_cache_dtype", "quantize_output", "exact_prefill"}
-    known |= {"num_gpus", "offload_folder"}  # refused by check_args
+    known |= {"num_gpus", "offload_folder", "adapter"}  # refused by check_args
     assert set(vars(parser.parse_args([]))) == known
 
 
@@ -352,6 +352,7 @@ def test_plot(fake, tmp_path):
         (["--random-context", "9"], "--random-context 9 needs --random-weights"),
         ([*RANDOM, "--model", "x"], "--model x: leave it or --random-weights out"),
         ([*RANDOM, "--revision", "x"], "--revision x needs a model on the hub"),
+        ([*RANDOM, "--adapter", "x"], "--adapter x needs the model it was trained on"),
         ([*RANDOM, "--rounds", "0"], "--rounds 0 measures nothing"),
         ([*RANDOM, "--num-gpus", "2"], "--num-gpus and --offload-folder: what is measured is one"),
         ([*RANDOM, "--offload-folder", "x"], "--num-gpus and --offload-folder: what is measured"),

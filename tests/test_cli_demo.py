@@ -87,6 +87,8 @@ def test_defaults_are_the_chat_defaults():
         ["--threads", "0"],
         ["--dtype", "int3"],
         ["--quantize", "3"],
+        ["--prompt-lookup", "0"],
+        ["--prompt-lookup", "10"],  # the temperature is not 0
     ],
 )
 def test_value_out_of_range(argv, capsys):
@@ -95,6 +97,15 @@ def test_value_out_of_range(argv, capsys):
     assert error.value.code == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert argv[0] in line and argv[1] in line
+
+
+def test_prompt_lookup_is_passed_on(tiny_tokenizer, monkeypatch):
+    model = EchoModel()
+    for argv in ([], ["--prompt-lookup", "3"]):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("你好\n"))
+        run_loop(model, tiny_tokenizer, "--temperature", "0", *argv)
+    without, passed = model.calls
+    assert "prompt_lookup_num_tokens" not in without and passed["prompt_lookup_num_tokens"] == 3
 
 
 # The loop, with a fake model.

@@ -1,9 +1,12 @@
 """`conversation`: rounds, room for an answer, and a cache that agrees with them."""
 
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
+import torch
 
+from chatglm2 import ChatGLMForConditionalGeneration
 from conversation import Conversation
 
 
@@ -104,3 +107,28 @@ def test_a_cache_with_more_ids_than_its_text(conversation):
         100 - len(conversation.tokenizer(prompt)["input_ids"]),
         0,
     )
+
+
+@pytest.mark.parametrize("bits", [0, 4])
+def test_prompt_lookup_changes_no_answer(tiny_checkpoint, tiny_tokenizer, bits):
+    """Nor the cache, also if the stream is closed early; where an answer quotes, steps are less."""
+    model = ChatGLMForConditionalGeneration.from_pretrained(tiny_checkpoint).quantize(bits).float()
+    conversations, steps = {}, Counter()
+    model.transformer.register_forward_pre_hook(lambda *_: steps.update([lookup]))
+    for lookup in (None, 5):
+        conversation = conversations[lookup] = Conversation(model.eval(), tiny_tokenizer)
+        settings = {"do_sample": False, "prompt_lookup_num_tokens": lookup}
+        for query in ("讲个故事", "讲个故事", "你好"):
+            room, _ = conversation.make_room(query, 2048)
+            for answer in conversation.stream(query, room, **settings):
+                if query == "你好" and len(answer) > 5:
+                    break
+    plain, other = conversations.values()
+    assert plain.rounds[:2] == other.rounds[:2] and plain.rounds[0][1] == plain.rounds[1][1]
+    assert steps[5] < 0.8 * steps[None]
+    held = other.cache.get_seq_length()
+    assert other.cache.history == other.rounds and len(other.cache.input_ids) == held
+    ids, _ = other.cache.continue_with(tiny_tokenizer, "谢谢", other.history)
+    expected = model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=30)
+    *_, answer = other.stream("谢谢", 30, do_sample=False, prompt_lookup_num_tokens=5)
+    assert answer == tiny_tokenizer.decode(expected[0, len(ids) :].tolist())

@@ -770,6 +770,27 @@ def test_stop_strings_and_prompt_lookup(tiny_model, tiny_tokenizer):
     assert list(steps)[-1][0] == answer
 
 
+@pytest.mark.parametrize("cache_class", [ChatGLMCache, DynamicCache])
+@pytest.mark.parametrize("held", [20, 149])
+def test_generate_goes_on_with_a_kept_cache(tiny_model, tiny_tokenizer, cache_class, held):
+    """Given all ids, or the new ones alone with the mask of all; with prompt lookup or without."""
+    _, history = tiny_model.chat(tiny_tokenizer, "讲个故事", do_sample=False)
+    prompt = tiny_tokenizer.build_prompt("讲个故事", history)
+    ids = torch.tensor([tiny_tokenizer.encode(prompt)])
+    settings = {"do_sample": False, "max_new_tokens": 20, "attention_mask": torch.ones_like(ids)}
+    expected = tiny_model.generate(ids, **settings)[0, -20:].tolist()
+    for given, lookup in ((ids, {}), (ids[:, held:], {}), (ids, {"prompt_lookup_num_tokens": 5})):
+        cache, lengths = cache_class(), []
+        tiny_model(ids[:, :held], past_key_values=cache)
+        hook = tiny_model.transformer.register_forward_pre_hook(
+            lambda _, args, lengths=lengths: lengths.append(args[0].shape[1])
+        )
+        sequences = tiny_model.generate(given, past_key_values=cache, **settings, **lookup)
+        hook.remove()
+        assert sequences[0, -20:].tolist() == expected
+        assert lengths[0] == ids.shape[1] - held + (5 if lookup else 0)
+
+
 @pytest.mark.parametrize("history", [[{"role": "user", "content": "x"}], [("a", None)], ["ab"]])
 def test_history_of_another_form_is_refused(tiny_model, tiny_tokenizer, history):
     with pytest.raises(ValueError, match=r"history is a list of \(question, answer\), not of"):
