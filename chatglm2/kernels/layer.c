@@ -199,28 +199,32 @@ INLINE const float *read_cache(const Task *t, const uint8_t *cache, int64_t toke
     return copy;
 }
 
-static inline void fetch(const uint8_t *from, int64_t size) {
-    for (int64_t i = 0; i < size; i += ALIGNMENT) __builtin_prefetch(from + i);
+INLINE void score_column(const float *query, const float *const *key, int64_t c, Floats *sum) {
+    const Floats q = load(query + c * LANES);
+    UNROLL for (int i = 0; i < TILE; i++) sum[i] = multiply_add(spread(key[i][c]), q, sum[i]);
 }
 
 // scores[k] of each lane = query . key k, for `count` keys, computed TILE at a time. Meanwhile what
-// is needed after them begins to come from memory, `step` bytes for each tile.
+// is needed after them begins to come from memory, `size` bytes of each for a key.
 INLINE void score_keys(const float *query, const float *keys, int64_t d, int64_t count,
-                       const uint8_t *next_keys, const uint8_t *values, int64_t step,
+                       const uint8_t *next_keys, const uint8_t *values, int64_t size,
                        Floats *scores) {
-    for (int64_t first = 0; first < count; first += TILE, next_keys += step, values += step) {
-        fetch(next_keys, step);
-        fetch(values, step);
+    const int64_t part = TILE * size / d;
+    for (int64_t first = 0; first < count; first += TILE) {
         const float *key[TILE];
         Floats sum[TILE];
         UNROLL for (int i = 0; i < TILE; i++) {
             key[i] = keys + smaller(first + i, count - 1) * d;
             sum[i] = spread(0);
         }
-        for (int64_t c = 0; c < d; c++) {
-            const Floats q = load(query + c * LANES);
-            UNROLL for (int i = 0; i < TILE; i++) sum[i] = multiply_add(spread(key[i][c]), q, sum[i]);
+        int64_t c = 0;
+        for (; c + 2 <= d; c += 2) {
+            __builtin_prefetch(next_keys + first * size + c * part);
+            score_column(query, key, c, sum);
+            __builtin_prefetch(values + first * size + c * part);
+            score_column(query, key, c + 1, sum);
         }
+        if (c < d) score_column(query, key, c, sum);
         UNROLL for (int i = 0; i < TILE; i++) scores[first + i] = sum[i];
     }
 }
@@ -263,9 +267,9 @@ static void attend_chunk(const void *task, int64_t unit) {
         const int64_t count = smaller(KEYS, end - begin), token = first_token + begin;
         const float *keys = read_cache(t, at->keys, token, count, copy);
         score_keys(query, keys, d, count, at->keys + (token + KEYS) * token_size,
-                   at->values + token * token_size, TILE * token_size, scores);
+                   at->values + token * token_size, token_size, scores);
         const Floats before = greatest;
-        for (int64_t k = 0; k < count; k++) greatest = max_of(greatest, scores[k]);
+        for (int64_t k = 0; k < count; k++) greatest = max_of(scores[k], greatest);
         const Floats factor = exponential(before - greatest);
         sum *= factor;
         for (int64_t k = 0; k < count; k++) {
