@@ -787,7 +787,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             output_hidden_states = self.config.output_hidden_states
         if output_attentions is None:
             output_attentions = self.config.output_attentions
-        if self.is_activation_checkpointing and self.training:
+        if self.training and self.is_activation_checkpointing:
             use_cache = False
         if use_cache and past_key_values is None:
             past_key_values = ChatGLMCache()
