@@ -42,6 +42,7 @@
 #define PANEL 1024  // columns of which the levels are unpacked into the first cache
 
 typedef int8_t Bytes __attribute__((vector_size(LANES)));
+typedef int16_t Shorts __attribute__((vector_size(4 * LANES)));
 
 // sum + the four unsigned bytes of each lane times the four signed ones of x; nothing saturates.
 INLINE Ints add_dot4(Ints sum, Bits v, int32_t x, int bits) {
@@ -60,9 +61,14 @@ INLINE Ints add_dot4(Ints sum, Bits v, int32_t x, int bits) {
     const __m256i even = _mm256_and_si256(bytes, _mm256_set1_epi16(255));
     const __m256i odd = _mm256_srli_epi16(bytes, 8);
     return sum + (Ints)_mm256_madd_epi16(even, x_even) + (Ints)_mm256_madd_epi16(odd, x_odd);
-#else
-    UNROLL for (int i = 0; i < 4; i++) sum += (Ints)((v >> 8 * i) & 255u) * (int8_t)(x >> 8 * i);
-    return sum;
+#else  // in halves of lanes, which hold each product
+    const Shorts all = (Shorts)spread_int(x);
+    const Shorts even = (Shorts)(v & 0x00ff00ffu) * (all << 8 >> 8);
+    const Shorts odd = (Shorts)(v >> 8 & 0x00ff00ffu) * (all >> 8);
+    const Shorts both = even + odd;  // of 4 bits
+    if (bits == 4) return sum + ((Ints)both << 16 >> 16) + ((Ints)both >> 16);
+    return sum + ((Ints)even << 16 >> 16) + ((Ints)even >> 16) + ((Ints)odd << 16 >> 16) +
+           ((Ints)odd >> 16);
 #endif
 }
 
