@@ -127,8 +127,9 @@ def torch_matmul(x: torch.Tensor, layer: "QuantizedLinear") -> torch.Tensor:
 # find_problem(layer, x_device, dtype), which returns why it cannot serve, or None. It may offer
 # - prepare(layer), which packs the weight as it wants it,
 # - prompt_matmul(x, layer), a faster but less exact product for prompts,
-# - stored_matmul(x, weight), for the weights of 16 bits, and place(weight), which copies such a
-#   weight to where it is read fastest,
+# - stored_matmul(x, weight), for the weights of 16 bits,
+# - place(weight), which copies such a weight to where it is read fastest,
+# - release_pages(parameters), which frees memory once all weights are packed,
 # - encode(transformer, inputs, num_prompt_tokens), all blocks at once, or None if it cannot.
 BACKENDS = {
     "triton": ("cuda", "triton_backend"),
@@ -225,7 +226,8 @@ class ModelBackend:
         """Return a function of the backend, e.g. `matmul`, or None if it has no such."""
         if (device, dtype) not in self.picked:
             backend = pick_backend(self.kinds.values(), device, dtype)
-            names = "matmul", "prepare", "prompt_matmul", "stored_matmul", "place", "encode"
+            names = "matmul", "prepare", "prompt_matmul", "stored_matmul", "place"
+            names += "release_pages", "encode"
             self.picked[device, dtype] = {name: getattr(backend, name, None) for name in names}
         return self.picked[device, dtype][function]
 
@@ -557,6 +559,8 @@ def prepare_layers(model):
             place = layer.backend.get("place", model.device, model.dtype)
             if place is not None:
                 layer.weight.data = place(layer.weight.data)
+    if release := model.base_model.backend.get("release_pages", model.device, model.dtype):
+        release(model.parameters())
 
 
 def mark_offloaded(model):

@@ -422,3 +422,23 @@ def test_prompts_are_rounded_unless_they_are_to_be_exact(
     assert 1e-3 < (rounded - exact).abs().max() < 0.5
     model.base_model.exact_prefill = True
     torch.testing.assert_close(model.generate(**inputs, **settings).logits[0], exact)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("is_changed", [False, True])
+def test_pages_of_a_mapped_file_are_released_unless_changed(tmp_path, is_changed):
+    file = tmp_path / "weights"
+    file.write_bytes(bytes(range(256)) * 4096)  # 1 MB
+    weight = torch.from_file(str(file), shared=False, size=1 << 20, dtype=torch.uint8)
+    if is_changed:
+        weight[5000] = 77
+    expected = weight.clone()  # reads every page
+
+    def count_resident() -> int:
+        smaps = Path("/proc/self/smaps").read_text()
+        return int(smaps.partition(str(file))[2].partition("Rss:")[2].split()[0])
+
+    assert count_resident() == 1024
+    cpu_backend.release_pages([torch.zeros(3), weight, torch.empty(2, device="meta")])
+    assert count_resident() == (1024 if is_changed else 0)
+    assert torch.equal(weight, expected)

@@ -8,9 +8,11 @@ kernels' order in place of the official one, which `PackedWeight` restores exact
 
 import ctypes
 import mmap
+import re
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -96,6 +98,26 @@ def prepare(layer: QuantizedLinear) -> PackedWeight:
 def place(weight: torch.Tensor) -> torch.Tensor:
     """Return a copy of a 16-bit weight in memory that is read fast."""
     return allocate(weight.nbytes).view(weight.dtype).view(weight.shape).copy_(weight)
+
+
+def release_pages(parameters):
+    """Free the pages of the files in which parameters still are; what is read again comes back.
+
+    Linux counts them as the process's memory, though all but the embedding's are not needed. Pages
+    that were written to, which a file does not have, are kept.
+    """
+    smaps = Path("/proc/self/smaps")
+    if not smaps.exists():
+        return
+    addresses = [p.data_ptr() for p in parameters if p.device.type == "cpu"]
+    for mapping in re.split(r"\n(?=[0-9a-f]+-)", smaps.read_text(errors="replace")):
+        ends, _, _, _, inode = mapping.split(maxsplit=5)[:5]
+        begin, end = (int(x, 16) for x in ends.split("-"))
+        is_clean = int(inode) and re.search(r"\nAnonymous: +0 kB", mapping)
+        if is_clean and any(begin <= address < end for address in addresses):
+            libc = ctypes.CDLL(None)
+            libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+            libc.madvise(begin, end - begin, mmap.MADV_DONTNEED)
 
 
 def describe(layer: QuantizedLinear, packed: PackedWeight) -> Linear:
