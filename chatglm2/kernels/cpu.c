@@ -140,8 +140,10 @@ static void restore_block(const void *task, int64_t block) {
 //
 //   1 digit   scale = largest |x| / 127
 //   3 digits  scale = a power of 2, such that the largest |x| is 2^22 to 2^23 of them: what float32
-//             knows of it, and the products and sums of integers that follow lose nothing, so the
-//             result is no less exact than with float32 arithmetic ("exact" in the names below)
+//             knows of it, and the products and sums of integers that follow lose nothing ("exact"
+//             in the names below). The error is 0.64 to 0.76 of that of float32 arithmetic; where
+//             columns are 20 to 1000 times the others, whose last bits are lost then, 1.0 to 2.3
+//             times it, and at most 6e-7 of the result (norms of the vectors of outputs)
 //
 // It is copied into tiles of rows: [column / 4][digit, the lowest first][row of the tile][column %
 // 4], so that one instruction multiplies four columns of a lane by four bytes of a row.
