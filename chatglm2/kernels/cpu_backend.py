@@ -44,7 +44,7 @@ def call(function: str, *args):
     """
     values = [x.data_ptr() if isinstance(x, torch.Tensor) else x for x in args]
     if getattr(get_library()[0], f"chatglm_{function}")(*values, torch.get_num_threads()):
-        raise MemoryError("no memory for a product's rows")
+        raise MemoryError(f"not enough memory for the C function {function}: free some")
 
 
 def allocate(size: int) -> torch.Tensor:
