@@ -247,9 +247,14 @@ class ChatGLMCache(Cache):
         self.prefix_length = 0
         self.forget()
 
-    def is_consistent(self) -> bool:
-        """Whether all layers hold as many tokens; not so after an error within a forward."""
-        return len({layer.get_seq_length() for layer in self.layers}) <= 1
+    def is_consistent(self, num_layers: int) -> bool:
+        """Whether all layers hold as many tokens; not so after an error within a forward.
+
+        Args:
+            num_layers: Of the model; of a first forward that failed, the later ones are missing.
+        """
+        lengths = [layer.get_seq_length() for layer in self.layers]
+        return not any(lengths) or (len(set(lengths)) == 1 and len(lengths) == num_layers)
 
     def stands_for(self, history: list) -> bool:
         """Whether the next round of `history` can follow on what is held."""
@@ -1214,7 +1219,8 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         finally:
             steps.close()
             shown_ids = ids if shown is None else shown[0].tolist()
-            if cache.is_consistent():  # generate may be ahead of what was yielded
+            if cache.is_consistent(self.config.num_layers):
+                # generate may be ahead of what was yielded
                 cache.crop(min(len(shown_ids) - 1 - cache.get_seq_length(), 0))
                 cache.record(shown_ids, [*history, (query, response)], self.eos_token_ids)
             else:
