@@ -49,9 +49,7 @@ def fused_step_supported(
     """
     return (
         find_problem_of_tokens(inputs, num_prompt_tokens)
-        or find_problem_of_cache(
-            inputs["past_key_values"], len(inputs["hidden_states"]), transformer.config
-        )
+        or find_problem_of_cache(inputs, transformer.config)
         or find_problem_of_model(transformer)
     )
 
@@ -80,8 +78,9 @@ def find_problem_of_tokens(inputs: dict, num_prompt_tokens: int) -> str | None:
     return None
 
 
-def find_problem_of_cache(cache, batch_size: int, config) -> str | None:
+def find_problem_of_cache(inputs: dict, config) -> str | None:
     """Return why C cannot write into a cache; it checks no bounds."""
+    cache, batch_size = inputs["past_key_values"], len(inputs["hidden_states"])
     if type(cache) not in (ChatGLMCache, RaggedCache):
         return f"the cache is a {type(cache).__name__}"
     rows = list_rows(cache)
@@ -91,6 +90,10 @@ def find_problem_of_cache(cache, batch_size: int, config) -> str | None:
             return f"a layer of the cache is a {type(layer).__name__}"
     held = [layer.keys for layer in layers if layer.is_initialized]
     dtypes = {keys.dtype for keys in held}
+    if len(held) < len(rows) * config.num_layers:  # others are made
+        if type(cache) is RaggedCache:
+            return "a row of the cache is empty"
+        dtypes.add(inputs["cache_dtype"] or torch.float32)
     if len(dtypes) > 1 or not dtypes <= CACHE_TYPES.keys():
         return f"the cache has {', '.join(map(str, dtypes))}"
     num_rows = 1 if type(cache) is RaggedCache else batch_size
@@ -110,6 +113,7 @@ def is_plain(module, kind: type) -> bool:
     """Whether a module is of exactly a class, and nothing is hooked into it.
 
     torch has no public way to ask for hooks; accelerate puts its own `forward` into the instance.
+    Hooks of all modules (`register_module_forward_hook`) are not seen, and not called.
     """
     state = vars(module)
     hooks = state["_forward_hooks"] or state["_forward_pre_hooks"]
@@ -130,6 +134,12 @@ def find_problem_of_model(transformer: ChatGLMModel) -> str | None:
     return next(filter(None, problems), None)
 
 
+def is_readable(tensor: torch.Tensor, size: int) -> bool:
+    """Whether C can read a parameter: plain float32, one number after the other."""
+    is_plain_float = type(tensor) is torch.nn.Parameter and tensor.dtype == torch.float32
+    return is_plain_float and tensor.shape == (size,) and tensor.is_contiguous()
+
+
 def find_problem_of_block(block: GLMBlock) -> str | None:
     if not is_plain(block, GLMBlock):
         return f"a block is a {type(block).__name__} or hooked"
@@ -138,13 +148,15 @@ def find_problem_of_block(block: GLMBlock) -> str | None:
     if block.training or block.self_attention.training:
         return "a block is in training mode"
     for norm in (block.input_layernorm, block.post_attention_layernorm):
-        if not is_plain(norm, RMSNorm) or norm.weight.dtype != torch.float32:
-            return f"a norm is a {type(norm).__name__}, hooked or not float32"
+        if not is_plain(norm, RMSNorm):
+            return f"a norm is a {type(norm).__name__} or hooked"
+        if not is_readable(norm.weight, block.config.hidden_size):
+            return "a norm is not plain float32"
     for linear in find_linears(block):
         if not is_plain(linear, QuantizedLinear):
             return f"a layer is a {type(linear).__name__} or hooked"
-        if linear.bias is not None and linear.bias.dtype != torch.float32:
-            return "a bias is not float32"
+        if (bias := linear.bias) is not None and not is_readable(bias, linear.out_features):
+            return "a bias is not plain float32"
     return None
 
 
@@ -181,7 +193,8 @@ def reserve_cache(cache, block: GLMBlock, inputs: dict) -> tuple[ctypes.Array, t
     dtype = inputs["cache_dtype"] or hidden_states.dtype
     conversations = []
     for row in list_rows(cache):
-        if len(row.layers) <= attention.layer_idx:  # nothing is cached yet
+        layers = row.layers[attention.layer_idx :]
+        if not (layers and layers[0].is_initialized):  # nothing is cached yet, or after a reset
             shape = len(hidden_states), attention.num_kv_heads, 0, attention.head_dim
             row.update(*2 * [hidden_states.new_empty(shape, dtype=dtype)], attention.layer_idx)
         layer = row.layers[attention.layer_idx]
