@@ -59,6 +59,37 @@ def int4_checkpoint(tiny_checkpoint, tiny_tokenizer, tmp_path_factory) -> Path:
     return folder
 
 
+def require_library() -> str:
+    """Return the instructions of the C kernels; a compiler that fails is no reason to skip."""
+    from chatglm2.kernels import build_cpu
+
+    library, problem = build_cpu.get_library()
+    if problem and ("no C compiler" in problem or "this CPU lacks" in problem):
+        pytest.skip(problem)
+    assert problem is None
+    return library.chatglm_isa().decode()
+
+
+@pytest.fixture(params=["avx512", "avx2", "portable"])
+def isa(request, monkeypatch):
+    """Compile for and run one of the sets of instructions."""
+    from chatglm2.kernels import build_cpu
+
+    monkeypatch.setenv(build_cpu.ISA_VARIABLE, request.param)
+    build_cpu.get_library.cache_clear()
+    try:
+        assert require_library() == request.param
+        yield
+    finally:
+        build_cpu.get_library.cache_clear()
+
+
+@pytest.fixture
+def need_library(request):
+    if "isa" not in request.fixturenames:
+        require_library()
+
+
 @pytest.fixture(params=["official_tokenizer", "tiny_tokenizer"])
 def any_tokenizer(request):
     return request.getfixturevalue(request.param)

@@ -17,6 +17,7 @@ from chatglm2.kernels import build_cpu, cpu_backend
 from chatglm2.kernels.cpu_backend import PackedWeight, matmul, stored_matmul
 from chatglm2.quantization import QuantizedLinear, StoredLinear, torch_matmul, unpack_int4
 
+pytestmark = pytest.mark.usefixtures("need_library")
 CPU = torch.device("cpu")
 WAYS = [(8, None), (4, None), (4, 128)]
 WAY_NAMES = ["int8", "int4", "g128"]
@@ -26,33 +27,6 @@ LAYERS = [
 ]
 ROW_COUNTS = (1, 2, 3, 5, 8, 16)
 load = ChatGLMForConditionalGeneration.from_pretrained
-
-
-def require_library() -> str:
-    """Return its instructions; a compiler that fails is no reason to skip."""
-    library, problem = build_cpu.get_library()
-    if problem and ("no C compiler" in problem or "this CPU lacks" in problem):
-        pytest.skip(problem)
-    assert problem is None
-    return library.chatglm_isa().decode()
-
-
-@pytest.fixture(params=build_cpu.ISA_FLAGS)
-def isa(request, monkeypatch):
-    """Compile for and run one of the sets of instructions."""
-    monkeypatch.setenv(build_cpu.ISA_VARIABLE, request.param)
-    build_cpu.get_library.cache_clear()
-    try:
-        assert require_library() == request.param
-        yield
-    finally:
-        build_cpu.get_library.cache_clear()
-
-
-@pytest.fixture(autouse=True)
-def need_library(request):
-    if "isa" not in request.fixturenames:
-        require_library()
 
 
 def create_layer(bits, group_size, in_features=384, out_features=80, seed=0) -> QuantizedLinear:
