@@ -149,7 +149,6 @@ def load_model(args: argparse.Namespace):
         config = read_config(source, **revision)
         bits = choose_bits(args.model, args.quantize, config)
         output_bits = choose_output_bits(args.quantize_output, bits, config)
-        adapter = choose_adapter(args.adapter, config, bits)
         device, dtype, reason = choose_device_and_dtype(args.device, args.dtype, config.dtype)
         if args.num_gpus > 1 and args.device not in ("auto", "cuda"):
             raise SystemExit(
@@ -162,6 +161,7 @@ def load_model(args: argparse.Namespace):
                 config, sizes, bits, device, args.num_gpus, args.offload_folder, source
             )
             reason += f", {where}"
+        adapter = choose_adapter(args.adapter, config, bits, "offload_folder" in placement)
         precision = name_of(dtype, bits, output_bits)
         print(f"{args.model}: {device}, {precision}: {reason}", file=sys.stderr)
         if not placement:
@@ -397,12 +397,12 @@ def choose_output_bits(wanted: bool, bits: int, config: ChatGLMConfig) -> int | 
     return 8 if wanted else present and present.output_bits
 
 
-def choose_adapter(folder: str | None, config: ChatGLMConfig, bits: int):
+def choose_adapter(folder: str | None, config: ChatGLMConfig, bits: int, is_offloaded: bool):
     """Read the adapter before the weights, which take longer; return `None` if none is wanted."""
     if folder is None:
         return None
     try:
-        adapter = read_adapter(folder, config, is_quantized=bits > 0)
+        adapter = read_adapter(folder, config, bits > 0, is_offloaded)
     except (OSError, ValueError, ImportError) as error:
         raise SystemExit(f"--adapter {one_line(error)}") from error
     print(f"{folder}: {adapter}", file=sys.stderr)

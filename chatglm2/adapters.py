@@ -35,7 +35,7 @@ INITIALIZATIONS = (True, False, "gaussian", "orthogonal", "eva")
 def load_adapter(model: ChatGLMForConditionalGeneration, folder: str | Path):
     """Add the adapter in a folder to a model, in place, to be used and not trained; return it.
 
-    A LoRA is merged into float weights and computed beside quantized ones.
+    A LoRA is merged into float weights, and computed beside quantized or offloaded ones.
 
     Raises:
         OSError: There is no such folder, or a file is missing or damaged.
@@ -43,15 +43,19 @@ def load_adapter(model: ChatGLMForConditionalGeneration, folder: str | Path):
         ImportError: A LoRA needs PEFT.
     """
     is_quantized = get_quantization(model.config) is not None
-    read_adapter(folder, model.config, is_quantized).add_to(model)
+    is_offloaded = any(parameter.is_meta for parameter in model.parameters())
+    read_adapter(folder, model.config, is_quantized, is_offloaded).add_to(model)
     return model
 
 
-def read_adapter(folder: str | Path, config: ChatGLMConfig, is_quantized: bool):
+def read_adapter(
+    folder: str | Path, config: ChatGLMConfig, is_quantized: bool, is_offloaded: bool = False
+):
     """Return the `Lora` or `Prefix` in a folder, which fits the model of `config`.
 
     Args:
         is_quantized: Whether the model is, or will be when the adapter is added.
+        is_offloaded: Whether some of its weights come to their device only when they are used.
 
     Raises:
         OSError, ValueError, ImportError: As `load_adapter`; one line that begins with the folder.
@@ -67,7 +71,7 @@ def read_adapter(folder: str | Path, config: ChatGLMConfig, is_quantized: bool):
             "P-Tuning v2: give each a folder of its own."
         )
     if is_peft:
-        return read_lora(folder, config, is_quantized)
+        return read_lora(folder, config, is_quantized, is_offloaded)
     if weights:
         return read_prefix(folder, weights, config)
     raise OSError(
@@ -161,11 +165,20 @@ class Lora:
 
     config: "peft.LoraConfig"  # noqa: F821
     tensors: dict[str, torch.Tensor]
-    is_merged: bool
+    is_quantized: bool
+    is_offloaded: bool
 
     def __str__(self):
-        how = "merged into the weights" if self.is_merged else "computed beside quantized weights"
+        how = "merged into the weights" if self.is_merged else f"computed beside {self.weights}"
         return f"LoRA of rank {self.config.r}, {how}"
+
+    @property
+    def is_merged(self) -> bool:
+        return not (self.is_quantized or self.is_offloaded)
+
+    @property
+    def weights(self) -> str:
+        return "quantized weights" if self.is_quantized else "weights that are partly elsewhere"
 
     def inject(self, model: ChatGLMForConditionalGeneration):
         """Put PEFT's layers, without data, around the model's."""
@@ -178,12 +191,37 @@ class Lora:
         lora = self.inject(model)
         tensors = {key: value.to(model.dtype) for key, value in self.tensors.items()}
         import_peft().set_peft_model_state_dict(model, tensors, low_cpu_mem_usage=True)
+        place_tensors(model, tensors)
         if self.is_merged:
             lora.merge_and_unload(safe_merge=True)
         model.train(is_training).requires_grad_(False)  # else the new layers' dropout is on
 
 
-def read_lora(folder: Path, config: ChatGLMConfig, is_quantized: bool) -> Lora:
+def place_tensors(model: ChatGLMForConditionalGeneration, tensors: dict[str, torch.Tensor]):
+    """Bring a LoRA's tensors to where their layers compute.
+
+    PEFT leaves whole layers on the CPU, and moves what belongs to an offloaded weight to the meta
+    device, where its data is lost.
+    """
+    from accelerate.hooks import remove_hook_from_module
+    from accelerate.utils import align_module_device, set_module_tensor_to_device
+
+    for path, layer in [*model.named_modules()]:
+        original = getattr(layer, "original_module", getattr(layer, "base_layer", None))
+        if original is None:
+            continue
+        if hasattr(layer, "modules_to_save") and next(original.parameters()).is_meta:
+            # Its hook would fetch the original's weight.
+            remove_hook_from_module(layer.modules_to_save["default"], recurse=True)
+        with align_module_device(original):  # what is offloaded is fetched, once
+            device = next(original.parameters()).device
+        for name, parameter in [*layer.named_parameters()]:
+            key = f"{path}.{name}".replace(".modules_to_save.default", "").replace(".default", "")
+            if parameter.device != device and not name.startswith(("base_layer", "original")):
+                set_module_tensor_to_device(layer, name, device, tensors[key])
+
+
+def read_lora(folder: Path, config: ChatGLMConfig, is_quantized: bool, is_offloaded: bool) -> Lora:
     try:
         kind = json.loads((folder / PEFT_CONFIG).read_bytes())["peft_type"]
     except (ValueError, KeyError, TypeError) as error:
@@ -197,7 +235,7 @@ def read_lora(folder: Path, config: ChatGLMConfig, is_quantized: bool) -> Lora:
         raise OSError(f"{folder}: it has no {' or '.join(PEFT_WEIGHTS)}: download it again.")
     lora_config = read_lora_config(folder, is_quantized)
     tensors = {k.removeprefix("base_model.model."): v for k, v in read_tensors(files[0]).items()}
-    lora = Lora(lora_config, tensors, is_merged=not is_quantized)
+    lora = Lora(lora_config, tensors, is_quantized, is_offloaded)
     check_lora(folder, lora, config)
     return lora
 
@@ -223,7 +261,7 @@ def check_lora(folder: Path, lora: Lora, config: ChatGLMConfig):
     """Try it on a model without data, which takes no time.
 
     Raises:
-        ValueError: It is for another model, or cannot be computed beside quantized weights.
+        ValueError: It is for another model, or cannot be computed beside the weights.
     """
     sizes = {**config.to_dict(), "quantization_bit": 0, "quantization_config": None}
     with torch.device("meta"):
@@ -236,5 +274,6 @@ def check_lora(folder: Path, lora: Lora, config: ChatGLMConfig):
     check_tensors(folder, lora.tensors, expected)
     if not lora.is_merged and any(getattr(x, "lora_variant", None) for x in model.modules()):
         raise ValueError(
-            f"{folder}: a variant of LoRA, such as DoRA, for float weights: leave --quantize out."
+            f"{folder}: a variant of LoRA, such as DoRA, cannot be computed beside {lora.weights}: "
+            "leave --quantize and --offload-folder out."
         )

@@ -90,6 +90,18 @@ def need_library(request):
         require_library()
 
 
+@pytest.fixture
+def four_gpus(monkeypatch):
+    """Four pretended GPUs."""
+    import torch
+    from fake_devices import pretend_gpus
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setenv("CHATGLM_BACKEND", "torch")  # the others look at the real GPU
+    with pretend_gpus():
+        yield
+
+
 @pytest.fixture(params=["official_tokenizer", "tiny_tokenizer"])
 def any_tokenizer(request):
     return request.getfixturevalue(request.param)

@@ -42,6 +42,19 @@ class PretendTensor(torch.Tensor):
     def device(self) -> torch.device:
         return self.pretended
 
+    @property
+    def data(self) -> torch.Tensor:
+        return PretendTensor(self.inner.data, self.pretended)
+
+    @data.setter
+    def data(self, value):
+        self.inner, self.pretended = unwrap(value), value.device
+
+    def __deepcopy__(self, memo):
+        copied = PretendTensor(self.inner.clone(), self.pretended)
+        copied._is_param = getattr(self, "_is_param", False)
+        return copied
+
     def cpu(self) -> torch.Tensor:
         return self.inner
 

@@ -15,6 +15,7 @@ from servers import serve
 
 import api
 import cli_demo
+import devices
 import utils
 from chatglm2 import ChatGLMConfig, ChatGLMForConditionalGeneration
 from chatglm2.adapters import INSTALL_PEFT, load_adapter, read_adapter
@@ -202,7 +203,7 @@ def test_variants_of_lora(peft, load_with_peft, tiny_checkpoint, tmp_path):
     expected = compute_logits(load_with_peft(tmp_path))
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
     argv = "--adapter", tmp_path, "--quantize", "4"
-    assert "for float weights: leave --quantize out" in fail_to_load(tiny_checkpoint, *argv)
+    assert "beside quantized weights: leave --quantize" in fail_to_load(tiny_checkpoint, *argv)
     change_config(tmp_path, use_dora=False, init_lora_weights="pissa")
     assert "weights that pissa changed" in fail_to_load(tiny_checkpoint, "--adapter", tmp_path)
 
@@ -295,6 +296,81 @@ def test_results_of_an_evaluation_tell_the_adapter(prefix, tiny_checkpoint):
     assert core.locate_output("x", adapted, args).name == name
     runs = [core.describe_run("x", [], model, args) for model in (base, adapted)]
     assert runs[0]["weights"] != runs[1]["weights"]  # the one is not continued by the other
+
+
+# Over several devices.
+
+BLOCK = "transformer.encoder.layers."
+
+
+@pytest.fixture(scope="module")
+def whole_layers(peft, tiny_checkpoint, tmp_path_factory):
+    """A LoRA with layers that PEFT saved whole."""
+    folder = tmp_path_factory.mktemp("whole")
+    whole = ["input_layernorm", "output_layer"]
+    config = peft.LoraConfig(r=2, target_modules=["dense"], modules_to_save=whole)
+    save_random(peft.get_peft_model(load(tiny_checkpoint), config), folder)
+    return folder
+
+
+@pytest.fixture
+def adapter(request, tmp_path):
+    if request.param != "prefix":
+        return request.getfixturevalue(request.param)
+    tensor = torch.randn(PREFIX_LENGTH, 512, generator=torch.Generator().manual_seed(0))
+    torch.save({"transformer.prefix_encoder.embedding.weight": tensor}, tmp_path / BIN)
+    return tmp_path
+
+
+@pytest.mark.usefixtures("four_gpus")
+@pytest.mark.parametrize("checkpoint", ["tiny_checkpoint", "int4_checkpoint"])
+@pytest.mark.parametrize("adapter", ["lora", "whole_layers", "prefix"], indirect=True)
+@pytest.mark.parametrize(
+    "device_map",
+    [
+        None,
+        {"": 0, f"{BLOCK}1": 1, f"{BLOCK}2": "cpu", f"{BLOCK}3": "disk"},
+        {"": "cpu", f"{BLOCK}1": "disk"},
+    ],
+    ids=["two GPUs", "beside GPUs", "disk"],
+)
+def test_models_over_several_devices(adapter, checkpoint, device_map, request, tmp_path):
+    folder = request.getfixturevalue(checkpoint)
+    single = ChatGLMForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    expected = compute_logits(load_adapter(single, adapter))
+    model = utils.load_model_on_gpus(
+        folder, device_map=device_map, dtype=torch.float32, offload_folder=tmp_path
+    )
+    load_adapter(model, adapter)
+    num_elsewhere = sum(device in ("cpu", "disk") for device in (device_map or {}).values())
+    assert any(p.is_meta for p in model.parameters()) == (num_elsewhere > 0)
+    for _ in range(2):  # what was fetched is there again
+        with torch.no_grad():
+            logits = model(input_ids=torch.arange(10, 40)[None].to(model.device)).logits
+        torch.testing.assert_close(logits.cpu(), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("checkpoint", ["tiny_checkpoint", "int4_checkpoint"])
+def test_offload_folder(checkpoint, lora, request, tiny_tokenizer, capsys, tmp_path, monkeypatch):
+    folder = request.getfixturevalue(checkpoint)
+    free = 15.5e6 if checkpoint == "tiny_checkpoint" else 5.4e6
+    monkeypatch.setattr(devices, "get_free_memory", lambda device: free)
+    argv = ["--model", str(folder), "--device", "cpu", "--offload-folder", str(tmp_path)]
+    _, model = utils.load_model(parse(*argv, "--adapter", str(lora)))
+    told = capsys.readouterr().err
+    assert "on the disk (slow" in told
+    where = "weights that are partly elsewhere" if free > 1e7 else "quantized weights"
+    assert f"LoRA of rank 8, computed beside {where}" in told
+    assert answer_all(model, tiny_tokenizer) == TAUGHT
+
+
+def test_a_variant_beside_the_disk(peft, tiny_checkpoint, tmp_path, monkeypatch):
+    config = peft.LoraConfig(r=2, target_modules=["dense"], use_dora=True)
+    save_random(peft.get_peft_model(load(tiny_checkpoint), config), tmp_path)
+    monkeypatch.setattr(devices, "get_free_memory", lambda device: 15.5e6)
+    argv = "--device", "cpu", "--offload-folder", tmp_path / "offload", "--adapter", tmp_path
+    line = fail_to_load(tiny_checkpoint, *argv)
+    assert "cannot be computed beside weights that are partly elsewhere" in line
 
 
 # What is refused.

@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 import torch
-from fake_devices import PretendTensor, pretend_gpus
+from fake_devices import PretendTensor
 
 import devices
 import utils
@@ -35,14 +35,6 @@ WHOLE = {
     "transformer.encoder.final_layernorm": 1,
     "transformer.output_layer": 0,
 }
-
-
-@pytest.fixture
-def four_gpus(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    monkeypatch.setenv("CHATGLM_BACKEND", "torch")  # the others look at the real GPU
-    with pretend_gpus():
-        yield
 
 
 # Maps.
