@@ -1,0 +1,159 @@
+"""Which checkpoint: a folder, a copy in the hub's cache, or the hub."""
+
+import sys
+import threading
+from pathlib import Path
+
+from huggingface_hub import HfApi, constants, try_to_load_from_cache
+from huggingface_hub.errors import (
+    HFValidationError,
+    HTTPError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import validate_repo_id
+
+from chatglm2 import ChatGLMConfig
+from chatglm2.modeling_chatglm import find_weight_files
+from machine import get_free_space, gigabytes
+
+ROOT = Path(__file__).resolve().parent
+CURE = (
+    "try the bundled checkpoint (--model resources/chatglm2-tiny), a folder with a downloaded one "
+    "(--model FOLDER), or a mirror of the hub (environment variable HF_ENDPOINT)"
+)
+HUB_TIMEOUT_S = 8
+
+
+def one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def locate_checkpoint(model: str, revision: str | None):
+    """Return the folder of a checkpoint and None, or None and the hub's information about it.
+
+    A relative path is looked up below the current directory, then below the repository. A complete
+    copy in the hub's cache is taken if the hub has nothing newer, or does not answer.
+    """
+    for folder in (Path(model).expanduser(), ROOT / model):
+        if folder.exists():
+            if revision is not None:
+                raise SystemExit(
+                    f"--revision {revision} needs a model on the hub; {model} is a folder."
+                )
+            check_folder(folder)
+            return folder, None
+    try:
+        validate_repo_id(model)
+        hub_info = query_hub(model, revision)
+    except HFValidationError as error:
+        raise SystemExit(f"{model}: there is no such folder: {CURE}.") from error
+    except (OSError, HTTPError, ValueError) as error:
+        cause = f"does not provide it ({one_line(error)})"
+        if isinstance(error, RepositoryNotFoundError | RevisionNotFoundError):
+            cause = "has no such model or revision, or it is private"
+        if folder := find_cached_copy(model, revision):
+            print(
+                f"{model}: {constants.ENDPOINT} {cause}; using the copy in {folder}",
+                file=sys.stderr,
+            )
+            return folder, None
+        raise SystemExit(
+            f"{model}: there is no such folder and no downloaded copy, and {constants.ENDPOINT} "
+            f"{cause}: {CURE}."
+        ) from error
+    if folder := find_cached_copy(model, hub_info.sha):
+        return folder, None
+    check_file_names(model, {file.rfilename for file in hub_info.siblings})
+    return None, hub_info
+
+
+def query_hub(model: str, revision: str | None):
+    """Return the hub's `ModelInfo`, with the files' sizes, within `HUB_TIMEOUT_S`.
+
+    A thread keeps the time, for a resolver that does not answer knows no time-out.
+
+    Raises:
+        OSError, HTTPError, ValueError: The hub is out of reach, or has no such model.
+    """
+    outcome = []
+
+    def ask():
+        try:
+            outcome.append(
+                HfApi().model_info(
+                    model, revision=revision, files_metadata=True, timeout=HUB_TIMEOUT_S
+                )
+            )
+        except (OSError, HTTPError, ValueError) as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(HUB_TIMEOUT_S)
+    if not outcome:
+        raise TimeoutError(f"no answer within {HUB_TIMEOUT_S} s")
+    if isinstance(outcome[0], Exception):
+        raise outcome[0]
+    return outcome[0]
+
+
+def find_cached_copy(model: str, revision: str | None) -> Path | None:
+    """Return the folder of a completely downloaded model in the hub's cache."""
+    config = try_to_load_from_cache(model, "config.json", revision=revision)
+    if not isinstance(config, str):
+        return None
+    folder = Path(config).parent
+    files = [folder / "tokenizer.model", *find_weight_files(folder)]
+    return folder if len(files) > 1 and all(file.exists() for file in files) else None
+
+
+def check_file_names(model: str, names: set[str]):
+    """Check that what a checkpoint needs is among the names of its files."""
+    weights = {"model.safetensors", "pytorch_model.bin"}
+    weights |= {f"{name}.index.json" for name in weights}
+    for needed, what in (
+        ({"config.json"}, "config.json"),
+        ({"tokenizer.model"}, "tokenizer.model"),
+        (weights, "weights (model.safetensors or pytorch_model.bin, or their index)"),
+    ):
+        if not needed & names:
+            raise SystemExit(f"{model} is no complete checkpoint: it has no {what}; {CURE}.")
+
+
+def check_folder(folder: Path):
+    if not folder.is_dir():
+        raise SystemExit(f"{folder} is a file: give the checkpoint folder that holds it.")
+    check_file_names(str(folder), {file.name for file in folder.iterdir()})
+
+
+def read_config(source, **revision) -> ChatGLMConfig:
+    """Return the configuration of a checkpoint that this version can run."""
+    fields, _ = ChatGLMConfig.get_config_dict(source, **revision)
+    if fields.get("model_type") != "chatglm":
+        raise SystemExit(
+            f"{source} is a model of type {fields.get('model_type')!r}: this program runs ChatGLM2 "
+            "models (model_type 'chatglm')."
+        )
+    return ChatGLMConfig.from_dict(fields)
+
+
+def check_disk(model: str, hub_info):
+    """Stop before a download that the disk of the hub's cache cannot hold."""
+    names = {file.rfilename for file in hub_info.siblings}
+    suffix = ".safetensors" if any(name.endswith(".safetensors") for name in names) else ".bin"
+    needed = sum(
+        file.size or 0
+        for file in hub_info.siblings
+        if file.rfilename.endswith((suffix, ".model", ".json"))
+        and not isinstance(
+            try_to_load_from_cache(model, file.rfilename, revision=hub_info.sha), str
+        )
+    )
+    free = get_free_space(Path(constants.HF_HUB_CACHE))
+    if needed > free:
+        raise SystemExit(
+            f"{model}: the download needs {gigabytes(needed)}, {gigabytes(free)} free in "
+            f"{constants.HF_HUB_CACHE}: make room, or name another disk (environment variable "
+            "HF_HOME)."
+        )
