@@ -1,8 +1,9 @@
-"""What the machine has, and what a container leaves of it: memory, disk and processor cores."""
+"""What the machine has, and what a container leaves of it: memory, disk, processors, addresses."""
 
 import os
 import re
 import shutil
+import socket
 import sys
 from pathlib import Path
 
@@ -113,3 +114,28 @@ def read_cpu_quota(root: Path) -> float | None:
         if quota != unlimited:
             quotas.append(int(quota) / int(period))
     return min(quotas, default=None)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Return a socket that listens at an address of this machine; port 0 is a free one.
+
+    Raises:
+        socket.gaierror: The host has no address.
+        OSError: The port is taken, or the address is none of this machine's.
+    """
+    try:
+        family, *_, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+    except UnicodeError as error:  # e.g. a part of more than 63 letters
+        raise socket.gaierror(socket.EAI_NONAME, f"no name of a host ({error})") from error
+    listener = socket.socket(family)
+    try:
+        if os.name == "posix":  # elsewhere it would share a taken port
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen()  # two servers started together may both bind
+    except OSError:
+        listener.close()
+        raise
+    return listener

@@ -26,6 +26,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
+import machine
 import utils
 from chatglm2.batching import Batcher, Chunk, Generation, Unavailable
 from metrics import CountRequests, Metrics
@@ -411,14 +412,7 @@ def bind(args) -> socket.socket:
         SystemExit: The port is taken, or the address is none of this machine's.
     """
     try:
-        family, *_, address = socket.getaddrinfo(
-            args.host, args.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        listener = socket.socket(family)
-        if os.name == "posix":  # elsewhere it would share a taken port
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen()  # two servers started together may both bind
+        listener = machine.listen(args.host, args.port)
     except socket.gaierror as error:
         raise SystemExit(
             f"--host {args.host}: {error.strerror or error}: give a name or an address of this "
@@ -429,7 +423,7 @@ def bind(args) -> socket.socket:
             f"--host {args.host} --port {args.port}: {error.strerror or error}: choose another, "
             "such as --port 8001, or stop what listens there."
         ) from error
-    if not is_loopback(address[0]) and not args.api_key:
+    if not is_loopback(listener.getsockname()[0]) and not args.api_key:
         print(
             f"{args.host}: other machines can reach the server, and it asks for no key: "
             "--api-key sets one.",

@@ -3,7 +3,6 @@
 import logging
 import os
 import re
-import socket
 import time
 import weakref
 from contextlib import closing, contextmanager
@@ -11,6 +10,7 @@ from functools import lru_cache
 
 from markdown_it import MarkdownIt
 
+import machine
 import utils
 from chatglm2 import CHAT_DEFAULTS
 from conversation import DROPPED, STOPPED, Conversation
@@ -293,14 +293,8 @@ def sampling_sliders(model) -> dict[str, dict]:
 def check_address(host: str, port: int | None):
     """Exit if nothing can listen there; let this process ask its own server without a proxy."""
     try:
-        family, *_, address = socket.getaddrinfo(
-            host, port or 0, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        with socket.socket(family) as listener:
-            if os.name == "posix":  # a port whose server has just ended is free
-                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(address)
-    except (OSError, UnicodeError) as error:
+        machine.listen(host, port or 0).close()
+    except OSError as error:
         raise SystemExit(cannot_serve(host, port, error)) from error
     for name in ("no_proxy", "NO_PROXY"):
         hosts = (os.environ.get(name), "127.0.0.1", "localhost", host)

@@ -93,9 +93,11 @@ def test_of_two_servers_started_together_the_second_ends_before_loading():
             serving.bind(parse("--port", port))
 
 
-def test_a_host_without_an_address_is_told():
-    with pytest.raises(SystemExit, match=r"--host nowhere\.invalid: .*such as 127\.0\.0\.1"):
-        serving.bind(parse("--host", "nowhere.invalid"))
+@pytest.mark.parametrize("host", ["nowhere.invalid", "a" * 70])
+def test_a_host_without_an_address_is_told(host):
+    with pytest.raises(SystemExit, match=rf"--host {host}: .*such as 127\.0\.0\.1") as caught:
+        serving.bind(parse("--host", host))
+    assert "\n" not in str(caught.value)
 
 
 def test_an_empty_key_is_refused(capsys, monkeypatch):
