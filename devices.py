@@ -250,7 +250,8 @@ def plan_offload(sizes: dict[str, int], free: dict) -> dict:
     if sum(head.values()) > room[first]:
         raise ValueError(
             f"{gigabytes(free[first])} are free on {first}, too little even for the embedding, the "
-            "output layer and two blocks: take --quantize 4, or a machine with more memory."
+            "output layer and two blocks: take --quantize 4 if it is not INT4 yet, or a machine "
+            "with more memory."
         )
     room[first] -= sum(head.values())
     device_map, devices = dict.fromkeys(head, first), [*room]
@@ -306,11 +307,13 @@ def place_model(
     if offload_folder is None:
         raise ValueError(
             f"its part on {small[0]} needs {gigabytes(needed[small[0]])}, "
-            f"{gigabytes(free[small[0]])} free: take more GPUs (--num-gpus), or --quantize 4, or "
-            "--offload-folder FOLDER."
+            f"{gigabytes(free[small[0]])} free: take more GPUs (--num-gpus), or --offload-folder "
+            "FOLDER, or --quantize 4 if it is not INT4 yet."
         )
     if device.type == "cuda":  # on a Mac, GPU and CPU share the memory
         free["cpu"] = get_free_memory(torch.device("cpu"))
+    if Path(offload_folder).is_file():
+        raise ValueError(f"--offload-folder {offload_folder} is a file: name a folder.")
     device_map = plan_offload(sizes, free)
     stored = count_bytes(device_map, sizes)
     if "disk" in stored:

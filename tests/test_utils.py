@@ -418,6 +418,7 @@ def test_offload_of_a_quantized_checkpoint(load_on_two_gpus, int4_checkpoint, ca
         ),
         (["--num-gpus", "2", "--device", "cpu"], (0, 0), "GPUs from cuda:0 on: leave out --device"),
         (["--num-gpus", "3"], (0, 0), "--num-gpus is 3, but the GPUs here are cuda:0 to cuda:1"),
+        (["--offload-folder", __file__], (16e6, 80e6), "test_utils.py is a file: name a folder"),
         (["--offload-folder", "x"], (12e6, 80e6), "free on cuda:0, too little even for the embed"),
         (
             ["--offload-folder", "x", "--device", "cpu", "--quantize", "4"],
