@@ -9,7 +9,8 @@ from functools import cache
 import pytest
 from conftest import ROOT
 
-READMES = ["README.md", "README_ZH.md", "resources/chatglm2-tiny/README.md", "evaluation/README.md"]
+READMES = ["README.md", "README_ZH.md", "FAQ.md"]
+READMES += ["resources/chatglm2-tiny/README.md", "evaluation/README.md"]
 
 
 def blocks(text: str, language: str) -> list[str]:
