@@ -32,6 +32,11 @@ def test_each_entry_has_a_message_and_a_tried_cure_in_both_languages(number):
     assert len(CHINESE.findall(english)) < 10 and re.search(r"[Tt]ried", english)
 
 
+def test_both_readmes_link_the_entry_on_openmp():
+    for name in ("README.md", "README_ZH.md"):
+        assert "(FAQ.md#q1)" in (ROOT / name).read_text("utf-8")
+
+
 def test_python_blocks_run(tiny_checkpoint, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # one block saves a model
     source = "\n".join(blocks(TEXT, "python"))

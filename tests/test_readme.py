@@ -73,7 +73,7 @@ def test_links_resolve(name):
     path = ROOT / name
     text = path.read_text("utf-8")
     for link in re.findall(r"\]\(([^)\s]+)\)", text):
-        if link.startswith(("http://", "https://")):
+        if link.startswith(("http://", "https://", "mailto:")):
             continue
         file, _, anchor = link.partition("#")
         target = path.parent / file if file else path
@@ -101,7 +101,43 @@ def test_both_languages_show_the_same_commands_and_code():
     assert [re.sub("#.*", "", block) for block in code[0]] == [
         re.sub("#.*", "", block) for block in code[1]
     ]
-    assert english.count("\n## ") == chinese.count("\n## ")
+    headings, pictures, tables = r"^(#{2,4}) ", r"!\[.*?\]\((.*?)\)", r"^(\|[-|: ]+\|)$"
+    for pattern in (headings, pictures, tables):
+        found = [re.findall(pattern, text, re.MULTILINE) for text in (english, chinese)]
+        assert found[0] == found[1]
+
+
+def test_sections_stand_in_the_order_of_the_original():
+    sections = re.findall(r"^##+ (.*)$", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE)
+    wanted = """Introduction, Evaluation, Inference performance, Examples, Installation, Code,
+        Local loading, Web pages, Terminal, API, OpenAI API, Quantization, CPU, Mac, Several GPUs,
+        Licence, Citation, Thanks, Development, Differences from the original,
+        Not run on real hardware"""
+    places = [sections.index(" ".join(name.split())) for name in wanted.split(",")]
+    assert places == sorted(places)
+
+
+@pytest.mark.parametrize("name", ["README.md", "README_ZH.md"])
+def test_examples_are_the_answers_of_the_bundled_model(name, tiny_model, tiny_tokenizer):
+    examples = blocks((ROOT / name).read_text("utf-8"), "text")
+    assert len(examples) == 2
+    for example in examples:
+        rounds = re.findall(r"用户：(.*?)\nChatGLM：(.*?)\n(?:\n|$)", example, re.DOTALL)
+        assert len(rounds) == example.count("用户：")
+        history = []
+        for query, answer in rounds:
+            response, history = tiny_model.chat(tiny_tokenizer, query, history, do_sample=False)
+            assert response == answer
+
+
+@pytest.mark.parametrize("name", ["README.md", "README_ZH.md"])
+def test_the_file_table_names_every_module(name):
+    text = (ROOT / name).read_text("utf-8")
+    named = set(re.findall(r"^\| (`.*?) \|", text, re.MULTILINE))
+    named = {file for cell in named for file in re.findall(r"`(.*?)`", cell)}
+    modules = [*ROOT.glob("*.py"), *(ROOT / "chatglm2").glob("[!_]*.py")]
+    assert named.issuperset(str(path.relative_to(ROOT)) for path in modules)
+    assert all((ROOT / file).exists() for file in named if re.search(r"/$|\.(py|md)$", file))
 
 
 def test_ci_runs_the_readmes_test_command():
