@@ -7,12 +7,13 @@ from conftest import ROOT
 from PIL import Image
 
 RESOURCES = ROOT / "resources"
+PICTURES = ["cli-demo.png", "cpu-speed.png", "web-demo.gif", "web-demo.png", "web-demo2.png"]
 
 
 @pytest.mark.parametrize("name", ["README.md", "README_ZH.md"])
 def test_the_pictures_that_the_readme_shows(name):
     pictures = re.findall(r"!\[[^]]*\]\(resources/(.*?)\)", (ROOT / name).read_text("utf-8"))
-    assert sorted(pictures) == ["cli-demo.png", "web-demo.gif", "web-demo.png", "web-demo2.png"]
+    assert sorted(pictures) == sorted(PICTURES)
     for picture in pictures:
         path = RESOURCES / picture
         assert 10_000 < path.stat().st_size < 500_000

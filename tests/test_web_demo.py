@@ -186,7 +186,7 @@ def test_stop_while_waiting_gives_the_question_back(browser, tab):
         other.wait_for(lambda: "前面还有 1 个问题" in page.inner_text("body"))
         other.stop_button.click()
         other.stop_button.wait_for(state="detached")
-        assert other.messages() == [] and other.box.input_value() == "你好"
+        other.wait_for(lambda: not other.messages() and other.box.input_value() == "你好")
 
 
 @pytest.mark.parametrize("is_waiting", [False, True])
