@@ -1,15 +1,16 @@
 """Adapters: trained here on the bundled checkpoint in seconds, loaded as the scripts load them."""
 
-import argparse
 import asyncio
 import json
 import shutil
 import sys
 from types import SimpleNamespace
 
+import loading
 import pytest
 import torch
 from conftest import ROOT
+from loading import parse
 from safetensors.torch import save_file
 from servers import serve
 
@@ -93,18 +94,9 @@ def compute_logits(model) -> torch.Tensor:
     return model(input_ids=torch.arange(10, 40)[None]).logits
 
 
-def parse(*argv: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    utils.add_model_arguments(parser)
-    return parser.parse_args(argv)
-
-
 def fail_to_load(model, *argv) -> str:
     """Return the one line that ends a script, before any weight is loaded."""
-    with pytest.raises(SystemExit) as error:
-        utils.load_model(parse("--model", str(model), *map(str, argv)))
-    assert isinstance(error.value.code, str) and "\n" not in error.value.code
-    return error.value.code
+    return loading.fail_to_load("--model", str(model), *map(str, argv))
 
 
 def change_config(folder, **fields):
