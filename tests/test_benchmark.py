@@ -9,12 +9,12 @@ from importlib.util import find_spec
 import benchmark
 import benchmark_model
 import benchmark_report
-import measure_loading
 import pytest
 import torch
 from benchmark_model import ModelWorker, create_random_model
 from benchmark_worker import Worker, WorkerError
 from conftest import ROOT
+from memory import PeakMemory, read_memory
 
 import utils
 from chatglm2 import ChatGLMConfig, ChatGLMForConditionalGeneration
@@ -99,8 +99,8 @@ def test_no_float_model_is_made_on_the_way():
         pytest.skip("reads /proc")
     shape = {"hidden_size": 1024, "ffn_hidden_size": 4096, "num_attention_heads": 8}
     config = ChatGLMConfig(**shape, padded_vocab_size=4096, num_layers=16)
-    before = measure_loading.read_memory("RssAnon")
-    with measure_loading.PeakMemory() as memory:
+    before = read_memory("RssAnon")
+    with PeakMemory() as memory:
         create_random_model(config, CPU, torch.float32, 4)
     weights = 16 * 1024 * (4 * 1024 + 3 * 4096)  # 268 million, 1.1 GB in float32
     assert memory.peak - before < 0.75 * weights  # half a byte each
