@@ -19,7 +19,8 @@ import torch
 
 import utils
 from chatglm2 import CHAT_DEFAULTS
-from conversation import DROPPED, STOPPED, Conversation
+from chatglm2.chat.conversation import DROPPED, STOPPED, Conversation
+from chatglm2.command_line import number
 
 WELCOME = (
     "欢迎使用 ChatGLM2-6B 模型，输入内容即可进行对话，clear 清空对话历史，stop 终止程序\n"
@@ -150,28 +151,28 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument("-p", "--prompt", help="ask this once, print the answer and leave")
     parser.add_argument(
         "--max-length",
-        type=utils.number(int, 1),
+        type=number(int, 1),
         default=CHAT_DEFAULTS["max_length"],
         help="tokens of a conversation; the oldest rounds go first (default: %(default)s)",
     )
     parser.add_argument(
         "--top-p",
-        type=utils.number(float, 0, 1),
+        type=number(float, 0, 1),
         default=CHAT_DEFAULTS["top_p"],
         help="sample from the likeliest tokens of this total probability (default: %(default)s)",
     )
     parser.add_argument(
         "--temperature",
-        type=utils.number(float, 0),
+        type=number(float, 0),
         default=CHAT_DEFAULTS["temperature"],
         help="0 takes the likeliest token always (default: %(default)s)",
     )
     parser.add_argument(
-        "--seed", type=utils.number(int, 0, 2**64 - 1), help="the same seed, the same answers"
+        "--seed", type=number(int, 0, 2**64 - 1), help="the same seed, the same answers"
     )
     parser.add_argument(
         "--prompt-lookup",
-        type=utils.number(int, 1),
+        type=number(int, 1),
         metavar="N",
         help="with --temperature 0: where the answer repeats something of the conversation, try "
         "its next N tokens in one step; faster for answers that quote",

@@ -26,9 +26,10 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
-import machine
 import utils
 from chatglm2.batching import Batcher, Chunk, Generation, Unavailable
+from chatglm2.command_line import number
+from chatglm2.hardware import listen
 from metrics import CountRequests, Metrics
 
 OPEN_PATHS = ("/health", "/openapi.json")  # need no key
@@ -48,16 +49,16 @@ def read_key(text: str) -> str:
 
 def add_server_arguments(parser: argparse.ArgumentParser):
     """Add what `create_app`, `bind` and `run` read."""
-    whole, number = utils.number(int, 1), utils.number(float, 0)
+    whole, positive = number(int, 1), number(float, 0)
     for flag, kind, default, text in (
         ("--host", str, "127.0.0.1", "address to listen on; 0.0.0.0 is every one of this machine"),
-        ("--port", utils.number(int, 0, 65535), 8000, "0 takes a free one"),
+        ("--port", number(int, 0, 65535), 8000, "0 takes a free one"),
         ("--max-batch", whole, 8, "answers generated at a time"),
-        ("--max-queue", utils.number(int, 0), 64, "requests that wait for a place"),
+        ("--max-queue", number(int, 0), 64, "requests that wait for a place"),
         ("--context", whole, 8192, "tokens of a prompt and its answer"),
-        ("--kept-tokens", utils.number(int, 0), 16384, "tokens kept for later rounds"),
-        ("--max-body", number, 4.0, "megabytes of a request"),
-        ("--grace", number, 5.0, "seconds that running answers have when the server is stopped"),
+        ("--kept-tokens", number(int, 0), 16384, "tokens kept for later rounds"),
+        ("--max-body", positive, 4.0, "megabytes of a request"),
+        ("--grace", positive, 5.0, "seconds that running answers have when the server is stopped"),
     ):
         parser.add_argument(flag, type=kind, default=default, help=f"{text} (default: {default})")
     parser.add_argument(
@@ -412,7 +413,7 @@ def bind(args) -> socket.socket:
         SystemExit: The port is taken, or the address is none of this machine's.
     """
     try:
-        listener = machine.listen(args.host, args.port)
+        listener = listen(args.host, args.port)
     except socket.gaierror as error:
         raise SystemExit(
             f"--host {args.host}: {error.strerror or error}: give a name or an address of this "
@@ -463,8 +464,8 @@ def main(create_app: Callable, description: str, argv=None):
 
 def run(app: FastAPI, args, listener: socket.socket):
     """Serve until SIGINT or SIGTERM, then exit with code 0."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises them again when it has stopped
-        signal.signal(number, lambda *_: sys.exit(0))
+    for stop in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises them again when it has stopped
+        signal.signal(stop, lambda *_: sys.exit(0))
     host, port, *_ = listener.getsockname()
     host = f"[{host}]" if ":" in host else host
     print(f"http://{host}:{port} (Ctrl-C: 停止 / stop)", file=sys.stderr)

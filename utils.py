@@ -1,11 +1,10 @@
-"""What every script shares: the model's arguments, loading it, and fitting a conversation into it.
+"""What every script shares: the model's arguments, and loading it.
 
 The only place that chooses device and dtype. Whatever a user can put right ends in a `SystemExit`
 with one line. No code of a checkpoint folder is ever executed.
 """
 
 import argparse
-import math
 import os
 import re
 import sys
@@ -13,33 +12,27 @@ import sys
 import torch
 from huggingface_hub.errors import HTTPError
 
-import devices
 from chatglm2 import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMTokenizer
 from chatglm2.adapters import read_adapter
+from chatglm2.checkpoint import check_disk, locate_checkpoint, read_config
+from chatglm2.command_line import number, one_line
+from chatglm2.hardware import choose_threads, get_free_memory, gigabytes
+from chatglm2.placement import (
+    BLOCK,
+    HEAD,
+    MEMORY_MARGIN,
+    PREFIX,
+    check_gpu,
+    check_quantized,
+    for_accelerate,
+    measure_parts,
+    place_model,
+    resolve_device_map,
+)
 from chatglm2.quantization import ChatGLMQuantizationConfig, get_quantization, prepare_layers
-from checkpoint import check_disk, locate_checkpoint, one_line, read_config
-from devices import MEMORY_MARGIN, auto_configure_device_map, load_model_on_gpus  # noqa: F401
-from machine import choose_threads, get_free_memory, gigabytes
 
 DEFAULT_MODEL = "THUDM/chatglm2-6b"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
-
-def number(kind: type, low, high=None):
-    """Return an argparse type: a finite `kind` (int or float) from `low` to `high`."""
-
-    def convert(text: str):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if math.isfinite(value) and low <= value and (high is None or value <= high):
-            return value
-        noun = "an integer" if kind is int else "a number"
-        allowed = f"of at least {low}" if high is None else f"from {low} to {high}"
-        raise argparse.ArgumentTypeError(f"{text!r} is not {noun} {allowed}")
-
-    return convert
 
 
 class StoreOnce(argparse.Action):
@@ -141,9 +134,10 @@ def load_model(args: argparse.Namespace):
             )
         placement = {}
         if args.num_gpus > 1 or args.offload_folder is not None:
-            sizes = devices.measure_parts(config, dtype, bits, output_bits)
-            placement, where = devices.place_model(
-                config, sizes, bits, device, args.num_gpus, args.offload_folder, source
+            numbers = create_device_map(config, args.num_gpus)
+            sizes = measure_parts(config, dtype, bits, output_bits)
+            placement, where = place_model(
+                config, numbers, sizes, bits, device, args.offload_folder, source
             )
             reason += f", {where}"
         adapter = choose_adapter(args.adapter, config, bits, "offload_folder" in placement)
@@ -228,6 +222,11 @@ def name_precision(model) -> str:
     if quantization := get_quantization(model.config):
         return name_of(model.dtype, quantization.bits, quantization.output_bits)
     return name_of(model.dtype)
+
+
+def describe(name: str, model) -> str:
+    """Return a line with the model's name, its device and precision."""
+    return f"{name}, {model.device}, {name_precision(model)}"
 
 
 # Where and how: quantization, device, dtype, memory, disk.
@@ -333,7 +332,7 @@ def count_weight_bytes(
     config: ChatGLMConfig, dtype: torch.dtype, bits: int, output_bits: int | None = None
 ) -> int:
     """Return the size of a loaded model, from its shapes alone."""
-    return sum(devices.measure_parts(config, dtype, bits, output_bits).values())
+    return sum(measure_parts(config, dtype, bits, output_bits).values())
 
 
 def check_memory(
@@ -371,29 +370,61 @@ def check_memory(
     )
 
 
-# The conversation.
+# Several GPUs.
 
 
-def count_prompt(tokenizer, query: str, history) -> int:
-    return len(tokenizer.encode(tokenizer.build_prompt(query, history)))
-
-
-def fit_history(tokenizer, query: str, history: list, limit: int) -> list:
-    """Return `history` if its prompt has at most `limit` ids, else without its oldest rounds.
-
-    Then it is cut to three quarters of `limit`, so that the prompt, which has to be computed anew,
-    can be continued for some rounds with a kept cache.
+def auto_configure_device_map(num_gpus: int, num_layers: int = 28) -> dict[str, int]:
+    """Divide the blocks evenly; the first GPU has two less, and all the rest of the model.
 
     Raises:
-        ValueError: The question alone is longer than `limit`.
+        ValueError: There are fewer blocks than GPUs, or no GPU.
     """
-    if (length := count_prompt(tokenizer, query, [])) > limit:
+    if not 1 <= num_gpus <= num_layers:
         raise ValueError(
-            f"问题有 {length} 个 token，最多 {limit} 个，请缩短。"
-            f"The question has {length} tokens, at most {limit} fit: shorten it."
+            f"num_gpus is {num_gpus}, and the model has {num_layers} blocks to divide: give a "
+            f"number from 1 to {num_layers}."
         )
-    if count_prompt(tokenizer, query, history) <= limit:
-        return history
-    while history and count_prompt(tokenizer, query, history) > limit * 3 // 4:
-        history = history[1:]
-    return history
+    device_map, gpu, used = dict.fromkeys(sorted(HEAD), 0), 0, 2
+    for i in range(num_layers):
+        is_full = used >= (num_layers + 2) / num_gpus
+        if gpu < num_gpus - 1 and (is_full or num_layers - i < num_gpus - gpu):
+            gpu, used = gpu + 1, 0
+        device_map[f"{BLOCK}{i}"] = gpu
+        used += 1
+    return device_map
+
+
+def create_device_map(config: ChatGLMConfig, num_gpus: int) -> dict[str, int]:
+    """Return `auto_configure_device_map` for a model and its P-Tuning v2 prefix, if it has one."""
+    device_map = auto_configure_device_map(num_gpus, config.num_layers)
+    return device_map if config.pre_seq_len is None else {PREFIX: 0, **device_map}
+
+
+def load_model_on_gpus(
+    checkpoint_path: str | os.PathLike,
+    num_gpus: int = 2,
+    device_map: dict[str, int | str | torch.device] | None = None,
+    **kwargs,
+) -> ChatGLMForConditionalGeneration:
+    """Load a model onto several GPUs, each tensor straight onto its own; for `generate` and chat.
+
+    Args:
+        device_map: Which part goes where, instead of an even division.
+        kwargs: Of `from_pretrained`. Without a `dtype` it is float16, as in the original.
+
+    Raises:
+        OSError: There is no such checkpoint, or it is damaged.
+        ValueError: There are fewer GPUs or blocks than that, or the map is wrong; in one line.
+    """
+    of_config = {k: v for k, v in kwargs.items() if k not in ("dtype", "quantization_config")}
+    config = kwargs.get("config") or ChatGLMConfig.from_pretrained(checkpoint_path, **of_config)
+    if device_map is None:
+        device_map = create_device_map(config, num_gpus)
+        check_gpu(num_gpus - 1, f"num_gpus is {num_gpus}")
+    device_map = resolve_device_map(device_map, config)
+    if "disk" in device_map.values() and kwargs.get("quantization_config") is not None:
+        check_quantized(config)
+    dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", torch.float16))
+    return ChatGLMForConditionalGeneration.from_pretrained(
+        checkpoint_path, device_map=for_accelerate(device_map), dtype=dtype, **kwargs
+    )

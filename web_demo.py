@@ -6,20 +6,32 @@ Then open http://127.0.0.1:7860.
 """
 
 import argparse
+import os
 import weakref
 
 import gradio as gr
 
 import utils
-import webpage
-from webpage import EXAMPLES, WELCOME, Chat, SharedModel, describe, sampling_sliders, to_markdown
+from chatglm2.chat.markdown import to_markdown
+from chatglm2.chat.shared_model import EXAMPLES, WELCOME, Chat, SharedModel, sampling_sliders
+from chatglm2.command_line import number, one_line
+from chatglm2.hardware import listen
 
 MAX_WAITING = 16  # questions that wait, each in a thread; further ones wait in Gradio's queue
 FONTS = ["Segoe UI", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", "sans-serif"]
+LATEX = [
+    {"left": r"\[", "right": r"\]", "display": True},
+    {"left": r"\(", "right": r"\)", "display": False},
+]
+HEAD = """
+<style>.katex-display {overflow-x: auto; overflow-y: hidden}</style>
+<!-- Whatever a text makes the browser show, it asks no other host. -->
+<meta http-equiv="Content-Security-Policy"
+    content="default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:">"""
 LOOK = {
     "theme": gr.themes.Default(primary_hue="blue", font=FONTS),
     "footer_links": ["settings"],
-    "head": webpage.GRADIO_HEAD,
+    "head": HEAD,
 }
 
 
@@ -86,14 +98,14 @@ def build_demo(model, tokenizer, name: str) -> gr.Blocks:
     """Return the page; `name` is the model's."""
     with gr.Blocks(title="ChatGLM2-6B", fill_height=True, analytics_enabled=False) as demo:
         with gr.Row():
-            gr.Markdown(f"## ChatGLM2-6B\n{describe(name, model)}")
+            gr.Markdown(f"## ChatGLM2-6B\n{utils.describe(name, model)}")
             clear = gr.Button("清空对话 Clear history", size="sm", scale=0, min_width=150)
         chatbot = gr.Chatbot(
             show_label=False,
             scale=1,
             placeholder=WELCOME,
             examples=[{"text": text} for text in EXAMPLES],
-            latex_delimiters=webpage.GRADIO_LATEX,
+            latex_delimiters=LATEX,
             buttons=["copy"],
             feedback_options=None,
         )
@@ -127,21 +139,38 @@ def connect(demo, handlers, chatbot, notice, box, clear, settings):
     demo.unload(handlers.leave)
 
 
+def check_address(host: str, port: int | None):
+    """Exit if nothing can listen there; let this process ask its own server without a proxy."""
+    try:
+        listen(host, port or 0).close()
+    except OSError as error:
+        raise SystemExit(cannot_serve(host, port, error)) from error
+    for name in ("no_proxy", "NO_PROXY"):
+        hosts = (os.environ.get(name), "127.0.0.1", "localhost", host)
+        os.environ[name] = ",".join(filter(None, hosts))
+
+
+def cannot_serve(host: str, port: int | None, error: Exception) -> str:
+    reason = getattr(error, "strerror", None) or one_line(error)
+    where = f"--port {port}" if port else "any port from 7860 to 7959"
+    return f"cannot serve at --host {host}, {where}: {reason}; choose another --host or --port"
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     utils.add_model_arguments(parser)
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in")
-    port = utils.number(int, 1, 65535)
+    port = number(int, 1, 65535)
     parser.add_argument("--port", type=port, help="default: the first free one from 7860 on")
     parser.add_argument("--share", action="store_true", help="make a public link, by Gradio's site")
     args = parser.parse_args(argv)
-    webpage.check_address(args.host, args.port)
+    check_address(args.host, args.port)
     tokenizer, model = utils.load_model(args)
     server = {"server_name": args.host, "server_port": args.port, "share": args.share}
     try:
         build_demo(model, tokenizer, args.model).launch(**server, **LOOK)
     except OSError as error:
-        raise SystemExit(webpage.cannot_serve(args.host, args.port, error)) from error
+        raise SystemExit(cannot_serve(args.host, args.port, error)) from error
 
 
 if __name__ == "__main__":

@@ -14,8 +14,9 @@ import streamlit as st
 from streamlit import runtime
 
 import utils
-from conversation import DROPPED
-from webpage import EXAMPLES, WELCOME, Chat, SharedModel, describe, sampling_sliders, to_markdown
+from chatglm2.chat.conversation import DROPPED
+from chatglm2.chat.markdown import to_markdown
+from chatglm2.chat.shared_model import EXAMPLES, WELCOME, Chat, SharedModel, sampling_sliders
 
 TITLE = "ChatGLM2-6b 演示"
 COMMAND = "streamlit run web_demo2.py -- --model resources/chatglm2-tiny"
@@ -32,7 +33,7 @@ def load(argv: tuple[str, ...]) -> tuple[SharedModel, str]:
     """Load the model, once for all browsers; return it and a line that describes it."""
     args = parse_args(argv)
     tokenizer, model = utils.load_model(args)
-    return SharedModel(model, tokenizer), describe(args.model, model)
+    return SharedModel(model, tokenizer), utils.describe(args.model, model)
 
 
 def leave(chat: Chat):

@@ -27,7 +27,9 @@ from benchmark_report import CHARACTERS_PER_TOKEN, draw_plot, print_report, summ
 from benchmark_worker import Worker, WorkerError
 
 import utils
-from chatglm2 import ChatGLMConfig
+from chatglm2 import ChatGLMConfig, hardware
+from chatglm2.command_line import number, one_line
+from chatglm2.placement import MEMORY_MARGIN
 
 MODEL_WORKER = Path(__file__).with_name("benchmark_model.py")
 LLAMA_WORKER = Path(__file__).with_name("benchmark_llama.py")
@@ -115,7 +117,7 @@ def plan_own(words: str, args: argparse.Namespace, config: ChatGLMConfig, cases)
     own = config.dtype or torch.float16
     device, dtype, _ = utils.choose_device_and_dtype(wanted.device, wanted.dtype, own)
     output_bits = utils.choose_output_bits(wanted.quantize_output, bits, config)
-    needed = utils.count_weight_bytes(config, dtype, bits, output_bits) * utils.MEMORY_MARGIN
+    needed = utils.count_weight_bytes(config, dtype, bits, output_bits) * MEMORY_MARGIN
     longest = max(sum(case.values()) for case in cases)
     cache_dtype = utils.DTYPES.get(wanted.kv_cache_dtype, dtype)
     heads = config.num_key_value_heads * config.kv_channels
@@ -194,8 +196,8 @@ def group_engines(engines: list[Engine], free: float | None) -> tuple[list[list[
     reference, *others = engines
     free = float("inf") if free is None else free
     left_out = {
-        engine.name: f"needs {utils.gigabytes(engine.needed)} beside {reference.name}, "
-        f"{utils.gigabytes(max(free - reference.needed, 0))} free"
+        engine.name: f"needs {hardware.gigabytes(engine.needed)} beside {reference.name}, "
+        f"{hardware.gigabytes(max(free - reference.needed, 0))} free"
         for engine in others
         if reference.needed + engine.needed > free
     }
@@ -315,9 +317,9 @@ def measure_original_tables(args: argparse.Namespace, config: ChatGLMConfig) -> 
     for name in names:
         cases = [speed_case, encode_case, generate_case]
         engines = [plan_own(name, args, config, [case]) for case in cases]
-        free, needed = utils.get_free_memory(device), engines[-1].needed
+        free, needed = hardware.get_free_memory(device), engines[-1].needed
         if free is not None and needed > free:
-            rows[name] = {"left_out": f"needs {utils.gigabytes(needed)}"}
+            rows[name] = {"left_out": f"needs {hardware.gigabytes(needed)}"}
             continue
         speed, encode, generate = map(measure_once, engines)
         seconds, count = speed["first_token_s"] + speed["decode_s"], speed_case["new_tokens"]
@@ -380,28 +382,27 @@ def parse_args(argv=None) -> argparse.Namespace:
     utils.add_model_arguments(parser)
     default_model = parser.get_default("model")
     parser.set_defaults(model=None)
-    at_least = utils.number
     parser.add_argument("--random-weights", action="store_true", help="of the 6B model's shape")
     parser.add_argument("--config", help="of random weights: a config.json, or its folder")
-    parser.add_argument("--layers", type=at_least(int, 1), help="of random weights")
+    parser.add_argument("--layers", type=number(int, 1), help="of random weights")
     parser.add_argument(
         "--prompt-tokens",
-        type=at_least(int, 1),
+        type=number(int, 1),
         nargs="+",
         default=[512],
         metavar="N",
         help="of a prompt, or of several (default: 512)",
     )
     parser.add_argument(
-        "--new-tokens", type=at_least(int, 2), default=64, help="of an answer (default: 64)"
+        "--new-tokens", type=number(int, 2), default=64, help="of an answer (default: 64)"
     )
     parser.add_argument(
         "--random-context",
-        type=at_least(int, 1),
+        type=number(int, 1),
         metavar="N",
         help="also generate behind N random keys and values, without computing a prompt of N",
     )
-    parser.add_argument("--rounds", type=at_least(int, 0), default=3, help="(default: 3)")
+    parser.add_argument("--rounds", type=number(int, 0), default=3, help="(default: 3)")
     parser.add_argument(
         "--compare",
         nargs="+",
@@ -427,7 +428,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     )
     args = parser.parse_args(argv)
     check_args(args)
-    args.threads = args.threads or utils.choose_threads()  # of all programs that are compared
+    args.threads = args.threads or hardware.choose_threads()  # of all programs that are compared
     if not args.random_weights:
         args.model = args.model or default_model
     return args
@@ -465,7 +466,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict:
     }
     if args.rounds:
         device, _ = utils.choose_device(args.device)
-        free = utils.get_free_memory(device)
+        free = hardware.get_free_memory(device)
         free = None if free is None else free - READER_BYTES
         groups, left_out = group_engines(plan_engines(args, config, folder), free)
         measured = [measure_group(group, args, left_out) for group in groups]
@@ -481,7 +482,7 @@ def read_report(file: Path) -> dict:
     try:
         report = json.loads(file.read_text("utf-8"))
     except (OSError, ValueError) as error:
-        raise SystemExit(f"--from-json {file}: {utils.one_line(error)}") from error
+        raise SystemExit(f"--from-json {file}: {one_line(error)}") from error
     if not isinstance(report, dict) or "machine" not in report:
         raise SystemExit(f"--from-json {file} is no report of this program.")
     return report

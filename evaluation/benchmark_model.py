@@ -29,6 +29,8 @@ from chatglm2 import (  # noqa: E402
     ChatGLMTokenizer,
     modeling_chatglm,
 )
+from chatglm2.checkpoint import locate_checkpoint, read_config  # noqa: E402
+from chatglm2.command_line import one_line  # noqa: E402
 from chatglm2.kernels.cpu_backend import allocate  # noqa: E402
 from chatglm2.quantization import ChatGLMQuantizationConfig, QuantizedLinear, get_quantization  # noqa: E402
 
@@ -51,9 +53,9 @@ READ_S = 1.0
 def read_shape(args: argparse.Namespace) -> ChatGLMConfig:
     """Return the configuration of the model to be measured."""
     if not args.random_weights:
-        folder, _ = utils.locate_checkpoint(args.model, args.revision)
+        folder, _ = locate_checkpoint(args.model, args.revision)
         revision = {} if folder else {"revision": args.revision or "main"}
-        return utils.read_config(folder or args.model, **revision)
+        return read_config(folder or args.model, **revision)
     config = ChatGLMConfig(**SHAPE_6B)
     if args.config is not None:
         file = Path(args.config)
@@ -62,8 +64,7 @@ def read_shape(args: argparse.Namespace) -> ChatGLMConfig:
             fields = json.loads(file.read_text("utf-8"))
         except (OSError, ValueError) as error:
             raise SystemExit(
-                f"--config {args.config}: {utils.one_line(error)}: give a config.json or its "
-                "folder."
+                f"--config {args.config}: {one_line(error)}: give a config.json or its folder."
             ) from error
         if not isinstance(fields, dict) or fields.get("model_type") != "chatglm":
             raise SystemExit(f"--config {args.config} does not say model_type 'chatglm'.")

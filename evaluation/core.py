@@ -37,6 +37,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 import utils  # noqa: E402
+from chatglm2.command_line import number, one_line  # noqa: E402
 
 LETTERS = "ABCD"
 MAX_PROMPT_TOKENS = 2048  # of zero-shot prompts, as the original
@@ -77,7 +78,7 @@ def create_parser(description: str, data: str, hub_name: str | None = None):
         default="chat",
         help="chat (default): prompts in the chat format; base: plain text for a base model",
     )
-    positive = utils.number(int, 1)
+    positive = number(int, 1)
     parser.add_argument(
         "--limit", type=positive, help="only the first so many items of each subject"
     )
@@ -118,7 +119,7 @@ def load_hub(name: str, config: str, split: str):
     try:
         return load_dataset(name, config, split=split)
     except (OSError, ValueError) as error:
-        raise SystemExit(f"--data {name} ({config}): {utils.one_line(error)}") from error
+        raise SystemExit(f"--data {name} ({config}): {one_line(error)}") from error
 
 
 def read_file(path: Path, parse, remedy="download it again", newline=None):
@@ -129,7 +130,7 @@ def read_file(path: Path, parse, remedy="download it again", newline=None):
     except OSError as error:
         raise SystemExit(f"{path}: {error.strerror or error}.") from error
     except (ValueError, csv.Error) as error:
-        raise SystemExit(f"{path} is damaged ({utils.one_line(error)}): {remedy}.") from error
+        raise SystemExit(f"{path} is damaged ({one_line(error)}): {remedy}.") from error
 
 
 def read_text(path: Path) -> str:
@@ -153,11 +154,11 @@ def read_json_lines(path: Path, **remedy) -> list:
 
 def check_fields(path: Path, rows: list, **types):
     """Check that each row is a dict with fields of these types."""
-    for number, row in enumerate(rows, start=1):
+    for place, row in enumerate(rows, start=1):
         fields = row if isinstance(row, dict) else {}
         if missing := [name for name in types if not isinstance(fields.get(name), types[name])]:
             raise SystemExit(
-                f"{path}, item {number}: there is no {', '.join(missing)}; is it another benchmark?"
+                f"{path}, item {place}: there is no {', '.join(missing)}; is it another benchmark?"
             )
 
 
@@ -483,7 +484,7 @@ def predict_rest(state: PartialState, predict, batches, folder: Path, done: dict
         ) from error
     except OSError as error:
         raise SystemExit(
-            f"{error.strerror or utils.one_line(error)}; {len(done)} items are in {folder}: the "
+            f"{error.strerror or one_line(error)}; {len(done)} items are in {folder}: the "
             "same command goes on from there."
         ) from error
 

@@ -16,13 +16,12 @@ from servers import serve
 
 import api
 import cli_demo
-import devices
 import utils
-from chatglm2 import ChatGLMConfig, ChatGLMForConditionalGeneration
+from chatglm2 import ChatGLMConfig, ChatGLMForConditionalGeneration, placement
 from chatglm2.adapters import INSTALL_PEFT, load_adapter, read_adapter
 from chatglm2.batching import Batcher, Request
+from chatglm2.chat.conversation import Conversation
 from chatglm2.quantization import QuantizedLinear
-from conversation import Conversation
 
 TAUGHT = {"你好": "我是适配器。", "What is the capital of France?": "It is Lyon."}
 TARGETS = ["query_key_value", "dense_h_to_4h"]
@@ -346,7 +345,7 @@ def test_models_over_several_devices(adapter, checkpoint, device_map, request, t
 def test_offload_folder(checkpoint, lora, request, tiny_tokenizer, capsys, tmp_path, monkeypatch):
     folder = request.getfixturevalue(checkpoint)
     free = 15.5e6 if checkpoint == "tiny_checkpoint" else 5.4e6
-    monkeypatch.setattr(devices, "get_free_memory", lambda device: free)
+    monkeypatch.setattr(placement, "get_free_memory", lambda device: free)
     argv = ["--model", str(folder), "--device", "cpu", "--offload-folder", str(tmp_path)]
     _, model = utils.load_model(parse(*argv, "--adapter", str(lora)))
     told = capsys.readouterr().err
@@ -359,7 +358,7 @@ def test_offload_folder(checkpoint, lora, request, tiny_tokenizer, capsys, tmp_p
 def test_a_variant_beside_the_disk(peft, tiny_checkpoint, tmp_path, monkeypatch):
     config = peft.LoraConfig(r=2, target_modules=["dense"], use_dora=True)
     save_random(peft.get_peft_model(load(tiny_checkpoint), config), tmp_path)
-    monkeypatch.setattr(devices, "get_free_memory", lambda device: 15.5e6)
+    monkeypatch.setattr(placement, "get_free_memory", lambda device: 15.5e6)
     argv = "--device", "cpu", "--offload-folder", tmp_path / "offload", "--adapter", tmp_path
     line = fail_to_load(tiny_checkpoint, *argv)
     assert "cannot be computed beside weights that are partly elsewhere" in line

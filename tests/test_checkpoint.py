@@ -18,7 +18,7 @@ from conftest import ROOT
 from huggingface_hub import constants
 from loading import fail, fail_to_load
 
-import checkpoint
+from chatglm2 import checkpoint
 
 
 def test_relative_path_below_the_repository(tiny_checkpoint, tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from chatglm2 import ChatGLMForConditionalGeneration
-from conversation import Conversation
+from chatglm2.chat.conversation import Conversation, fit_history
 
 
 def ask(conversation: Conversation, query: str, max_length=1000) -> str:
@@ -132,3 +132,26 @@ def test_prompt_lookup_changes_no_answer(tiny_checkpoint, tiny_tokenizer, bits):
     expected = model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=30)
     *_, answer = other.stream("谢谢", 30, do_sample=False, prompt_lookup_num_tokens=5)
     assert answer == tiny_tokenizer.decode(expected[0, len(ids) :].tolist())
+
+
+class CharTokenizer:
+    """One id for each character."""
+
+    def build_prompt(self, query, history):
+        return "".join(f"{q}{a}" for q, a in history) + query
+
+    def encode(self, text):
+        return [ord(character) for character in text]
+
+
+@pytest.mark.parametrize(("limit", "num_kept"), [(100, 9), (99, 6), (40, 2), (20, 0), (10, 0)])
+def test_fit_history_drops_the_oldest_rounds(limit, num_kept):
+    history = [(f"{i}" * 5, "a" * 5) for i in range(9)]
+    fitted = fit_history(CharTokenizer(), "x" * 10, history, limit)
+    assert fitted == history[9 - num_kept :]
+    assert len(history) == 9  # the given list is not changed
+
+
+def test_fit_history_refuses_a_question_that_cannot_fit():
+    with pytest.raises(ValueError, match="The question has 11 tokens, at most 10 fit"):
+        fit_history(CharTokenizer(), "x" * 11, [], 10)

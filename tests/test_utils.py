@@ -1,6 +1,5 @@
-"""`utils`: damaged checkpoints, device, dtype, memory, a line for each mistake; fit_history."""
+"""`utils`: damaged checkpoints, device, dtype, memory, a line for each mistake."""
 
-import argparse
 import json
 import os
 import shutil
@@ -14,9 +13,9 @@ import torch
 from fake_devices import pretend_gpus
 from loading import fail, fail_to_load, parse
 
-import devices
 import utils
-from chatglm2 import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMTokenizer
+from chatglm2 import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMTokenizer, placement
+from chatglm2.checkpoint import read_config
 from chatglm2.quantization import QuantizedLinear, get_quantization
 
 ROOT = Path(__file__).parent.parent
@@ -45,18 +44,6 @@ def change_config(folder: Path, **fields):
 
 
 # Arguments.
-
-
-@pytest.mark.parametrize("text", ["0", "2", "1.5"])
-def test_number_accepts(text):
-    assert utils.number(float, 0, 2)(text) == float(text)
-
-
-@pytest.mark.parametrize("text", ["-0.1", "2.1", "nan", "inf", "", "二"])
-def test_number_names_the_value_and_the_range(text):
-    with pytest.raises(argparse.ArgumentTypeError, match="is not a number from 0 to 2") as error:
-        utils.number(float, 0, 2)(text)
-    assert repr(text) in str(error.value)
 
 
 def test_default_model(monkeypatch):
@@ -305,7 +292,7 @@ def test_output_layer_is_quantized(
     layer = model.get_output_embeddings()
     assert isinstance(layer, QuantizedLinear) and layer.bits == 8
     size = sum(p.numel() * p.element_size() for p in model.parameters())
-    counted = utils.count_weight_bytes(utils.read_config(int4_checkpoint), torch.float16, 4, 8)
+    counted = utils.count_weight_bytes(read_config(int4_checkpoint), torch.float16, 4, 8)
     assert counted <= size <= counted * 1.01  # norms in float32
     model.save_pretrained(tmp_path)
     shutil.copy(tiny_checkpoint / "tokenizer.model", tmp_path)
@@ -341,7 +328,7 @@ def load_on_two_gpus(monkeypatch, two_gpus):
     def load(*argv, gpu=80e9, cpu=80e9):
         monkeypatch.setenv("CHATGLM_BACKEND", "torch")  # the others look at the real GPU
         free = {"cuda": gpu, "cpu": cpu}
-        for module in (utils, devices):
+        for module in (utils, placement):
             monkeypatch.setattr(module, "get_free_memory", lambda device: free[device.type])
         with pretend_gpus():
             tokenizer, model = utils.load_model(parse(*argv, "--dtype", "float32"))
@@ -443,7 +430,7 @@ def test_more_gpus_than_there_are(tiny_checkpoint, monkeypatch):
 def test_copies_that_the_disk_cannot_hold(checkpoint, tiny_model, monkeypatch, tmp_path):
     (checkpoint / "model.safetensors").unlink()
     torch.save(tiny_model.state_dict(), checkpoint / "pytorch_model.bin")
-    monkeypatch.setattr(devices, "get_free_memory", lambda device: 15.5e6)
+    monkeypatch.setattr(placement, "get_free_memory", lambda device: 15.5e6)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1e6))
     argv = ["--model", str(checkpoint), "--device", "cpu", "--offload-folder", str(tmp_path / "x")]
     line = fail_to_load(*argv)
@@ -517,33 +504,13 @@ def test_memory_is_checked_before_loading(checkpoint, monkeypatch):
     assert "GB for float32" in fail_to_load("--model", str(checkpoint))
 
 
-# The conversation.
-
-
-class CharTokenizer:
-    """One id for each character."""
-
-    def build_prompt(self, query, history):
-        return "".join(f"{q}{a}" for q, a in history) + query
-
-    def encode(self, text):
-        return [ord(character) for character in text]
-
-
-@pytest.mark.parametrize(("limit", "num_kept"), [(100, 9), (99, 6), (40, 2), (20, 0), (10, 0)])
-def test_fit_history_drops_the_oldest_rounds(limit, num_kept):
-    history = [(f"{i}" * 5, "a" * 5) for i in range(9)]
-    fitted = utils.fit_history(CharTokenizer(), "x" * 10, history, limit)
-    assert fitted == history[9 - num_kept :]
-    assert len(history) == 9  # the given list is not changed
-
-
-def test_fit_history_refuses_a_question_that_cannot_fit():
-    with pytest.raises(ValueError, match="The question has 11 tokens, at most 10 fit"):
-        utils.fit_history(CharTokenizer(), "x" * 11, [], 10)
-
-
 def test_backend_that_cannot_serve(tiny_checkpoint, monkeypatch):
     monkeypatch.setenv("CHATGLM_BACKEND", "cuda")
     error = fail_to_load("--model", str(tiny_checkpoint), "--quantize", "4", "--device", "cpu")
     assert "CHATGLM_BACKEND is 'cuda', which cannot serve cpu in float32" in error
+
+
+def test_description(tiny_model, int4_checkpoint):
+    assert utils.describe("tiny", tiny_model) == "tiny, cpu, float32"
+    quantized = ChatGLMForConditionalGeneration.from_pretrained(int4_checkpoint)
+    assert utils.describe("tiny", quantized) == "tiny, cpu, float16 with INT4 weights"

@@ -11,7 +11,7 @@ from page_models import SlowModel
 from pages import MARKUP, check_addresses, check_markup, opened_tab, served_page, wait_for
 
 import web_demo
-from webpage import Chat
+from chatglm2.chat.shared_model import Chat
 
 
 @pytest.fixture(scope="module")

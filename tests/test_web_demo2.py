@@ -89,7 +89,10 @@ def test_a_failure_is_told_and_the_page_goes_on(app):
 
 def test_a_question_whose_run_ends_early_is_kept(app, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("webpage.SharedModel.answer", lambda *args, **settings: streamlit.stop())
+        patch.setattr(
+            "chatglm2.chat.shared_model.SharedModel.answer",
+            lambda *args, **settings: streamlit.stop(),
+        )
         assert ask(app, "你好") == ["你好", "…"]
     app.run()
     assert messages(app) == ["你好"]

@@ -13,20 +13,17 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
-from chatglm2 import ChatGLMConfig
-from chatglm2.modeling_chatglm import find_weight_files
-from machine import get_free_space, gigabytes
+from .command_line import one_line
+from .configuration_chatglm import ChatGLMConfig
+from .hardware import get_free_space, gigabytes
+from .modeling_chatglm import find_weight_files
 
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parent.parent
 CURE = (
     "try the bundled checkpoint (--model resources/chatglm2-tiny), a folder with a downloaded one "
     "(--model FOLDER), or a mirror of the hub (environment variable HF_ENDPOINT)"
 )
 HUB_TIMEOUT_S = 8
-
-
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def locate_checkpoint(model: str, revision: str | None):

@@ -2,7 +2,6 @@
 
 from contextlib import closing
 
-import utils
 from chatglm2 import ChatGLMCache
 
 MAX_ANSWER_ROOM = 512  # tokens kept free for an answer; a quarter of the limit if that is less
@@ -10,6 +9,31 @@ DROPPED = (
     "对话过长，已忘记最早的 {0} 轮 / too long a conversation: the oldest {0} rounds are dropped"
 )
 STOPPED = "已停止，对话保留 / stopped, the conversation is kept"
+
+
+def count_prompt(tokenizer, query: str, history) -> int:
+    return len(tokenizer.encode(tokenizer.build_prompt(query, history)))
+
+
+def fit_history(tokenizer, query: str, history: list, limit: int) -> list:
+    """Return `history` if its prompt has at most `limit` ids, else without its oldest rounds.
+
+    Then it is cut to three quarters of `limit`, so that the prompt, which has to be computed anew,
+    can be continued for some rounds with a kept cache.
+
+    Raises:
+        ValueError: The question alone is longer than `limit`.
+    """
+    if (length := count_prompt(tokenizer, query, [])) > limit:
+        raise ValueError(
+            f"问题有 {length} 个 token，最多 {limit} 个，请缩短。"
+            f"The question has {length} tokens, at most {limit} fit: shorten it."
+        )
+    if count_prompt(tokenizer, query, history) <= limit:
+        return history
+    while history and count_prompt(tokenizer, query, history) > limit * 3 // 4:
+        history = history[1:]
+    return history
 
 
 class Conversation:
@@ -58,7 +82,7 @@ class Conversation:
         ids, _ = self.cache.continue_with(self.tokenizer, query, self.history)
         dropped = 0
         if len(ids) > prompt_limit:
-            history = utils.fit_history(self.tokenizer, query, self.history, prompt_limit)
+            history = fit_history(self.tokenizer, query, self.history, prompt_limit)
             dropped = len(self.history) - len(history)
             self.first_round += dropped
             # A new cache even if none is dropped: an answer may be spelt with more ids than needed.

@@ -5,7 +5,6 @@ accelerate moves what is computed from one to the next. What is on the CPU besid
 disk, is moved to a GPU (or into memory) each time it is used.
 """
 
-import os
 import re
 from collections import Counter
 from dataclasses import replace
@@ -13,10 +12,10 @@ from pathlib import Path
 
 import torch
 
-from chatglm2 import ChatGLMConfig, ChatGLMForConditionalGeneration
-from chatglm2.modeling_chatglm import find_weight_files
-from chatglm2.quantization import ChatGLMQuantizationConfig, get_quantization
-from machine import get_free_memory, get_free_space, gigabytes
+from .configuration_chatglm import ChatGLMConfig
+from .hardware import get_free_memory, get_free_space, gigabytes
+from .modeling_chatglm import ChatGLMForConditionalGeneration, find_weight_files
+from .quantization import ChatGLMQuantizationConfig, get_quantization
 
 MEMORY_MARGIN = 1.02  # what loading and the first rounds need beside the weights
 HEAD = {  # what the first device holds, beside blocks: where the ids come in and the scores go out
@@ -31,57 +30,6 @@ FIRST_GENERATION = r"(transformer\.(word_embeddings|layers(\.\d+)?|final_layerno
 WITHIN_BLOCK = r"(transformer\.encoder\.layers\.\d+)\."
 
 
-def auto_configure_device_map(num_gpus: int, num_layers: int = 28) -> dict[str, int]:
-    """Divide the blocks evenly; the first GPU has two less, and all the rest of the model.
-
-    Raises:
-        ValueError: There are fewer blocks than GPUs, or no GPU.
-    """
-    if not 1 <= num_gpus <= num_layers:
-        raise ValueError(
-            f"num_gpus is {num_gpus}, and the model has {num_layers} blocks to divide: give a "
-            f"number from 1 to {num_layers}."
-        )
-    device_map, gpu, used = dict.fromkeys(sorted(HEAD), 0), 0, 2
-    for i in range(num_layers):
-        is_full = used >= (num_layers + 2) / num_gpus
-        if gpu < num_gpus - 1 and (is_full or num_layers - i < num_gpus - gpu):
-            gpu, used = gpu + 1, 0
-        device_map[f"{BLOCK}{i}"] = gpu
-        used += 1
-    return device_map
-
-
-def load_model_on_gpus(
-    checkpoint_path: str | os.PathLike,
-    num_gpus: int = 2,
-    device_map: dict[str, int | str | torch.device] | None = None,
-    **kwargs,
-) -> ChatGLMForConditionalGeneration:
-    """Load a model onto several GPUs, each tensor straight onto its own; for `generate` and chat.
-
-    Args:
-        device_map: Which part goes where, instead of an even division.
-        kwargs: Of `from_pretrained`. Without a `dtype` it is float16, as in the original.
-
-    Raises:
-        OSError: There is no such checkpoint, or it is damaged.
-        ValueError: There are fewer GPUs or blocks than that, or the map is wrong; in one line.
-    """
-    of_config = {k: v for k, v in kwargs.items() if k not in ("dtype", "quantization_config")}
-    config = kwargs.get("config") or ChatGLMConfig.from_pretrained(checkpoint_path, **of_config)
-    if device_map is None:
-        device_map = create_device_map(config, num_gpus)
-        check_gpu(num_gpus - 1, f"num_gpus is {num_gpus}")
-    device_map = resolve_device_map(device_map, config)
-    if "disk" in device_map.values() and kwargs.get("quantization_config") is not None:
-        check_quantized(config)
-    dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", torch.float16))
-    return ChatGLMForConditionalGeneration.from_pretrained(
-        checkpoint_path, device_map=for_accelerate(device_map), dtype=dtype, **kwargs
-    )
-
-
 def for_accelerate(device_map: dict) -> dict:
     """Return a map as accelerate needs it.
 
@@ -91,12 +39,6 @@ def for_accelerate(device_map: dict) -> dict:
     if "disk" in device_map.values():
         return {part: str(device) for part, device in device_map.items()}
     return device_map
-
-
-def create_device_map(config: ChatGLMConfig, num_gpus: int) -> dict[str, int]:
-    """Return `auto_configure_device_map` for a model and its P-Tuning v2 prefix, if it has one."""
-    device_map = auto_configure_device_map(num_gpus, config.num_layers)
-    return device_map if config.pre_seq_len is None else {PREFIX: 0, **device_map}
 
 
 def create_empty_model(config: ChatGLMConfig) -> ChatGLMForConditionalGeneration:
@@ -273,16 +215,17 @@ def describe(device_map: dict) -> str:
 
 def place_model(
     config: ChatGLMConfig,
+    numbers: dict[str, int],
     sizes: dict[str, int],
     bits: int,
     device: torch.device,
-    num_gpus: int,
     offload_folder: str | None,
     source,
 ) -> tuple[dict, str]:
     """Divide a model over several GPUs, and what does not fit there over memory and disk.
 
     Args:
+        numbers: The GPU of each part, when each of them can hold its share.
         sizes: From `measure_parts`.
         bits: Of its weights, once they are loaded.
         source: Folder or hub name of the checkpoint.
@@ -293,11 +236,11 @@ def place_model(
     Raises:
         ValueError: They are too small, or there are fewer GPUs or blocks.
     """
+    num_gpus = 1 + max(numbers.values())
     targets = ["cpu" if device.type == "cpu" else device]
     if num_gpus > 1:
         check_gpu(num_gpus - 1, f"--num-gpus is {num_gpus}")
         targets = [torch.device("cuda", i) for i in range(num_gpus)]
-    numbers = create_device_map(config, len(targets))
     device_map = {part: targets[number] for part, number in numbers.items()}
     needed = {d: n * MEMORY_MARGIN for d, n in count_bytes(device_map, sizes).items()}
     free = {target: get_free_memory(torch.device(target)) for target in targets}

@@ -1,4 +1,4 @@
-"""`devices`: device maps and their mistakes, models over pretended GPUs, memory and disk."""
+"""`placement`: device maps and their mistakes, models over pretended GPUs, memory and disk."""
 
 import shutil
 from collections import Counter
@@ -7,13 +7,13 @@ import pytest
 import torch
 from fake_devices import PretendTensor
 
-import devices
 import utils
 from chatglm2 import (
     ChatGLMCache,
     ChatGLMConfig,
     ChatGLMForConditionalGeneration,
     ChatGLMQuantizationConfig,
+    placement,
 )
 from chatglm2.kernels.build_cpu import get_library
 from chatglm2.quantization import QuantizedLinear, prepare_layers
@@ -76,7 +76,7 @@ def test_the_default_is_the_official_number_of_blocks():
 @pytest.mark.parametrize("num_gpus", [0, -1, 5])
 def test_more_gpus_than_blocks(num_gpus):
     with pytest.raises(ValueError, match=rf"num_gpus is {num_gpus}, .* from 1 to 4\."):
-        devices.auto_configure_device_map(num_gpus, 4)
+        utils.auto_configure_device_map(num_gpus, 4)
 
 
 @pytest.mark.usefixtures("four_gpus")
@@ -84,8 +84,8 @@ def test_more_gpus_than_blocks(num_gpus):
 @pytest.mark.parametrize("fields", [{}, {"pre_seq_len": 3}, {"post_layer_norm": False}])
 def test_maps_are_whole(num_gpus, fields):
     config = ChatGLMConfig.from_dict({**CONFIG.to_dict(), **fields})
-    device_map = devices.create_device_map(config, num_gpus)
-    resolved = devices.resolve_device_map(device_map, config)
+    device_map = utils.create_device_map(config, num_gpus)
+    resolved = placement.resolve_device_map(device_map, config)
     assert {device.index for device in resolved.values()} == set(range(num_gpus))
 
 
@@ -94,14 +94,14 @@ def test_names_of_devices():
     device_map = {**WHOLE, "transformer.encoder.layers": "cuda:3", f"{BLOCK}2": "disk"}
     device_map |= {f"{BLOCK}1": torch.device("cpu"), "lm_head": 0}  # lm_head: as in the original
     first, second, last = (torch.device(f"cuda:{i}") for i in (0, 1, 3))
-    resolved = devices.resolve_device_map(device_map, CONFIG)
+    resolved = placement.resolve_device_map(device_map, CONFIG)
     assert [resolved.pop(f"{BLOCK}{i}") for i in range(4)] == [last, "cpu", "disk", last]
     assert resolved == {
         "transformer.embedding.word_embeddings": first,
         "transformer.encoder.final_layernorm": second,
         "transformer.output_layer": first,
     }
-    whole = devices.resolve_device_map({"": "cuda"}, CONFIG)
+    whole = placement.resolve_device_map({"": "cuda"}, CONFIG)
     assert len(whole) == 7 and set(whole.values()) == {first}
 
 
@@ -128,13 +128,13 @@ def test_names_of_devices():
 def test_wrong_map(changes, expected):
     device_map = {k: v for k, v in {**WHOLE, **changes}.items() if v is not None}
     with pytest.raises(ValueError, match=expected.replace("(", r"\(").replace(")", r"\)")) as error:
-        devices.resolve_device_map(device_map, CONFIG)
+        placement.resolve_device_map(device_map, CONFIG)
     assert "\n" not in str(error.value)
 
 
 def test_a_map_that_is_none():
     with pytest.raises(ValueError, match="device_map is 'auto': give a dictionary from parts to"):
-        devices.resolve_device_map("auto", CONFIG)
+        placement.resolve_device_map("auto", CONFIG)
 
 
 def test_absent_gpus(tiny_checkpoint, monkeypatch):
@@ -310,13 +310,13 @@ def test_quantizing_onto_the_disk(tiny_checkpoint):
 
 
 def test_parts_are_measured(tiny_model):
-    sizes = devices.measure_parts(tiny_model.config, torch.float16, 0)
+    sizes = placement.measure_parts(tiny_model.config, torch.float16, 0)
     assert sum(sizes.values()) == 2 * sum(p.numel() for p in tiny_model.parameters())
     block = 2 * sum(p.numel() for p in tiny_model.transformer.encoder.layers[2].parameters())
     assert sizes[f"{BLOCK}2"] == block
     config = ChatGLMConfig.from_dict({**CONFIG.to_dict(), "pre_seq_len": 3})
-    assert devices.measure_parts(config, torch.float16, 0)["transformer.prefix_encoder"] > 0
-    assert devices.measure_parts(CONFIG, torch.float16, 4)[f"{BLOCK}0"] < block
+    assert placement.measure_parts(config, torch.float16, 0)["transformer.prefix_encoder"] > 0
+    assert placement.measure_parts(CONFIG, torch.float16, 4)[f"{BLOCK}0"] < block
 
 
 SIZES = {"transformer.embedding.word_embeddings": 5, "transformer.output_layer": 5}
@@ -333,7 +333,7 @@ SIZES |= {f"{BLOCK}{i}": 10 for i in range(6)}
     ],
 )
 def test_plan(free, places):
-    device_map = devices.plan_offload(SIZES, free)
+    device_map = placement.plan_offload(SIZES, free)
     assert [device_map[f"{BLOCK}{i}"] for i in range(6)] == places
     first = next(iter(free))
     assert {device_map[name] for name in list(SIZES)[:2]} == {first}
@@ -341,4 +341,4 @@ def test_plan(free, places):
 
 def test_plan_without_room():
     with pytest.raises(ValueError, match=r"0\.0 GB are free on a, too little even for"):
-        devices.plan_offload(SIZES, {"a": 29, "cpu": 1000})
+        placement.plan_offload(SIZES, {"a": 29, "cpu": 1000})

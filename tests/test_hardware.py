@@ -1,4 +1,4 @@
-"""`machine`: free memory and processor cores, within control groups."""
+"""`hardware`: free memory and processor cores, within control groups."""
 
 import os
 import sys
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import machine
+from chatglm2 import hardware
 
 
 def write_files(root: Path, files: dict[str, str]):
@@ -40,19 +40,19 @@ V1 = {
 )
 def test_free_memory(tmp_path, files, expected):
     write_files(tmp_path, files)
-    assert machine.read_free_memory(tmp_path) == expected
+    assert hardware.read_free_memory(tmp_path) == expected
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_free_memory_of_this_machine():
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    assert 0 < machine.get_free_memory(torch.device("cpu")) < total
+    assert 0 < hardware.get_free_memory(torch.device("cpu")) < total
 
 
 def test_free_memory_of_a_mac(monkeypatch):
     monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: 11 * GIB)
     monkeypatch.setattr(torch.mps, "driver_allocated_memory", lambda: 3 * GIB)
-    assert machine.get_free_memory(torch.device("mps")) == 8 * GIB
+    assert hardware.get_free_memory(torch.device("mps")) == 8 * GIB
 
 
 # Processors.
@@ -77,7 +77,7 @@ UNLIMITED_V1 = QUOTA_V1 | {"sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1\n"}
 )
 def test_cpu_quota(tmp_path, files, expected):
     write_files(tmp_path, files)
-    assert machine.read_cpu_quota(tmp_path) == expected
+    assert hardware.read_cpu_quota(tmp_path) == expected
 
 
 def test_hyperthreads_are_one_core(tmp_path):
@@ -85,9 +85,9 @@ def test_hyperthreads_are_one_core(tmp_path):
     for processor, text in siblings.items():
         folder = f"sys/devices/system/cpu/cpu{processor}/topology"
         write_files(tmp_path, {f"{folder}/thread_siblings_list": f"{text}\n"})
-    assert machine.count_cores(tmp_path, {0, 4}) == 1
-    assert machine.count_cores(tmp_path, {0, 1, 2, 4, 5}) == 3
-    assert machine.count_cores(tmp_path, {0, 4, 8, 9}) == 3  # of 8 and 9 nothing is known
+    assert hardware.count_cores(tmp_path, {0, 4}) == 1
+    assert hardware.count_cores(tmp_path, {0, 1, 2, 4, 5}) == 3
+    assert hardware.count_cores(tmp_path, {0, 4, 8, 9}) == 3  # of 8 and 9 nothing is known
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere PyTorch chooses")
@@ -97,23 +97,23 @@ def test_hyperthreads_are_one_core(tmp_path):
 )
 def test_threads(monkeypatch, cores, quota, expected):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(machine, "count_cores", lambda root, processors: cores)
-    monkeypatch.setattr(machine, "read_cpu_quota", lambda root: quota)
-    assert machine.choose_threads() == expected
+    monkeypatch.setattr(hardware, "count_cores", lambda root, processors: cores)
+    monkeypatch.setattr(hardware, "read_cpu_quota", lambda root: quota)
+    assert hardware.choose_threads() == expected
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere PyTorch chooses")
 def test_threads_of_this_machine(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     one = min(os.sched_getaffinity(0))
-    assert 1 <= machine.choose_threads() <= len(os.sched_getaffinity(0))
+    assert 1 <= hardware.choose_threads() <= len(os.sched_getaffinity(0))
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {one})
-    assert machine.choose_threads() == 1
+    assert hardware.choose_threads() == 1
 
 
 def test_threads_are_left_to_openmp_and_to_other_systems(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    assert machine.choose_threads() is None
+    assert hardware.choose_threads() is None
     monkeypatch.delenv("OMP_NUM_THREADS")
     monkeypatch.setattr(sys, "platform", "darwin")
-    assert machine.choose_threads() is None
+    assert hardware.choose_threads() is None

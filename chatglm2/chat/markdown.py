@@ -1,0 +1,121 @@
+"""Text of users and models as Markdown for Gradio and Streamlit."""
+
+import re
+from functools import lru_cache
+
+from markdown_it import MarkdownIt
+
+PARSER = MarkdownIt("commonmark").disable(["html_block", "html_inline", "reference"])
+CODE_SPAN = re.compile(r"(?<!`)(``?)(?!`)(.+?)(?<!`)\1(?!`)", re.DOTALL)
+SPECIAL = re.compile(
+    r"\\\[(?P<display>(?:[^\\]|\\[^\[\]])+?)\\\]|\$\$(?P<dollars>.+?)\$\$"
+    r"|\\\((?P<inline>(?:[^\\]|\\[^()])+?)\\\)"  # none in another: the time would be quadratic
+    r"|(?<![a-zA-Z\d$])\$(?P<dollar>[^\s$](?:[^$\n]*[^\s$\\])?)\$(?![a-zA-Z\d$])"  # no prices
+    r"|\\?(?P<tag><)|\\(?P<escaped>.)|(?P<image>!\[)|(?P<footnote>\[\^)|(?P<newline>\n)"
+    r"|(?P<price>\$)|(?P<colon>:(?=[a-z]))",
+    re.DOTALL,
+)
+# A display formula of several lines; Markdown would take some of them for items or headings.
+FORMULA = re.compile(
+    r"^ {0,3}(?:\\\[(?:(?!\n[ \t]*\n)(?:[^\\]|\\[^\[\]]))+?\\\]"
+    r"|\$\$(?:(?!\n[ \t]*\n)[^$])+\$\$)",
+    re.MULTILINE,
+)
+ALONE = re.compile(r"^ {0,3}\$\$([^$\n]+)\$\$ *$", re.MULTILINE)
+# What `SPECIAL` finds, as each library's Markdown writes it.
+GRADIO = {
+    "display": r"\[{}\]",
+    "inline": r"\({}\)",
+    "image": "!&#91;",
+    "footnote": "&#91;^",
+    "newline": "\n",
+    "price": "$",
+    "colon": ":",
+    "dollars": r"\g<0>",
+    "alone": r"\g<0>",
+    "<": "&lt;",
+}
+STREAMLIT = {
+    "display": "$${}$$",
+    "inline": "${}$",
+    "image": "!&#91;",
+    "footnote": "&#91;^",
+    "newline": "  \n",
+    "price": r"\$",
+    "colon": "&#58;",  # of `:red[...]`, `:smile:`
+    "dollars": r"\\textdollar ",
+    "alone": r"$$\n\1\n$$",  # otherwise it would be drawn as in a line of text
+    "<": "<",
+}
+
+
+@lru_cache(maxsize=1000)
+def to_markdown(text: str, library: str) -> str:
+    """Return a user's or a model's Markdown so that `library` shows it as it is meant.
+
+    HTML tags and images are shown as they are written: nothing of the text becomes HTML, and it
+    makes no browser ask another host. Formulas get the library's delimiters. Code stays as it is.
+    """
+    style = {"gradio": GRADIO, "streamlit": STREAMLIT}[library]
+    text = join_formulas(text)
+    lines = text.split("\n")
+    for token in reversed(PARSER.parse(text)):
+        if token.type == "inline":  # the text of a paragraph, a heading or an item
+            part = convert("\n".join(lines[slice(*token.map)]), token, style)
+            lines[slice(*token.map)] = [
+                ALONE.sub(style["alone"], part) if token.level == 1 else part
+            ]
+        elif token.type == "fence":
+            first = token.map[0]
+            lines[first] = re.sub("[<!]", "", lines[first])  # not part of a language's name
+    return "\n".join(lines)
+
+
+def join_formulas(text: str) -> str:
+    """Put each display formula on one line, but nothing of code."""
+    if not FORMULA.search(text):
+        return text
+    lines, result, end = text.split("\n"), [], 0
+    codes = [token.map for token in PARSER.parse(text) if token.type in ("fence", "code_block")]
+    for first, last in (*codes, (len(lines), len(lines))):
+        part = "\n".join(lines[end:first])
+        result += [FORMULA.sub(lambda found: join_lines(found[0]), part)] if first > end else []
+        result, end = result + lines[first:last], last
+    return "\n".join(result)
+
+
+def join_lines(formula: str) -> str:
+    return re.sub(r"\s*\n[\s>]*", " ", formula)
+
+
+def convert(text: str, token, style: dict[str, str]) -> str:
+    """Replace what is special in all of a paragraph but its code spans."""
+    spans = list(CODE_SPAN.finditer(text))
+    codes = [child.content for child in token.children if child.type == "code_inline"]
+    if [span[2].replace("\n", " ").strip() for span in spans] != [code.strip() for code in codes]:
+        spans = []  # in doubt: an entity within code is better than a tag outside of it
+    result, end = "", 0
+    for span in spans:
+        result += SPECIAL.sub(lambda found: replace(found, style), text[end : span.start()])
+        result, end = result + join_lines(span[0]), span.end()
+    return result + SPECIAL.sub(lambda found: replace(found, style), text[end:])
+
+
+def replace(found: re.Match, style: dict[str, str]) -> str:
+    body = found[found.lastgroup].replace("<", style["<"])
+    match found.lastgroup:
+        case "display" | "dollars":
+            return style["display"].format(formula(body, style))
+        case "inline" | "dollar":
+            return style["inline"].format(formula(body, style))
+        case "escaped":  # what begins a formula, but does not end, would to Gradio in later code
+            return f"&#{ord(body)};" if body in "[]()" else "\\" + body
+        case "tag":
+            return body
+    return style[found.lastgroup]
+
+
+def formula(body: str, style: dict[str, str]) -> str:
+    """Return TeX that has no image, footnote or end of a formula to any Markdown parser."""
+    body = join_lines(body).replace("![", "! [").replace("[^", "[ ^")
+    return re.sub(r"\$+", style["dollars"], body)
