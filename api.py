@@ -7,6 +7,7 @@
 With `"stream": true`, server-sent events {"delta", "finished"}; the last has the response's fields.
 """
 
+import argparse
 import json
 from datetime import datetime
 from typing import Annotated
@@ -16,25 +17,26 @@ from fastapi import Request as HTTPRequest
 from pydantic import Field
 from starlette.concurrency import run_in_threadpool
 
-import serving
+import utils
 from chatglm2 import CHAT_DEFAULTS
-from chatglm2.batching import Request
+from chatglm2.serving import schema, server
+from chatglm2.serving.batching import Request
 
 # Some versions of LangChain's client send no questions in their history.
-Round = Annotated[list[serving.Text | None], Field(min_length=2, max_length=2, fail_fast=True)]
-History = Annotated[list[Round], Field(max_length=serving.MAX_MESSAGES, fail_fast=True)]
+Round = Annotated[list[schema.Text | None], Field(min_length=2, max_length=2, fail_fast=True)]
+History = Annotated[list[Round], Field(max_length=schema.MAX_MESSAGES, fail_fast=True)]
 
 
-class Question(serving.StrictModel):
-    prompt: serving.Text
+class Question(schema.StrictModel):
+    prompt: schema.Text
     history: History | None = None
-    max_length: serving.Count | None = None
-    top_p: serving.real(0, 1) = None
-    temperature: serving.real(0, convert=serving.round_temperature) = None
+    max_length: schema.Count | None = None
+    top_p: schema.real(0, 1) = None
+    temperature: schema.real(0, convert=schema.round_temperature) = None
     stream: bool | None = None
 
 
-class Answer(serving.StrictModel):
+class Answer(schema.StrictModel):
     response: str
     history: list[Round]
     status: int
@@ -56,43 +58,49 @@ async def stream(question: Question, generations: list, metrics):
     """Yield the events of an answer."""
     text = ""
     try:
-        async for _, chunk in serving.follow(generations, metrics):
+        async for _, chunk in server.follow(generations, metrics):
             text += chunk.text
             if chunk.text:
-                yield serving.event(json.dumps({"delta": chunk.text, "finished": False}))
+                yield server.event(json.dumps({"delta": chunk.text, "finished": False}))
     except Exception as error:  # the status 200 is sent: an event has to tell
-        yield serving.error_event(error)
+        yield server.error_event(error)
     else:
-        yield serving.event(json.dumps({"delta": "", "finished": True} | complete(question, text)))
+        yield server.event(json.dumps({"delta": "", "finished": True} | complete(question, text)))
 
 
 def create_app(model, tokenizer, args) -> FastAPI:
     # As the original: JSON is read without a content type too.
     options = {"invalid_status": 422, "strict_content_type": False}
-    app = serving.create_app(model, tokenizer, args, "ChatGLM2", **options)
+    app = server.create_app(model, tokenizer, args, "ChatGLM2", **options)
     batcher, metrics = app.state.batcher, app.state.metrics
-    responses = {200: {"content": {"text/event-stream": {}}}, **serving.ERROR_RESPONSES}
+    responses = {200: {"content": {"text/event-stream": {}}}, **server.ERROR_RESPONSES}
 
     @app.post("/", response_model=Answer, responses=responses)
     async def ask(question: Question, request: HTTPRequest):
         ids = await run_in_threadpool(encode, tokenizer, question)
         wanted = Request(
             ids,
-            serving.count_room(len(ids), question.max_length or CHAT_DEFAULTS["max_length"]),
+            server.count_room(len(ids), question.max_length or CHAT_DEFAULTS["max_length"]),
             process_text=model.process_response,
             **question.model_dump(include={"top_p", "temperature"}, exclude_none=True),
         )
-        generations = serving.submit_all(batcher, [wanted], "prompt")
+        generations = server.submit_all(batcher, [wanted], "prompt")
         if question.stream:
-            return serving.EventStream(stream(question, generations, metrics), generations)
-        (answer,) = await serving.collect(request, generations, metrics)
+            return server.EventStream(stream(question, generations, metrics), generations)
+        (answer,) = await server.collect(request, generations, metrics)
         return complete(question, answer.text)
 
     return app
 
 
 def main(argv=None):
-    serving.main(create_app, __doc__, argv)
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    utils.add_model_arguments(parser)
+    server.add_server_arguments(parser)
+    args = parser.parse_args(argv)
+    listener = server.bind(args)
+    tokenizer, model = utils.load_model(args)
+    server.run(create_app(model, tokenizer, args), args, listener)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@
 Clients set their base URL to http://127.0.0.1:8000/v1, and any key.
 """
 
+import argparse
 import time
 import uuid
 from functools import cached_property
@@ -16,6 +17,7 @@ from fastapi import Request as HTTPRequest
 from openai.types import Completion, CompletionUsage, Model
 from openai.types.chat import ChatCompletion
 from openai.types.completion_usage import PromptTokensDetails
+from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 from transformers import (
     LogitsProcessorList,
@@ -23,11 +25,11 @@ from transformers import (
     SequenceBiasLogitsProcessor,
 )
 
-import openai_schema as schema
-import serving
-from chatglm2.batching import Generation, OccurrencePenalty, Request
-from chatglm2.constrained import JsonGrammar
-from serving import RequestError
+import utils
+from chatglm2.serving import responses, schema, server
+from chatglm2.serving.batching import Generation, OccurrencePenalty, Request
+from chatglm2.serving.json_grammar import JsonGrammar
+from chatglm2.serving.server import RequestError
 
 COMPLETION_MAX_TOKENS = 16  # OpenAI's default
 
@@ -100,7 +102,7 @@ class Service:
     def build_request(self, body: schema.SamplingRequest, ids: list[int], choice: int, **settings):
         limits = [limit for limit in (body.max_tokens, body.max_completion_tokens) if limit]
         if body.max_length:
-            limits.append(serving.count_room(len(ids), body.max_length))
+            limits.append(server.count_room(len(ids), body.max_length))
         names = {"temperature", "top_p", "top_k", "ignore_eos"}
         return Request(
             ids,
@@ -130,53 +132,55 @@ class Service:
             for i in range(body.n or 1)
         ]
 
-    async def answer(self, form: schema.Completions, body, http_request, requests: list[Request]):
-        generations = serving.submit_all(self.batcher, requests, form.param, body.n or 1)
+    async def answer(
+        self, form: responses.Completions, body, http_request, requests: list[Request]
+    ):
+        generations = server.submit_all(self.batcher, requests, form.param, body.n or 1)
         envelope = {
             "id": f"{form.prefix}-{uuid.uuid4().hex}",
             "created": int(time.time()),
             "model": body.model,
         }
         if body.stream:
-            return serving.EventStream(self.events(form, envelope, body, generations), generations)
-        answers = await serving.collect(http_request, generations, self.metrics)
+            return server.EventStream(self.events(form, envelope, body, generations), generations)
+        answers = await server.collect(http_request, generations, self.metrics)
         choices = [form.whole(index, answer) for index, answer in enumerate(answers)]
         num_tokens = sum(len(answer.token_ids) for answer in answers)
         usage = usage_of(generations, num_tokens, body.n or 1)
         return as_json(form.whole_type(**envelope, object=form.name, choices=choices, usage=usage))
 
-    async def events(self, form: schema.Completions, envelope: dict, body, generations):
+    async def events(self, form: responses.Completions, envelope: dict, body, generations):
         def event(choices: list, **fields) -> str:
             chunk = form.chunk_type(**envelope, object=form.chunk_name, choices=choices, **fields)
-            return serving.event(chunk.model_dump_json(exclude_unset=True))
+            return server.event(chunk.model_dump_json(exclude_unset=True))
 
         for index in range(len(generations)):
             for choice in form.begin(index):
                 yield event([choice])
         num_tokens = 0
         try:
-            async for index, chunk in serving.follow(generations, self.metrics):
+            async for index, chunk in server.follow(generations, self.metrics):
                 num_tokens += len(chunk.token_ids)
                 if chunk.text or chunk.logprobs:
                     yield event([form.piece(index, chunk)])
                 if chunk.finish_reason:
                     yield event([form.end(index, chunk.finish_reason)])
         except Exception as error:  # the status 200 is sent: an event has to tell
-            yield serving.error_event(error)
+            yield server.error_event(error)
             return
         if body.stream_options and body.stream_options.include_usage:
             yield event([], usage=usage_of(generations, num_tokens, body.n or 1))
-        yield serving.event("[DONE]")
+        yield server.event("[DONE]")
 
     async def chat(self, body: schema.ChatRequest, request: HTTPRequest):
         """Answer a conversation."""
         requests = await run_in_threadpool(self.build_chat, body)
-        return await self.answer(schema.ChatCompletions(self.tokenizer), body, request, requests)
+        return await self.answer(responses.ChatCompletions(self.tokenizer), body, request, requests)
 
     async def complete(self, body: schema.CompletionRequest, request: HTTPRequest):
         """Continue texts, without the format of a conversation."""
         requests = await run_in_threadpool(self.build_completions, body)
-        return await self.answer(schema.Completions(self.tokenizer), body, request, requests)
+        return await self.answer(responses.Completions(self.tokenizer), body, request, requests)
 
     async def embed(self, body: schema.EmbeddingRequest, request: HTTPRequest):
         """Return the mean of each text's last hidden states, of length 1."""
@@ -184,26 +188,26 @@ class Service:
         size, vectors = self.batcher.max_batch, []
         for first in range(0, len(prompts), size):  # so that a long list needs no long queue
             requests = [Request(ids, is_embedding=True) for ids in prompts[first : first + size]]
-            generations = serving.submit_all(self.batcher, requests, "input")
-            answers = await serving.collect(request, generations, self.metrics)
+            generations = server.submit_all(self.batcher, requests, "input")
+            answers = await server.collect(request, generations, self.metrics)
             vectors += [F.normalize(answer.embedding, dim=0) for answer in answers]
         data = [
             {
                 "object": "embedding",
                 "index": index,
-                "embedding": schema.encode_vector(vector, body.encoding_format),
+                "embedding": responses.encode_vector(vector, body.encoding_format),
             }
             for index, vector in enumerate(vectors)
         ]
         num_tokens = sum(map(len, prompts))
         usage = {"prompt_tokens": num_tokens, "total_tokens": num_tokens}
         return as_json(
-            schema.EmbeddingList(object="list", model=body.model, data=data, usage=usage)
+            responses.EmbeddingList(object="list", model=body.model, data=data, usage=usage)
         )
 
     async def list_models(self):
         """List the one model; requests may name any."""
-        return as_json(schema.ModelList(data=[self.card], object="list"))
+        return as_json(responses.ModelList(data=[self.card], object="list"))
 
     async def show_model(self, name: str):
         """Describe the model."""
@@ -213,30 +217,34 @@ class Service:
         return as_json(self.card)
 
 
-def as_json(response: schema.BaseModel) -> Response:
+def as_json(response: BaseModel) -> Response:
     return Response(response.model_dump_json(exclude_unset=True), media_type="application/json")
 
 
 def create_app(model, tokenizer, args) -> FastAPI:
-    app = serving.create_app(model, tokenizer, args, title="ChatGLM2: OpenAI's API")
+    app = server.create_app(model, tokenizer, args, title="ChatGLM2: OpenAI's API")
     name = Path(args.model).resolve().name  # "." has none
     service = Service(model, tokenizer, name, app.state.batcher, app.state.metrics)
     events = {"content": {"text/event-stream": {}}}
     for add, path, handler, response in (
         (app.post, "/v1/chat/completions", service.chat, {"model": ChatCompletion, **events}),
         (app.post, "/v1/completions", service.complete, {"model": Completion, **events}),
-        (app.post, "/v1/embeddings", service.embed, {"model": schema.EmbeddingList}),
-        (app.get, "/v1/models", service.list_models, {"model": schema.ModelList}),
+        (app.post, "/v1/embeddings", service.embed, {"model": responses.EmbeddingList}),
+        (app.get, "/v1/models", service.list_models, {"model": responses.ModelList}),
         (app.get, "/v1/models/{name}", service.show_model, {"model": Model}),
     ):
-        add(path, response_model=None, responses={200: response, **serving.ERROR_RESPONSES})(
-            handler
-        )
+        add(path, response_model=None, responses={200: response, **server.ERROR_RESPONSES})(handler)
     return app
 
 
 def main(argv=None):
-    serving.main(create_app, __doc__, argv)
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    utils.add_model_arguments(parser)
+    server.add_server_arguments(parser)
+    args = parser.parse_args(argv)
+    listener = server.bind(args)
+    tokenizer, model = utils.load_model(args)
+    server.run(create_app(model, tokenizer, args), args, listener)
 
 
 if __name__ == "__main__":

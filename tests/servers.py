@@ -11,8 +11,8 @@ from contextlib import closing, contextmanager
 import httpx2 as httpx
 from conftest import ROOT
 
-import serving
 import utils
+from chatglm2.serving.server import Server, add_server_arguments, bind
 
 TIMEOUT_S = 60
 
@@ -20,7 +20,7 @@ TIMEOUT_S = 60
 def parse(*flags: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     utils.add_model_arguments(parser)
-    serving.add_server_arguments(parser)
+    add_server_arguments(parser)
     return parser.parse_args(["--port", "0", "--model", "resources/chatglm2-tiny", *flags])
 
 
@@ -36,9 +36,9 @@ def serve(create_app, model, tokenizer, *flags: str):
     """Run a server; yields an HTTP client, with the app as attribute `app`."""
     args = parse(*flags)
     app = create_app(model, tokenizer, args)
-    listener = serving.bind(args)
+    listener = bind(args)
     host, port = listener.getsockname()
-    server = serving.Server(app, args.grace)
+    server = Server(app, args.grace)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     wait_until(lambda: server.started)

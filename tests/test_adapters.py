@@ -19,9 +19,9 @@ import cli_demo
 import utils
 from chatglm2 import ChatGLMConfig, ChatGLMForConditionalGeneration, placement
 from chatglm2.adapters import INSTALL_PEFT, load_adapter, read_adapter
-from chatglm2.batching import Batcher, Request
 from chatglm2.chat.conversation import Conversation
 from chatglm2.quantization import QuantizedLinear
+from chatglm2.serving.batching import Batcher, Request
 
 TAUGHT = {"你好": "我是适配器。", "What is the capital of France?": "It is Lyon."}
 TARGETS = ["query_key_value", "dense_h_to_4h"]

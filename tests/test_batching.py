@@ -19,7 +19,9 @@ from transformers import (
 )
 
 from chatglm2 import ChatGLMCache, ChatGLMConfig, ChatGLMForConditionalGeneration, quantization
-from chatglm2.batching import (
+from chatglm2.modeling_chatglm import RaggedCache
+from chatglm2.quantization import torch_matmul
+from chatglm2.serving.batching import (
     PROMPT_CHUNK,
     AnswerText,
     Batcher,
@@ -29,8 +31,6 @@ from chatglm2.batching import (
     count_shared,
     sample,
 )
-from chatglm2.modeling_chatglm import RaggedCache
-from chatglm2.quantization import torch_matmul
 
 ROOT = Path(__file__).parent.parent
 QUESTIONS = ["你好", "讲个笑话", "今天工作好累啊", "What is your name?", "tell me a joke"]
@@ -493,7 +493,7 @@ class TestPlaces:
         program = f"""
 import asyncio
 from chatglm2 import ChatGLMForConditionalGeneration, ChatGLMTokenizer
-from chatglm2.batching import Batcher, Request
+from chatglm2.serving.batching import Batcher, Request
 model = ChatGLMForConditionalGeneration.from_pretrained({str(tiny_checkpoint)!r}).float()
 batcher = Batcher(model, ChatGLMTokenizer.from_pretrained({str(tiny_checkpoint)!r}))
 async def main():

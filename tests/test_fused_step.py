@@ -14,10 +14,10 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from chatglm2 import ChatGLMCache, ChatGLMConfig, ChatGLMForConditionalGeneration, modeling_chatglm
-from chatglm2.batching import Batcher, Request
 from chatglm2.kernels import build_cpu, cpu_backend, fused_step
 from chatglm2.modeling_chatglm import ChatGLMCacheLayer, RaggedCache, eager_attention_forward
 from chatglm2.quantization import QuantizedLinear, dequantize
+from chatglm2.serving.batching import Batcher, Request
 
 pytestmark = pytest.mark.usefixtures("need_library")
 WAYS = [(8, None), (4, None), (4, 128)]

@@ -12,7 +12,7 @@ import chatglm2.modeling_chatglm as modeling
 import chatglm2.quantization as quantization
 import utils
 from chatglm2 import ChatGLMConfig, ChatGLMForConditionalGeneration
-from chatglm2.batching import Batcher, Request
+from chatglm2.serving.batching import Batcher, Request
 
 OPTIONS = {"do_sample": False, "return_past_key_values": True}
 

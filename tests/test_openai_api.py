@@ -17,7 +17,7 @@ from servers import serve, wait_until
 
 import openai_api
 from chatglm2 import CHAT_DEFAULTS
-from openai_schema import read_token
+from chatglm2.serving.responses import read_token
 
 CHAT, COMPLETIONS, EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
 GREETING = "你好👋！我是 ChatGLM2-tiny，一个小小的演示模型，很高兴见到你，欢迎和我聊聊天。"

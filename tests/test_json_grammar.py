@@ -1,4 +1,4 @@
-"""`chatglm2/constrained.py`: answers are JSON of the schema, whatever the model prefers."""
+"""`serving/json_grammar.py`: answers are JSON of the schema, whatever the model prefers."""
 
 import json
 
@@ -7,7 +7,7 @@ import torch
 from jsonschema import validate
 from transformers import LogitsProcessorList
 
-from chatglm2.constrained import JsonGrammar, read_bytes
+from chatglm2.serving.json_grammar import JsonGrammar, read_bytes
 
 PERSON = {
     "type": "object",

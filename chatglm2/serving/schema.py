@@ -1,18 +1,16 @@
-"""What travels to and from openai_api.py: its requests, and the shapes of its responses.
+"""The fields of requests: types that api.py too builds on, and the requests of openai_api.py.
 
-The responses' types are those of the package `openai`.
+Fields without effect are not listed: unknown ones are ignored.
 """
 
-from base64 import b64encode
-from collections import defaultdict
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from openai.types import Completion, CompletionChoice, CreateEmbeddingResponse, Embedding, Model
-from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from pydantic import (
     AfterValidator,
     BaseModel,
     BeforeValidator,
+    ConfigDict,
     Discriminator,
     Field,
     Tag,
@@ -21,10 +19,8 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from chatglm2.batching import Chunk, TokenLogprob
-from chatglm2.constrained import read_bytes
-from serving import MAX_MESSAGES, Count, StrictModel, Text, integer, real, round_temperature
-
+MIN_TEMPERATURE = 1e-4
+MAX_MESSAGES = 4096  # of a conversation
 MAX_CHOICES = 16
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 256
@@ -34,7 +30,45 @@ MAX_IDS = 2**17  # of a prompt: more than any context
 MAX_BIASES = 4096
 
 
-# Requests. Fields without effect are not listed: unknown ones are ignored.
+# Types of fields.
+
+
+def replace_surrogates(text: str) -> str:
+    """Replace halves of characters, which JSON can hold, by U+FFFD."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def read_whole(value):
+    """Return 1.0 as 1, as JSON Schema has it; anything else as it is."""
+    return int(value) if type(value) is float and value.is_integer() else value
+
+
+def integer(low: int, high: int | None = None):
+    return Annotated[int, Field(ge=low, le=high), BeforeValidator(read_whole)]
+
+
+Text = Annotated[str, AfterValidator(replace_surrogates)]
+Count = integer(1)
+
+
+class StrictModel(BaseModel):
+    """A request or response; unknown fields are ignored."""
+
+    model_config = ConfigDict(strict=True)
+
+
+def real(low: float, high: float | None = None, convert: Callable[[float], float] = float):
+    """Return the type of an optional number within bounds."""
+    bounds = Field(ge=low, le=high, allow_inf_nan=False)
+    return Annotated[float, bounds, AfterValidator(convert)] | None
+
+
+def round_temperature(value: float) -> float:
+    """Return 0, which is greedy, for what is too small to divide by."""
+    return value if value >= MIN_TEMPERATURE else 0.0
+
+
+# The requests of openai_api.py.
 
 
 def refused(reason: str, *harmless):
@@ -196,120 +230,3 @@ class EmbeddingRequest(StrictModel):
     model: Text = "chatglm2-6b"
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: refused("The number of dimensions is the model's") = None
-
-
-# Responses.
-
-
-class ModelList(BaseModel):
-    object: Literal["list"] = "list"
-    data: list[Model]
-
-
-class EmbeddingItem(Embedding):
-    embedding: list[float] | str  # in base64, a string
-
-
-class EmbeddingList(CreateEmbeddingResponse):
-    data: list[EmbeddingItem]
-
-
-class CompletionPiece(CompletionChoice):
-    finish_reason: Literal["stop", "length"] | None
-
-
-class CompletionChunk(Completion):
-    """A `Completion` in a stream: its choices have no `finish_reason` yet."""
-
-    choices: list[CompletionPiece]
-
-
-def encode_vector(vector, encoding_format: str | None) -> list[float] | str:
-    data = vector.numpy().astype("<f4")
-    return b64encode(data).decode() if encoding_format == "base64" else data.tolist()
-
-
-def read_token(tokenizer, token_id: int) -> tuple[str, list[int]]:
-    """Return text and bytes of a token; a byte of a longer character is written as \\xe4."""
-    data = read_bytes(tokenizer, token_id)
-    return data.decode(errors="backslashreplace"), list(data)
-
-
-class Completions:
-    """Shapes of /v1/completions, for one request."""
-
-    param, prefix = "prompt", "cmpl"
-    name = chunk_name = "text_completion"
-    whole_type, chunk_type = Completion, CompletionChunk
-
-    def __init__(self, tokenizer):
-        self.tokenizer = tokenizer
-        self.num_chars = defaultdict(int)  # of each choice's tokens so far
-
-    def report(self, index: int, tokens: list[TokenLogprob]) -> dict:
-        """Return the field `logprobs`, if there is anything to report."""
-        if not tokens:
-            return {}
-        offsets, texts = [], []
-        for token in tokens:
-            text, data = read_token(self.tokenizer, token.token_id)
-            offsets.append(self.num_chars[index])
-            texts.append(text)
-            self.num_chars[index] += sum(byte & 0xC0 != 0x80 for byte in data)
-        top = [{read_token(self.tokenizer, i)[0]: p for i, p in token.top} for token in tokens]
-        values = [token.logprob for token in tokens]
-        fields = {"tokens": texts, "token_logprobs": values, "text_offset": offsets}
-        return {"logprobs": fields | {"top_logprobs": top}}
-
-    def whole(self, index: int, answer: Chunk) -> dict:
-        reason = {"finish_reason": answer.finish_reason}
-        return {"index": index, "text": answer.text} | reason | self.report(index, answer.logprobs)
-
-    def begin(self, index: int) -> list[dict]:
-        return []
-
-    def piece(self, index: int, chunk: Chunk) -> dict:
-        reason = {"finish_reason": None}
-        return {"index": index, "text": chunk.text} | reason | self.report(index, chunk.logprobs)
-
-    def end(self, index: int, reason: str) -> dict:
-        return {"index": index, "text": "", "finish_reason": reason}
-
-
-class ChatCompletions(Completions):
-    """Shapes of /v1/chat/completions."""
-
-    param, prefix = "messages", "chatcmpl"
-    name, chunk_name = "chat.completion", "chat.completion.chunk"
-    whole_type, chunk_type = ChatCompletion, ChatCompletionChunk
-
-    def token(self, token_id: int, logprob: float) -> dict:
-        text, data = read_token(self.tokenizer, token_id)
-        return {"token": text, "bytes": data, "logprob": logprob}
-
-    def report(self, index: int, tokens: list[TokenLogprob]) -> dict:
-        if not tokens:
-            return {}
-        content = [
-            self.token(token.token_id, token.logprob)
-            | {"top_logprobs": [self.token(*top) for top in token.top]}
-            for token in tokens
-        ]
-        return {"logprobs": {"content": content}}
-
-    def whole(self, index: int, answer: Chunk) -> dict:
-        message = {"role": "assistant", "content": answer.text}
-        fields = {"message": message, "finish_reason": answer.finish_reason}
-        return {"index": index} | fields | self.report(index, answer.logprobs)
-
-    def delta(self, index: int, delta: dict, finish_reason=None) -> dict:
-        return {"index": index, "delta": delta, "finish_reason": finish_reason}
-
-    def begin(self, index: int) -> list[dict]:
-        return [self.delta(index, {"role": "assistant", "content": ""})]
-
-    def piece(self, index: int, chunk: Chunk) -> dict:
-        return self.delta(index, {"content": chunk.text}) | self.report(index, chunk.logprobs)
-
-    def end(self, index: int, reason: str) -> dict:
-        return self.delta(index, {}, reason)

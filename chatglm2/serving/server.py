@@ -14,8 +14,6 @@ import reprlib
 import signal
 import socket
 import sys
-from collections.abc import Callable
-from typing import Annotated
 
 import uvicorn
 from fastapi import FastAPI, Request, Response
@@ -23,20 +21,18 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
-import utils
-from chatglm2.batching import Batcher, Chunk, Generation, Unavailable
 from chatglm2.command_line import number
 from chatglm2.hardware import listen
-from metrics import CountRequests, Metrics
+
+from .batching import Batcher, Chunk, Generation, Unavailable
+from .metrics import CountRequests, Metrics
 
 OPEN_PATHS = ("/health", "/openapi.json")  # need no key
 RETRY_AFTER_S = 1
-MIN_TEMPERATURE = 1e-4
 FLUSH_S = 5  # for clients to read their last chunk
-MAX_MESSAGES = 4096  # of a conversation
 SHOWN_VALUE_LENGTH = 80  # of a wrong value in an error message
 EVENT_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
@@ -80,47 +76,12 @@ def add_server_arguments(parser: argparse.ArgumentParser):
 # Requests.
 
 
-def replace_surrogates(text: str) -> str:
-    """Replace halves of characters, which JSON can hold, by U+FFFD."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
-def read_whole(value):
-    """Return 1.0 as 1, as JSON Schema has it; anything else as it is."""
-    return int(value) if type(value) is float and value.is_integer() else value
-
-
-def integer(low: int, high: int | None = None):
-    return Annotated[int, Field(ge=low, le=high), BeforeValidator(read_whole)]
-
-
-Text = Annotated[str, AfterValidator(replace_surrogates)]
-Count = integer(1)
-
-
-class StrictModel(BaseModel):
-    """A request or response; unknown fields are ignored."""
-
-    model_config = ConfigDict(strict=True)
-
-
-def real(low: float, high: float | None = None, convert: Callable[[float], float] = float):
-    """Return the type of an optional number within bounds."""
-    bounds = Field(ge=low, le=high, allow_inf_nan=False)
-    return Annotated[float, bounds, AfterValidator(convert)] | None
-
-
 def count_room(num_ids: int, max_length: int) -> int:
     """Return the tokens that `max_length` leaves for the answer."""
     if num_ids >= max_length:
         message = f"The prompt has {num_ids} tokens, max_length is {max_length}: raise it."
         raise RequestError(400, message, "max_length", "context_length_exceeded")
     return max_length - num_ids
-
-
-def round_temperature(value: float) -> float:
-    """Return 0, which is greedy, for what is too small to divide by."""
-    return value if value >= MIN_TEMPERATURE else 0.0
 
 
 # Errors.
@@ -449,17 +410,6 @@ class Server(uvicorn.Server):
         while self.batcher.thread.is_alive() and not self.force_exit:
             await asyncio.sleep(0.02)
         await super().shutdown(sockets)
-
-
-def main(create_app: Callable, description: str, argv=None):
-    """Serve `create_app(model, tokenizer, args)` as the command line says."""
-    parser = argparse.ArgumentParser(description=description.partition("\n")[0])
-    utils.add_model_arguments(parser)
-    add_server_arguments(parser)
-    args = parser.parse_args(argv)
-    listener = bind(args)
-    tokenizer, model = utils.load_model(args)
-    run(create_app(model, tokenizer, args), args, listener)
 
 
 def run(app: FastAPI, args, listener: socket.socket):

@@ -1,4 +1,4 @@
-"""`serving.py`: flags, keys, limits, errors, metrics, disconnecting clients, the end."""
+"""`serving/server.py`: flags, keys, limits, errors, metrics, disconnecting clients, the end."""
 
 import shutil
 import signal
@@ -16,7 +16,7 @@ from servers import parse, serve, start, wait_until
 
 import api
 import openai_api
-import serving
+from chatglm2.serving.server import bind
 
 CHAT = "/v1/chat/completions"
 LONG = {"messages": [{"role": "user", "content": "你好"}], "ignore_eos": True, "temperature": 0}
@@ -87,16 +87,16 @@ def test_a_taken_port_is_told_in_one_line_before_the_model_is_loaded(script):
 
 
 def test_of_two_servers_started_together_the_second_ends_before_loading():
-    with serving.bind(parse()) as first:  # it does not answer yet: it loads
+    with bind(parse()) as first:  # it does not answer yet: it loads
         port = str(first.getsockname()[1])
         with pytest.raises(SystemExit, match=f"--port {port}: .*such as --port 8001"):
-            serving.bind(parse("--port", port))
+            bind(parse("--port", port))
 
 
 @pytest.mark.parametrize("host", ["nowhere.invalid", "a" * 70])
 def test_a_host_without_an_address_is_told(host):
     with pytest.raises(SystemExit, match=rf"--host {host}: .*such as 127\.0\.0\.1") as caught:
-        serving.bind(parse("--host", host))
+        bind(parse("--host", host))
     assert "\n" not in str(caught.value)
 
 
@@ -128,7 +128,7 @@ def test_a_model_in_the_folder_itself_has_its_name(tiny_model, tiny_tokenizer, m
 
 def test_an_address_of_another_machine_is_refused():
     with pytest.raises(SystemExit, match=r"--host 192\.0\.2\.1 .*choose another"):
-        serving.bind(parse("--host", "192.0.2.1"))
+        bind(parse("--host", "192.0.2.1"))
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,7 @@ def test_an_address_of_another_machine_is_refused():
 )
 def test_a_warning_where_other_machines_need_no_key(flags, is_warned, capsys, monkeypatch):
     monkeypatch.delenv("CHATGLM_API_KEY", raising=False)
-    serving.bind(parse(*flags)).close()
+    bind(parse(*flags)).close()
     assert ("--api-key" in capsys.readouterr().err) == is_warned
 
 
