@@ -135,7 +135,7 @@ BACKENDS = {
     "triton": ("cuda", "triton_backend"),
     "cuda": ("cuda", "cuda_backend"),
     "cpu": ("cpu", "cpu_backend"),
-    "torch_ops": ("cpu", "torch_ops"),
+    "torch_ops": ("cpu", "torch_ops_backend"),
     "torch": (None, None),  # `torch_matmul`: always there
 }
 BACKEND_VARIABLE = "CHATGLM_BACKEND"  # of the environment: forces one

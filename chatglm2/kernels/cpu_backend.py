@@ -156,7 +156,7 @@ def stored_matmul(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 def encode(transformer, inputs: dict, num_prompt_tokens: int) -> torch.Tensor | None:
     """Return the hidden states after the last block if all can be computed at once, or None."""
-    from .fused_step import fused_step_supported, run_fused_step  # it imports the model
+    from .cpu_layers import fused_step_supported, run_fused_step  # it imports the model
 
     if fused_step_supported(transformer, inputs, num_prompt_tokens):
         return None

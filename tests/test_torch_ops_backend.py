@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from chatglm2.kernels import torch_ops
+from chatglm2.kernels import torch_ops_backend
 from chatglm2.quantization import QuantizedLinear, torch_matmul
 
 WAYS = [(8, None), (4, None), (4, 128)]
@@ -25,7 +25,7 @@ def compute_errors(layer, num_rows: int) -> tuple[float, float]:
     """Return the operator's and plain torch's largest errors; 1 is the largest output."""
     x = torch.randn(2, num_rows // 2, layer.in_features).bfloat16()
     exact = torch_matmul(x.float(), layer)
-    outputs = torch_ops.matmul(x, layer), torch_matmul(x, layer)
+    outputs = torch_ops_backend.matmul(x, layer), torch_matmul(x, layer)
     assert all(y.dtype == torch.bfloat16 and y.shape == exact.shape for y in outputs)
     return tuple(((y.float() - exact).abs().max() / exact.abs().max()).item() for y in outputs)
 
@@ -35,7 +35,7 @@ def compute_errors(layer, num_rows: int) -> tuple[float, float]:
 @pytest.mark.parametrize("num_rows", [2, 32, 34])
 def test_error_is_that_of_plain_torch(bits, group_size, num_rows):
     layer = create_layer(bits, group_size)
-    assert torch_ops.find_problem(layer, CPU, torch.bfloat16) is None
+    assert torch_ops_backend.find_problem(layer, CPU, torch.bfloat16) is None
     error, error_of_torch = compute_errors(layer, num_rows)
     assert error <= 0.01 and error <= 1.5 * error_of_torch
 
@@ -49,27 +49,29 @@ def test_every_level_and_negative_scales(bits, group_size):
     layer.weight_scale.data = (2.0 ** torch.randint(-3, 3, layer.weight_scale.shape)).bfloat16()
     layer.weight_scale.data.flatten()[::3] *= -1
     x = torch.eye(256).bfloat16()
-    columns = [torch_ops.matmul(rows, layer) for rows in x.split(torch_ops.MAX_ROWS)]
+    columns = [
+        torch_ops_backend.matmul(rows, layer) for rows in x.split(torch_ops_backend.MAX_ROWS)
+    ]
     assert torch.equal(torch.cat(columns).float(), torch_matmul(x.float(), layer))
 
 
 @can_run
 def test_weight_is_packed_in_chunks_and_again_when_it_changes(monkeypatch):
     layer = create_layer(4, 128, out_features=240)
-    whole = torch_ops.pack(layer)
-    monkeypatch.setattr(torch_ops, "PACKED_ROWS", 64)
-    assert all(map(torch.equal, torch_ops.pack(layer), whole))
+    whole = torch_ops_backend.pack(layer)
+    monkeypatch.setattr(torch_ops_backend, "PACKED_ROWS", 64)
+    assert all(map(torch.equal, torch_ops_backend.pack(layer), whole))
     x = torch.ones(1, 384).bfloat16()
-    first = torch_ops.matmul(x, layer)
+    first = torch_ops_backend.matmul(x, layer)
     assert layer.packed is not None and "packed" not in layer.state_dict()
     layer.load_state_dict(create_layer(4, 128, out_features=240, seed=1).state_dict())
-    assert not torch.equal(torch_ops.matmul(x, layer), first)
+    assert not torch.equal(torch_ops_backend.matmul(x, layer), first)
     assert layer.float().packed is None
 
 
 def test_what_it_cannot_serve():
     def find_problem(layer, device="cpu", dtype=torch.bfloat16):
-        return torch_ops.find_problem(layer, torch.device(device), dtype)
+        return torch_ops_backend.find_problem(layer, torch.device(device), dtype)
 
     layer = create_layer(4, None)
     assert find_problem(layer, device="mps") == "it is for CPUs"
@@ -82,6 +84,6 @@ def test_what_it_cannot_serve():
 
 
 def test_torch_without_the_operators(monkeypatch):
-    monkeypatch.setitem(torch_ops.OPERATORS, 4, ["_weight_int4pack_mm_of_the_future"])
-    problem = torch_ops.find_problem(create_layer(4, None), CPU, torch.bfloat16)
+    monkeypatch.setitem(torch_ops_backend.OPERATORS, 4, ["_weight_int4pack_mm_of_the_future"])
+    problem = torch_ops_backend.find_problem(create_layer(4, None), CPU, torch.bfloat16)
     assert problem == "this torch has no _weight_int4pack_mm_of_the_future"

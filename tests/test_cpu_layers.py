@@ -14,7 +14,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from chatglm2 import ChatGLMCache, ChatGLMConfig, ChatGLMForConditionalGeneration, modeling_chatglm
-from chatglm2.kernels import build_cpu, cpu_backend, fused_step
+from chatglm2.kernels import build_cpu, cpu_backend, cpu_layers
 from chatglm2.modeling_chatglm import ChatGLMCacheLayer, RaggedCache, eager_attention_forward
 from chatglm2.quantization import QuantizedLinear, dequantize
 from chatglm2.serving.batching import Batcher, Request
@@ -62,8 +62,8 @@ def reasons(monkeypatch):
         found.append(supported(*args, **kwargs))
         return found[-1]
 
-    supported = fused_step.fused_step_supported
-    monkeypatch.setattr(fused_step, "fused_step_supported", record)
+    supported = cpu_layers.fused_step_supported
+    monkeypatch.setattr(cpu_layers, "fused_step_supported", record)
     return found
 
 
@@ -71,7 +71,7 @@ def reasons(monkeypatch):
 def one_by_one():
     """Call the modules."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fused_step, "fused_step_supported", lambda *args, **kwargs: "not asked for")
+        patch.setattr(cpu_layers, "fused_step_supported", lambda *args, **kwargs: "not asked for")
         yield
 
 
@@ -764,12 +764,12 @@ def test_models_of_16_bits(dtype, reasons):
 
 
 def test_compiled_code_calls_the_modules():
-    names = (*fused_step.ARGUMENTS, "prefix", "output_hidden_states", "output_attentions")
+    names = (*cpu_layers.ARGUMENTS, "prefix", "output_hidden_states", "output_attentions")
     inputs = dict.fromkeys(names)
     inputs |= {"hidden_states": torch.zeros(1, 1, 64), "rotary": [torch.zeros(1)]}
-    find = torch.compile(fused_step.find_problem_of_tokens, backend="eager", fullgraph=True)
+    find = torch.compile(cpu_layers.find_problem_of_tokens, backend="eager", fullgraph=True)
     with torch.no_grad():
-        assert fused_step.find_problem_of_tokens(inputs, 0) is None
+        assert cpu_layers.find_problem_of_tokens(inputs, 0) is None
         assert "torch.compile" in find(inputs, 0)
 
 
