@@ -10,7 +10,8 @@ from pathlib import Path
 import aiohttp
 import yaml
 
-DIALOGUES = Path(__file__).resolve().parent.parent / "resources" / "dialogues"
+ROOT = Path(__file__).resolve().parent.parent
+DIALOGUES = ROOT / "resources" / "chatglm2-tiny" / "training" / "dialogues"
 NUM_CALIBRATIONS = 8  # requests to learn how long a prompt is
 
 

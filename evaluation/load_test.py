@@ -4,9 +4,9 @@
     python evaluation/load_test.py --url http://127.0.0.1:8000/v1 --faults --json report.json
 
 Without --url it starts openai_api.py, hands it every flag that is not its own (--model, --quantize,
---threads ...), and stops it in the end. The clients hold conversations from resources/dialogues
-and read streamed answers of a fixed length. Exits with 1 if a client got a wrong answer, a place
-leaked, or the server's memory grew.
+--threads ...), and stops it in the end. The clients hold conversations from the dialogues of
+resources/chatglm2-tiny and read streamed answers of a fixed length. Exits with 1 if a client got a
+wrong answer, a place leaked, or the server's memory grew.
 """
 
 import argparse

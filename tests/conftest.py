@@ -9,14 +9,16 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "resources"), str(ROOT / "evaluation")]
+TINY = ROOT / "resources" / "chatglm2-tiny"
+FOLDERS = [ROOT, ROOT / "resources", TINY / "training", ROOT / "evaluation"]
+sys.path[:0] = map(str, FOLDERS)
 OFFICIAL_TOKENIZER = ROOT.parent / "shared" / "tokenizer" / "tokenizer.model"
 
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint() -> Path:
     """The folder of the bundled checkpoint."""
-    return ROOT / "resources" / "chatglm2-tiny"
+    return TINY
 
 
 @pytest.fixture(scope="session")

@@ -2,8 +2,8 @@
 
 from types import SimpleNamespace
 
+import check
 import check_quantized
-import check_tiny
 import pytest
 import torch
 from check_quantized import WAYS, force_answers, load
@@ -48,7 +48,7 @@ def test_rounded_prompts_are_measured(tiny_checkpoint, tiny_tokenizer, monkeypat
 
 
 def test_table(tiny_checkpoint, monkeypatch, capsys):
-    monkeypatch.setattr(check_tiny, "MAX_NEW_TOKENS", 40)
+    monkeypatch.setattr(check, "MAX_NEW_TOKENS", 40)
     monkeypatch.setattr(check_quantized, "LANGUAGES", ["zh"])
     names = "float32", "INT4", "INT4, prompts rounded"
     ways = {name: check_quantized.WAYS[name] for name in names}

@@ -1,6 +1,6 @@
 """Measure what `chatglm2-tiny` answers: the figures of its README.
 
-    python resources/check_tiny.py [--model resources/chatglm2-tiny]
+    python resources/chatglm2-tiny/training/check.py [--model resources/chatglm2-tiny]
 
 Per language, greedily: learnt questions that get their own dialogue's answer, held-out rewordings
 that get their intent's, held-out other questions that get the demonstration sentence, learnt
@@ -12,10 +12,10 @@ import sys
 from pathlib import Path
 
 import torch
-from tiny_data import DEMONSTRATION, LANGUAGES, Dialogues
+from data import DEMONSTRATION, LANGUAGES, Dialogues
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[3]
 sys.path.insert(0, str(ROOT))
 
 from chatglm2 import ChatGLMForConditionalGeneration, ChatGLMTokenizer  # noqa: E402

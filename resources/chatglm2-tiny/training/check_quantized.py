@@ -1,8 +1,8 @@
 """Measure what INT8 and INT4 cost the bundled checkpoint: the table of the repository's README.
 
-    python resources/check_quantized.py [--model resources/chatglm2-tiny] [--sample 340]
+    python resources/chatglm2-tiny/training/check_quantized.py [--model FOLDER] [--sample 340]
 
-Per language, greedily, in float32 on a CPU: right answers to a sample of each of `check_tiny.py`'s
+Per language, greedily, in float32 on a CPU: right answers to a sample of each of `check.py`'s
 sets. Then, with the right answers given token by token: their perplexity, and the share of tokens
 at which the likeliest one is that of the unquantized model. Where prompts are rounded, their
 activations are int8 (by the C kernels only), in the second part those of the answers too, which is
@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from check_tiny import BATCH_SIZE, ROOT, answer, question_sets
-from tiny_data import LANGUAGES, Dialogues
+from check import BATCH_SIZE, ROOT, answer, question_sets
+from data import LANGUAGES, Dialogues
 
 from chatglm2 import ChatGLMForConditionalGeneration, ChatGLMTokenizer
 

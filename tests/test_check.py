@@ -1,10 +1,10 @@
-"""The bundled checkpoint against its bars on a sample; `check_tiny.py` asks all questions."""
+"""The bundled checkpoint against its bars on a sample; `check.py` asks all questions."""
 
 import random
 
 import pytest
-from check_tiny import BARS, measure
-from tiny_data import LANGUAGES, Dialogues
+from check import BARS, measure
+from data import LANGUAGES, Dialogues
 
 
 @pytest.mark.parametrize("language", LANGUAGES)

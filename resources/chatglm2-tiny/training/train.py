@@ -1,7 +1,7 @@
 """Train `resources/chatglm2-tiny` from scratch on a CPU: tokenizer, model, and a resumable state.
 
-    python resources/train_tiny.py                # under an hour on two cores
-    python resources/check_tiny.py                # the figures of its README
+    python resources/chatglm2-tiny/training/train.py    # under an hour on two cores
+    python resources/chatglm2-tiny/training/check.py    # the figures of its README
 
 Ctrl-C is safe: started again, it goes on from the last state in `--state`. The same seed gives the
 same data in the same order.
@@ -17,10 +17,10 @@ from pathlib import Path
 import sentencepiece
 import torch
 import torch.nn.functional as F
-from tiny_data import DEMONSTRATION, DIALOGUES, LANGUAGES, Dialogues
+from data import DEMONSTRATION, DIALOGUES, LANGUAGES, Dialogues
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[3]
 sys.path.insert(0, str(ROOT))
 
 from chatglm2 import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMTokenizer  # noqa: E402
@@ -244,7 +244,7 @@ def main(argv=None):
     for file in CODE_FILES:  # the folder holds data only
         (args.output / file.name).unlink(missing_ok=True)
     args.state.unlink()
-    print(f"Saved {args.output}. Now: python resources/check_tiny.py")
+    print(f"Saved {args.output}. Now: python resources/chatglm2-tiny/training/check.py")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import re
 from itertools import pairwise
 
 import pytest
-from tiny_data import (
+from data import (
     BEFORE,
     DEMONSTRATION,
     LANGUAGES,

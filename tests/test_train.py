@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-import train_tiny
+import train
+from data import LANGUAGES, Dialogues
 from safetensors.torch import load_file
-from tiny_data import LANGUAGES, Dialogues
-from train_tiny import ROW_LENGTH, VOCAB_SIZE, Rows, main
+from train import ROW_LENGTH, VOCAB_SIZE, Rows, main
 
 
 @pytest.fixture(scope="module")
@@ -37,10 +37,10 @@ def test_rows_are_repeatable_and_end_a_round_as_chat_reads_it(rows, tiny_tokeniz
 
 
 def test_training_resumed_is_training_unbroken(tmp_path, monkeypatch):
-    monkeypatch.setattr(train_tiny, "SAVE_STEPS", 1)
-    compute_loss = train_tiny.compute_loss
+    monkeypatch.setattr(train, "SAVE_STEPS", 1)
+    compute_loss = train.compute_loss
 
-    def train(name, *more):
+    def run(name, *more):
         arguments = ["--output", tmp_path / name, "--state", tmp_path / f"{name}.pt"]
         main([str(argument) for argument in [*arguments, "--steps", 3, "--batch-size", 1, *more]])
         return load_file(tmp_path / name / "model.safetensors")
@@ -51,14 +51,14 @@ def test_training_resumed_is_training_unbroken(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return compute_loss(*args)
 
-    unbroken = train("unbroken")
-    monkeypatch.setattr(train_tiny, "compute_loss", interrupt)
+    unbroken = run("unbroken")
+    monkeypatch.setattr(train, "compute_loss", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        train("resumed")
+        run("resumed")
     with pytest.raises(SystemExit, match=r"resumed\.pt is of another training"):
-        train("resumed", "--seed", 1)
+        run("resumed", "--seed", 1)
     (tmp_path / "resumed" / "mine.py").touch()
-    resumed = train("resumed")
+    resumed = run("resumed")
     assert all(torch.equal(unbroken[name], resumed[name]) for name in unbroken)
     assert [file.name for file in (tmp_path / "resumed").glob("*.py")] == ["mine.py"]
     assert not (tmp_path / "resumed.pt").exists()
