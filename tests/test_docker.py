@@ -65,7 +65,7 @@ def copied_files() -> dict[Path, str]:
 
 
 def test_the_context_holds_just_what_is_copied():
-    lines = (ROOT / ".dockerignore").read_text("utf-8").splitlines()
+    lines = (DOCKER / "Dockerfile.dockerignore").read_text("utf-8").splitlines()
     rules = [line for line in lines if not line.startswith("#")]
     assert rules[0] == "*" and rules[-1] == "**/__pycache__"
     sources = [source for rest in values("COPY") for source in rest.split()[:-1]]
