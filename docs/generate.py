@@ -1,0 +1,119 @@
+"""Write the tables of flags and of request fields into the documentation.
+
+    python docs/generate.py            # write them
+    python docs/generate.py --check    # exit with 1 if a page is stale
+
+A table stands between `<!-- flags SCRIPT -->` or `<!-- fields MODULE.CLASS -->` and `<!-- end -->`.
+After `SCRIPT - OTHER` it has only the rows that the table of OTHER lacks.
+"""
+
+import argparse
+import json
+import re
+import sys
+from contextlib import suppress
+from importlib import import_module
+from pathlib import Path
+from unittest.mock import patch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+PAGES = [*sorted(ROOT.glob("docs/*.md")), ROOT / "evaluation" / "README.md"]
+MARKED = re.compile(r"(<!-- (flags|fields) (\S+)(?: - (\S+))? -->\n).*?(<!-- end -->)", re.DOTALL)
+KINDS = {"string": "text", "boolean": "true or false"}  # of JSON schema
+UNTITLED = ("positional arguments", "options")  # argparse's own groups
+MAX_BOUND = 2**53  # a larger one is not worth a mention
+
+
+def load_parser(script: str) -> argparse.ArgumentParser:
+    """Return the parser that `parse_args` or `main` of a script (or of a module a.b) uses first."""
+    sys.path.insert(0, str((ROOT / script).parent))
+    module = import_module(Path(script).stem if script.endswith(".py") else script)
+    used = []
+
+    def stop(parser, *args, **kwargs):
+        used.append(parser)
+        raise SystemExit
+
+    with patch.object(argparse.ArgumentParser, "parse_known_args", stop), suppress(SystemExit):
+        (getattr(module, "parse_args", None) or module.main)([])
+    return used[0]
+
+
+def list_flags(script: str) -> dict[str, list[str]]:
+    """Return a row for each flag, with the text of `--help`, by the titles of their groups."""
+    parser, groups = load_parser(script), {}
+    formatter = parser._get_formatter()
+    for group in parser._action_groups:
+        groups[group.title] = rows = []
+        for action in group._group_actions:
+            if action.help == argparse.SUPPRESS or action.dest == "help":
+                continue
+            value = formatter._format_args(action, action.dest.upper()) if action.nargs != 0 else ""
+            names = f"{', '.join(action.option_strings)} {value}".strip()
+            text = " ".join(formatter._expand_help(action).split()) if action.help else ""
+            rows.append(f"| `{names}` | {text} |".replace(f"{ROOT}/", ""))
+    return groups
+
+
+def describe_type(schema: dict, definitions: dict, plural: str = "") -> str:
+    """Return in words which values a JSON schema allows; `plural` is "s" for those of a list."""
+    schema = definitions.get(schema.get("$ref", "").rpartition("/")[2], schema)
+    if choices := schema.get("anyOf") or schema.get("oneOf"):
+        kinds = [describe_type(choice, definitions, plural) for choice in choices]
+        return " or ".join(kind for kind in kinds if not kind.startswith("null"))
+    if values := schema.get("enum"):
+        texts = ", ".join(f"`{json.dumps(value)}`" for value in values)
+        return texts if "type" in schema else f"only {texts}"  # a type: all values have a meaning
+    if schema["type"] == "array":
+        most = f"up to {schema['maxItems']} " if "maxItems" in schema else ""
+        return f"list{plural} of {most}{describe_type(schema['items'], definitions, 's')}"
+    kind = KINDS.get(schema["type"], schema["type"]) + plural
+    if properties := schema.get("properties"):
+        return f"{kind} with " + ", ".join(f"`{name}`" for name in properties)
+    if "maxLength" in schema and not plural:
+        return f"{kind} of up to {schema['maxLength']} characters"
+    low, high = schema.get("minimum", -MAX_BOUND), schema.get("maximum")
+    if plural or low <= -MAX_BOUND:
+        return kind
+    return kind + (f", at least {low:g}" if high is None else f" from {low:g} to {high:g}")
+
+
+def list_fields(path: str) -> dict[str, list[str]]:
+    """Return a row for each field of a request, the required ones first."""
+    module, _, name = path.rpartition(".")
+    schema = getattr(import_module(module), name).model_json_schema()
+    required, rows = schema.get("required", []), []
+    for field in sorted(schema["properties"], key=lambda field: field not in required):
+        kind = describe_type(schema["properties"][field], schema.get("$defs", {}))
+        rows.append(f"| `{field}` | {kind}{' (required)' if field in required else ''} |")
+    return {UNTITLED[0]: rows}
+
+
+def make_table(found: re.Match) -> str:
+    begin, kind, name, other, end = found.groups()
+    list_rows, column = {"flags": (list_flags, "meaning"), "fields": (list_fields, "value")}[kind]
+    known = {row for rows in list_rows(other).values() for row in rows} if other else set()
+    parts = [begin]
+    for title, rows in list_rows(name).items():
+        if rows := [row for row in rows if row not in known]:
+            parts += [] if title in UNTITLED else [f"**{title.capitalize()}**\n"]
+            parts.append("\n".join([f"| {kind[:-1]} | {column} |", "|---|---|", *rows, ""]))
+    return "\n".join([*parts, end])
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--check", action="store_true", help="fail if a page is stale")
+    is_check = parser.parse_args(argv).check
+    pages = {page: MARKED.sub(make_table, page.read_text("utf-8")) for page in PAGES}
+    stale = {page: text for page, text in pages.items() if text != page.read_text("utf-8")}
+    for page, text in stale.items():
+        print(page.relative_to(ROOT), "is stale" if is_check else "is updated")
+        if not is_check:
+            page.write_text(text, "utf-8")
+    return int(is_check and bool(stale))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
