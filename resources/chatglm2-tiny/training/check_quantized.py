@@ -1,4 +1,4 @@
-"""Measure what INT8 and INT4 cost the bundled checkpoint: the table of the repository's README.
+"""Measure what INT8 and INT4 cost the bundled checkpoint: the table of docs/quantization.md.
 
     python resources/chatglm2-tiny/training/check_quantized.py [--model FOLDER] [--sample 340]
 
