@@ -7,7 +7,36 @@ code.
 
 from typing import ClassVar
 
-from transformers import PreTrainedConfig
+import transformers
+from packaging.version import Version
+
+TRANSFORMERS_RANGE = ("5.21", "5.24")  # minor versions that `tests/versions.py` passed with
+
+
+def check_transformers():
+    """Check that the installed transformers is one that this code was tried with.
+
+    Every remote-code file that can be imported first calls this before it imports names that other
+    versions lack.
+
+    Raises:
+        ImportError: It is older or newer.
+    """
+    oldest, newest = TRANSFORMERS_RANGE
+    if (
+        not Version(oldest).release
+        <= Version(transformers.__version__).release[:2]
+        <= Version(newest).release
+    ):
+        raise ImportError(
+            f"ChatGLM2 needs transformers {oldest} to {newest}, found {transformers.__version__}: "
+            f"pip install 'transformers=={newest}.*'"
+        )
+
+
+check_transformers()
+
+from transformers import PreTrainedConfig  # noqa: E402
 
 AUTO_MAP = {
     "AutoConfig": "configuration_chatglm.ChatGLMConfig",
@@ -43,7 +72,7 @@ class ChatGLMConfig(PreTrainedConfig):
     """
 
     model_type = "chatglm"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache"]
     attribute_map: ClassVar[dict[str, str]] = {
         "num_hidden_layers": "num_layers",
         "vocab_size": "padded_vocab_size",

@@ -6,6 +6,7 @@ size, H query heads, G key/value heads, d head size. This file is also Hugging F
 """
 
 import atexit
+import inspect
 import json
 import queue
 import threading
@@ -62,8 +63,27 @@ CHAT_DEFAULTS = {
 }
 
 CACHE_SETTINGS = ("use_cache", "cache_implementation")  # of `generate`
+# Name of the cache in arguments and outputs: transformers 5.24 renamed past_key_values.
+CACHE_NAME = (
+    "cache"
+    if "cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+    else "past_key_values"
+)
 CACHE_BLOCK = 256  # tokens by which the capacity of a cache grows
 MAX_GROUPED_TOKENS = 128  # beyond, expanded keys are as fast as grouped queries
+
+
+def pick_cache(past_key_values, cache):
+    """Return the cache that was given under either of its two names, or `None`.
+
+    Raises:
+        ValueError: Both names are given, with different caches.
+    """
+    if past_key_values is None or past_key_values is cache:
+        return cache
+    if cache is not None:
+        raise ValueError("give the cache once: as past_key_values or as cache, not as both")
+    return past_key_values
 
 
 class RotaryEmbedding(nn.Module):
@@ -406,7 +426,7 @@ class SelfAttention(nn.Module):
         hidden_states,
         attention_mask,
         rotary,
-        past_key_values=None,
+        kv_cache=None,
         cache_dtype=None,
         prefix=None,
         **kwargs,
@@ -415,9 +435,12 @@ class SelfAttention(nn.Module):
         query, key = apply_rotary(query, *rotary), apply_rotary(key, *rotary)
         if prefix is not None:
             key, value = torch.cat((prefix[0], key), dim=2), torch.cat((prefix[1], value), dim=2)
-        if past_key_values is not None:
+        if kv_cache is not None:
             stored = key.to(cache_dtype or key.dtype), value.to(cache_dtype or value.dtype)
-            key, value = past_key_values.update(*stored, self.layer_idx)
+            key, value = kv_cache.update(*stored, self.layer_idx)
+        elif "cache" in kwargs and CACHE_NAME == "cache":
+            # Continuous batching of transformers; before 5.24 its attention functions update.
+            key, value = kwargs["cache"].update(key, value, self.layer_idx, kwargs=kwargs)
         output, weights = self.attend(query, key, value, attention_mask, **kwargs)
         return self.dense(output.flatten(2)), weights
 
@@ -599,7 +622,7 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
     base_model_prefix = "transformer"
     supports_gradient_checkpointing = True
     _no_split_modules = ["GLMBlock"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache", "kv_cache"]
     _keys_to_ignore_on_load_unexpected = [r"rotary_pos_emb\.inv_freq"]
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -713,6 +736,12 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             self.requires_grad_(False)
             self.prefix_encoder.requires_grad_(True)
 
+    def is_checkpointing(self) -> bool:
+        """Whether layers are computed again in the backward pass, which a cache cannot bear."""
+        return torch.is_grad_enabled() and any(
+            layer.training and layer.gradient_checkpointing for layer in self.encoder.layers
+        )
+
     def prepend_ones(self, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
         """Let a mask [b, k] also show the P-Tuning v2 prefix."""
         if attention_mask is None:
@@ -732,10 +761,10 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             config=self.config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
             position_ids=position_ids,
+            **{CACHE_NAME: past_key_values},
         )
-        has_past = past_key_values is not None and past_key_values.get_query_offset() > 0
+        has_past = past_key_values is not None and past_key_values.get_query_offset(0) > 0
         is_padded = attention_mask is not None and attention_mask.ndim == 2
         if not is_padded or has_past or mask is None or mask.ndim != 4:
             return mask
@@ -766,6 +795,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         num_prompt_tokens: int = 0,
+        cache: Cache | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """Compute the hidden states.
@@ -776,10 +806,15 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         Args:
             num_prompt_tokens: So many of the s tokens, from the first on, are a prompt's: unless
                 `exact_prefill`, a quantized model may compute them faster and less exactly.
+            cache: The name of `past_key_values` since transformers 5.24.
 
         Raises:
             ValueError: Not exactly one of `input_ids` and `inputs_embeds` is given.
         """
+        past_key_values = pick_cache(past_key_values, cache)
+        if past_key_values is not None and not isinstance(past_key_values, Cache):
+            # Continuous batching of transformers: the attention layers update its paged cache.
+            past_key_values, kwargs["cache"] = None, past_key_values
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
@@ -792,11 +827,13 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             output_hidden_states = self.config.output_hidden_states
         if output_attentions is None:
             output_attentions = self.config.output_attentions
-        if self.training and self.is_activation_checkpointing:
-            use_cache = False
+        if self.is_checkpointing():
+            if past_key_values is not None:
+                logger.warning_once("The cache is ignored: gradient checkpointing is enabled.")
+            use_cache, past_key_values = False, None
         if use_cache and past_key_values is None:
             past_key_values = ChatGLMCache()
-        offset = 0 if past_key_values is None else past_key_values.get_query_offset()
+        offset = 0 if past_key_values is None else past_key_values.get_query_offset(0)
         prefix, mask_cache = None, past_key_values
         if self.config.pre_seq_len is not None:
             attention_mask = self.prepend_ones(attention_mask)
@@ -817,7 +854,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         inputs = {
             "hidden_states": hidden_states,
             "rotary": self.rotary_pos_emb(inputs_embeds, position_ids),
-            "past_key_values": past_key_values,
+            "kv_cache": past_key_values,
             "cache_dtype": self.cache_dtype,
             "prefix": prefix,
             "output_hidden_states": output_hidden_states,
@@ -830,9 +867,9 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             )
         return BaseModelOutputWithPast(
             last_hidden_state=hidden_states,
-            past_key_values=past_key_values if use_cache else None,
             hidden_states=all_hidden_states if output_hidden_states else None,
             attentions=all_attentions if output_attentions else None,
+            **{CACHE_NAME: past_key_values if use_cache else None},
         )
 
 
@@ -972,6 +1009,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         attention_mask: torch.LongTensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         is_first_iteration: bool | None = False,
+        cache: Cache | None = None,
         **kwargs,
     ) -> dict:
         """As the library's; also says whether the tokens are a prompt's.
@@ -980,7 +1018,8 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         generation (prompt lookup) can go on with a kept cache, of whose ids transformers 5.23
         passes all again.
         """
-        held = 0 if past_key_values is None else past_key_values.get_seq_length()
+        cache = pick_cache(past_key_values, cache)
+        held = 0 if cache is None else cache.get_seq_length()
         if next_sequence_length is None and held:
             positions = kwargs.get("position_ids")
             # Of new ids alone, there are more positions, or the first is not 0.
@@ -990,13 +1029,13 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         inputs = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length,
-            past_key_values,
+            cache,
             attention_mask,
             inputs_embeds,
             is_first_iteration,
             **kwargs,
         )
-        if is_first_iteration and past_key_values is not None:
+        if is_first_iteration and cache is not None:
             inputs["is_prompt"] = True
         return inputs
 
@@ -1013,6 +1052,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         return_last_logit: bool = False,
         logits_to_keep: int | torch.Tensor = 0,
         is_prompt: bool = False,
+        cache: Cache | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """Compute logits [b, s, V] and, with `labels` [b, s] (-100: ignored), the mean loss.
@@ -1024,6 +1064,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             is_prompt: The tokens are a prompt's, which a quantized model may compute less exactly,
                 except those behind the first position that n keeps: assisted generation has such,
                 candidates for the answer.
+            cache: The name of `past_key_values` since transformers 5.24.
         """
         if is_prompt:
             length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
@@ -1033,7 +1074,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             input_ids,
             position_ids,
             attention_mask,
-            past_key_values,
+            pick_cache(past_key_values, cache),
             inputs_embeds,
             use_cache,
             return_dict=True,
@@ -1050,17 +1091,25 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
         )
 
-    def generate(self, inputs=None, generation_config=None, **kwargs):
-        """As the library's; the cache is a `ChatGLMCache` unless another kind is asked for."""
+    def generate(
+        self, inputs=None, generation_config=None, past_key_values=None, cache=None, **kwargs
+    ):
+        """As the library's; the cache is a `ChatGLMCache` unless another kind is requested.
+
+        The cache has two names: transformers 5.24 renamed `past_key_values` to `cache`.
+        """
+        cache = pick_cache(past_key_values, cache)
         settings = generation_config or self.generation_config
         kinds = [kwargs.get(name, getattr(settings, name)) for name in CACHE_SETTINGS]
-        if kinds == [True, None] and kwargs.get("past_key_values") is None:
-            kwargs["past_key_values"] = ChatGLMCache()
+        if cache is None and kinds == [True, None]:
+            cache = ChatGLMCache()
+        if cache is not None:
+            kwargs[CACHE_NAME] = cache
         return super().generate(inputs, generation_config, **kwargs)
 
     def process_response(self, response: str) -> str:
@@ -1241,6 +1290,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         prefix_allowed_tokens_fn=None,
         return_past_key_values: bool = False,
         past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ):
         """Run `generate` in a thread and yield all ids so far, [b, length], after each step.
@@ -1249,7 +1299,8 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         yield (ids, cache); the thread goes on meanwhile, so the cache may be ahead of the ids. The
         other arguments are those of `generate` (beam search cannot be streamed).
         """
-        cache = ChatGLMCache() if past_key_values is None else past_key_values
+        cache = pick_cache(past_key_values, cache)
+        cache = ChatGLMCache() if cache is None else cache
         streamer, stop, device = TokenStreamer(), threading.Event(), self.device.type
         is_autocast = torch.is_autocast_enabled(device)  # of this thread; the other has its own
         autocast = torch.autocast(device, torch.get_autocast_dtype(device), is_autocast)
@@ -1313,6 +1364,7 @@ class ChatGLMForSequenceClassification(ChatGLMPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ) -> SequenceClassifierOutputWithPast:
         """Compute logits [b, num_labels] and, with `labels` [b] (or [b, num_labels]), the loss."""
@@ -1320,7 +1372,7 @@ class ChatGLMForSequenceClassification(ChatGLMPreTrainedModel):
             input_ids,
             position_ids,
             attention_mask,
-            past_key_values,
+            pick_cache(past_key_values, cache),
             inputs_embeds,
             use_cache,
             return_dict=True,
@@ -1333,9 +1385,9 @@ class ChatGLMForSequenceClassification(ChatGLMPreTrainedModel):
         return SequenceClassifierOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
         )
 
     def classification_loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

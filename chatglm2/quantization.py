@@ -16,6 +16,8 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
+import transformers
+from packaging.version import Version
 from torch import nn
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
@@ -653,9 +655,16 @@ class ChatGLMQuantizer(HfQuantizer):
     modules' names, and gives it layers of its own.
     """
 
-    def _process_model_before_weight_loading(self, model, **kwargs):
-        if not self.pre_quantized:  # else the model has made the layers itself
-            replace_layers(model.base_model, self.quantization_config, empty=True)
+    def _process_model_before_weight_loading(self, model, dtype=None, **kwargs):
+        if self.pre_quantized:  # the model has made the layers itself
+            return
+        replace_layers(model.base_model, self.quantization_config, empty=True)
+        if Version(transformers.__version__).release < (5, 23):
+            # The loader casts each weight to its parameter's dtype before it is quantized.
+            for layer in model.modules():
+                if isinstance(layer, QuantizedLinear):
+                    shape = layer.out_features, layer.in_features
+                    layer.weight = nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"))
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         model.config.quantization_bit = self.quantization_config.bits

@@ -11,6 +11,10 @@ import sentencepiece
 from transformers import PreTrainedTokenizer
 from transformers.utils import PaddingStrategy
 
+from .configuration_chatglm import check_transformers
+
+check_transformers()
+
 SPECIAL_TOKENS = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
 
 # Any sequence of roles: all system texts stand before the first question, consecutive messages of

@@ -178,7 +178,7 @@ def test_gradient_checkpointing_gives_the_same_gradients():
     for is_checkpointing in (False, True):
         model = create_model().train()
         if is_checkpointing:
-            model.activation_checkpointing_enable()
+            model.gradient_checkpointing_enable()
         outputs = model(ids, labels=ids)
         assert (outputs.past_key_values is None) == is_checkpointing
         outputs.loss.backward()
@@ -254,7 +254,7 @@ def test_prefix_is_trained_alone_also_with_checkpointing():
         model = create_model(weights=weights, pre_seq_len=4)
         model.transformer.encoder.train()  # the prefix's own dropout stays off
         if is_checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": False})
+            model.gradient_checkpointing_enable({"use_reentrant": False})
         model(OUTPUTS["a.input_ids"], labels=OUTPUTS["a.input_ids"]).loss.backward()
         assert model.transformer.output_layer.weight.grad is None
         gradients.append(model.transformer.prefix_encoder.embedding.weight.grad)

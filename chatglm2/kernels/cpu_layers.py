@@ -30,7 +30,7 @@ ATTENTION_IMPLEMENTATIONS = ("sdpa", "eager")
 ARGUMENTS = (  # that are looked at
     "hidden_states",
     "rotary",
-    "past_key_values",
+    "kv_cache",
     "cache_dtype",
     "attention_mask",
     "position_ids",
@@ -80,7 +80,7 @@ def find_problem_of_tokens(inputs: dict, num_prompt_tokens: int) -> str | None:
 
 def find_problem_of_cache(inputs: dict, config) -> str | None:
     """Return why C cannot write into a cache; it checks no bounds."""
-    cache, batch_size = inputs["past_key_values"], len(inputs["hidden_states"])
+    cache, batch_size = inputs["kv_cache"], len(inputs["hidden_states"])
     if type(cache) not in (ChatGLMCache, RaggedCache):
         return f"the cache is a {type(cache).__name__}"
     rows = list_rows(cache)
@@ -218,7 +218,7 @@ def run_fused_step(transformer: ChatGLMModel, inputs: dict, is_exact: bool) -> t
     cos, sin = (x.expand(batch, -1, -1, -1).contiguous() for x in inputs["rotary"])
     memory = None
     for block in transformer.encoder.layers:
-        conversations, dtype = reserve_cache(inputs["past_key_values"], block, inputs)
+        conversations, dtype = reserve_cache(inputs["kv_cache"], block, inputs)
         # held here while C reads them: another thread may save the model, which restores them
         weights = [cpu_backend.prepare(linear) for linear in find_linears(block)]
         layer = ctypes.byref(describe_layer(block, weights, 2 * cos.shape[-1]))
@@ -227,6 +227,6 @@ def run_fused_step(transformer: ChatGLMModel, inputs: dict, is_exact: bool) -> t
             memory = cpu_backend.allocate(get_library()[0].chatglm_size_layer(layer, *sizes))
         types = CACHE_TYPES[dtype], is_exact
         cpu_backend.call("compute_layer", layer, states, cos, sin, *sizes, *types, memory)
-        for row in list_rows(inputs["past_key_values"]):  # only now: an error leaves no garbage
+        for row in list_rows(inputs["kv_cache"]):  # only now: an error leaves no garbage
             row.layers[block.self_attention.layer_idx].extend(num_new)
     return states
