@@ -42,6 +42,14 @@ def test_length(name):
     assert len((ROOT / name).read_text("utf-8").splitlines()) <= MAX_LINES[name]
 
 
+@pytest.mark.parametrize("name", ["README.md", "docs/development.md"])
+def test_the_range_of_transformers_is_named(name):
+    from chatglm2.configuration_chatglm import TRANSFORMERS_RANGE
+
+    words = " ".join((ROOT / name).read_text("utf-8").split())
+    assert "transformers {} to {}".format(*TRANSFORMERS_RANGE) in words
+
+
 def test_a_table_is_written_anew():
     page = (ROOT / "docs" / "web.md").read_text("utf-8")
     emptied = re.sub(r"(<!-- flags .*? -->\n).*?(<!-- end -->)", r"\1\2", page, flags=re.DOTALL)
