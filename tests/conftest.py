@@ -1,18 +1,25 @@
-"""Fixtures of several test files: the official tokenizer, the bundled checkpoint."""
+"""Fixtures that several test files use.
+
+pytest-xdist runs several processes, and each has its own session fixtures: a fixture writes
+only into `tmp_path_factory` and lets the system choose ports. The compiled kernels are the only
+files that the processes share; build_cpu.py creates them atomically.
+"""
 
 import os
 import shutil
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:  # threads of several processes slow each other down
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "resources" / "chatglm2-tiny"
 FOLDERS = [ROOT, ROOT / "resources", TINY / "training", ROOT / "evaluation"]
 sys.path[:0] = map(str, FOLDERS)
-OFFICIAL_TOKENIZER = ROOT.parent / "shared" / "tokenizer" / "tokenizer.model"
 
 
 @pytest.fixture(scope="session")
@@ -21,13 +28,34 @@ def tiny_checkpoint() -> Path:
     return TINY
 
 
+def pytest_terminal_summary(terminalreporter):
+    """Print one line for each reason to skip tests, with the number of tests."""
+    reasons = Counter(report.longrepr[2] for report in terminalreporter.stats.get("skipped", []))
+    for reason, count in reasons.items():
+        terminalreporter.line(f"{count} skipped: {reason.removeprefix('Skipped: ')}")
+
+
+def find_file(variable: str, how: str) -> Path:
+    """Return the path that an environment variable holds; skip the test if it is not set."""
+    path = os.environ.get(variable)
+    if not path:
+        pytest.skip(f"{variable} is not set: {how}, see docs/development.md")
+    assert Path(path).exists(), f"{variable}={path}: no such file or folder"
+    return Path(path).absolute()
+
+
 @pytest.fixture(scope="session")
 def official_tokenizer():
     from chatglm2 import ChatGLMTokenizer
 
-    if not OFFICIAL_TOKENIZER.exists():
-        pytest.skip("needs the official tokenizer.model in ../shared/tokenizer")
-    return ChatGLMTokenizer(OFFICIAL_TOKENIZER)
+    how = "download tokenizer.model from https://huggingface.co/THUDM/chatglm2-6b"
+    return ChatGLMTokenizer(find_file("CHATGLM_OFFICIAL_TOKENIZER", how))
+
+
+@pytest.fixture(scope="session")
+def evaldata() -> Path:
+    """A folder with the benchmark data: `ceval`, `mmlu`, `gsm8k` and `bbh`."""
+    return find_file("CHATGLM_EVALDATA", "download the data named in evaluation/README.md")
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 import json
 
 import pytest
-from conftest import ROOT
 from fake_models import FakeModel, last_question
 
 TASKS = {
@@ -130,10 +129,8 @@ def test_prompts(bbh, tiny_tokenizer, data, tmp_path):
     ) in seen["base"]
 
 
-def test_the_official_repository(bbh):
-    folder = ROOT.parent / "shared" / "evaldata" / "bbh"
-    if not folder.exists():
-        pytest.skip("needs ../shared/evaldata")
+def test_the_official_repository(bbh, evaldata):
+    folder = evaldata / "bbh"
     items = bbh.load_items(str(folder))
     assert len(items) == 6511 and len({item.subject for item in items}) == 27
     assert not any("canary" in item.prompt for item in items)
@@ -144,11 +141,9 @@ def test_the_official_repository(bbh):
         assert bbh.extract(output, has_options) == item.answer, item.key
 
 
-def test_the_official_examples(bbh):
+def test_the_official_examples(bbh, evaldata):
     """Their own sentences name a target of the task, and each option that its question has."""
-    folder = ROOT.parent / "shared" / "evaldata" / "bbh"
-    if not folder.exists():
-        pytest.skip("needs ../shared/evaldata")
+    folder = evaldata / "bbh"
     targets, count = {}, 0
     for item in bbh.load_items(str(folder)):
         targets.setdefault(item.subject, set()).add(item.answer)

@@ -7,10 +7,8 @@ from itertools import chain
 
 import pytest
 import torch
-from conftest import ROOT
 from fake_models import FakeModel, last_question, random_letters
 
-EVALDATA = ROOT.parent / "shared" / "evaldata" / "ceval"
 SUBJECTS = {"STEM": ["college_physics", "operating_system"], "Humanities": ["law"]}
 LETTERS = "ABCD"
 
@@ -263,16 +261,13 @@ def test_both_forms_of_the_data_are_the_same_items(ceval, official, processed):
     assert {item.category for item in items[0]} == set(SUBJECTS)
 
 
-def test_the_converter_reproduces_the_processed_data(ceval):
+def test_the_converter_reproduces_the_processed_data(ceval, evaldata):
     """The csv files here lost the carriage returns within 19 questions."""
-    if not EVALDATA.exists():
-        pytest.skip("needs ../shared/evaldata")
     count = 0
-    for path in EVALDATA.glob("val/*/*.jsonl"):
+    for path in evaldata.glob("ceval/val/*/*.jsonl"):
         lines = path.read_text("utf-8").splitlines()
-        with (EVALDATA / "csv" / "val" / f"{path.stem}_val.csv").open(
-            encoding="utf-8", newline=""
-        ) as file:
+        table = evaldata / "ceval" / "csv" / "val" / f"{path.stem}_val.csv"
+        with table.open(encoding="utf-8", newline="") as file:
             rows = [ceval.convert(row) for row in csv.DictReader(file)]
         for row, line in zip(rows, lines, strict=True):
             processed = json.loads(line)
@@ -282,10 +277,8 @@ def test_the_converter_reproduces_the_processed_data(ceval):
     assert count == 1346
 
 
-def test_the_subjects_have_the_folders_of_the_processed_data(ceval):
-    if not EVALDATA.exists():
-        pytest.skip("needs ../shared/evaldata")
-    mapping = json.loads((EVALDATA / "subject_mapping.json").read_text("utf-8"))
+def test_the_subjects_have_the_folders_of_the_processed_data(ceval, evaldata):
+    mapping = json.loads((evaldata / "ceval" / "subject_mapping.json").read_text("utf-8"))
     renamed = {"Social Science": "Social Sciences", "Other": "Others"}
     names = {subject: chinese for subject, (_, chinese, _) in mapping.items()}
     categories = {subject: renamed.get(c, c) for subject, (_, _, c) in mapping.items()}

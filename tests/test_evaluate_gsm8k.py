@@ -4,7 +4,6 @@ import json
 import re
 
 import pytest
-from conftest import ROOT
 from fake_models import FakeModel, last_question
 
 QUESTIONS = {
@@ -156,10 +155,8 @@ def test_an_item_without_a_number_is_named(gsm8k, data):
         gsm8k.main(["--data", str(data)])
 
 
-def test_the_official_file(gsm8k):
-    folder = ROOT.parent / "shared" / "evaldata" / "gsm8k"
-    if not folder.exists():
-        pytest.skip("needs ../shared/evaldata")
+def test_the_official_file(gsm8k, evaldata):
+    folder = evaldata / "gsm8k"
     items = gsm8k.load_items(str(folder), "")
     assert len(items) == 1319
     assert all(re.fullmatch(r"-?\d+(\.\d+)?", item.answer) for item in items)
