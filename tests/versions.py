@@ -25,7 +25,7 @@ KINDS = ("oldest", "pinned", "newest")
 
 def choose_requirements(kind: str) -> list[str]:
     """Return what pip installs: the pair under test, and the pinned packages of the server."""
-    pinned = (ROOT / "requirements.txt").read_text("utf-8").split()
+    pinned = (ROOT / "requirements.txt").read_text("utf-8").replace("_", "-").split()
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     oldest = [re.sub(r">=([\d.]+).*", r"==\1", line) for line in project["dependencies"]]
     core = {
@@ -58,12 +58,12 @@ def run(kind: str) -> str:
         bin_folder = "Scripts" if sys.platform == "win32" else "bin"
         python = [str(environment / bin_folder / "python")]
         pip = [*python, "-m", "pip"]
-        if subprocess.run([*pip, "install", "-q", *choose_requirements(kind)]).returncode:
+        if subprocess.run([*pip, "install", "-qq", *choose_requirements(kind)]).returncode:
             return f"{kind}: FAILED, pip cannot install {' '.join(choose_requirements(kind))}"
         packages = json.loads(subprocess.check_output([*pip, "list", "--format", "json"]))
         versions = {package["name"]: package["version"] for package in packages}
         copy_project(Path(folder, "project"), versions["transformers"])
-        options = ["-q", "-p", "no:cacheprovider", "--noconftest", "-o", "addopts=", "-rf"]
+        options = ["-q", "-p", "no:cacheprovider", "--noconftest", "-o", "addopts=", "--tb=short"]
         tests = [*python, "-m", "pytest", *options, "tests/test_versions.py"]
         failed = subprocess.run([*tests, "-k", "not range"], cwd=Path(folder, "project")).returncode
         result = "FAILED" if failed else "passed"
