@@ -14,9 +14,8 @@ from transformers import (
 )
 
 from .configuration_chatglm import ChatGLMConfig
+from .generation_chatglm import CHAT_DEFAULTS, ChatGLMCache
 from .modeling_chatglm import (
-    CHAT_DEFAULTS,
-    ChatGLMCache,
     ChatGLMForConditionalGeneration,
     ChatGLMForSequenceClassification,
     ChatGLMModel,

@@ -27,7 +27,7 @@ from chatglm2 import (  # noqa: E402
     ChatGLMConfig,
     ChatGLMForConditionalGeneration,
     ChatGLMTokenizer,
-    modeling_chatglm,
+    generation_chatglm,
 )
 from chatglm2.checkpoint import locate_checkpoint, read_config  # noqa: E402
 from chatglm2.command_line import one_line  # noqa: E402
@@ -186,9 +186,9 @@ class ModelWorker:
         return torch.tensor([ids], device=self.model.device)
 
     @torch.no_grad()
-    def fill_cache(self, length: int) -> modeling_chatglm.ChatGLMCache:
+    def fill_cache(self, length: int) -> generation_chatglm.ChatGLMCache:
         """Return a cache that holds random keys and values of so many tokens."""
-        cache, model, config = modeling_chatglm.ChatGLMCache(), self.model, self.model.config
+        cache, model, config = generation_chatglm.ChatGLMCache(), self.model, self.model.config
         shape = 1, config.num_key_value_heads, length, config.kv_channels
         dtype = model.base_model.cache_dtype or model.dtype
         for i in range(config.num_layers if length else 0):
@@ -201,14 +201,16 @@ class ModelWorker:
         self.model.generation_config.eos_token_id = None  # an answer ends by its length
         ids, stamps = self.draw_prompt(context + prompt_tokens), Stamps()
         cache = self.fill_cache(context)
-        sampling = {k: v for k, v in modeling_chatglm.CHAT_DEFAULTS.items() if k != "max_length"}
+        sampling = {k: v for k, v in generation_chatglm.CHAT_DEFAULTS.items() if k != "max_length"}
         start = time.perf_counter()
         sequences = self.model.generate(
             ids,
             past_key_values=cache,
             streamer=stamps,
             max_new_tokens=new_tokens,
-            logits_processor=LogitsProcessorList([modeling_chatglm.InvalidScoreLogitsProcessor()]),
+            logits_processor=LogitsProcessorList(
+                [generation_chatglm.InvalidScoreLogitsProcessor()]
+            ),
             **sampling,
         )
         result = {

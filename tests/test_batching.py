@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from chatglm2 import ChatGLMCache, ChatGLMConfig, ChatGLMForConditionalGeneration, quantization
-from chatglm2.modeling_chatglm import RaggedCache
+from chatglm2.generation_chatglm import RaggedCache
 from chatglm2.quantization import torch_matmul
 from chatglm2.serving.batching import (
     PROMPT_CHUNK,

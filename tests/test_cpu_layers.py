@@ -14,8 +14,9 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from chatglm2 import ChatGLMCache, ChatGLMConfig, ChatGLMForConditionalGeneration, modeling_chatglm
+from chatglm2.generation_chatglm import ChatGLMCacheLayer, RaggedCache
 from chatglm2.kernels import build_cpu, cpu_backend, cpu_layers
-from chatglm2.modeling_chatglm import ChatGLMCacheLayer, RaggedCache, eager_attention_forward
+from chatglm2.modeling_chatglm import eager_attention_forward
 from chatglm2.quantization import QuantizedLinear, dequantize
 from chatglm2.serving.batching import Batcher, Request
 

@@ -31,10 +31,8 @@ from chatglm2 import (
     ChatGLMForSequenceClassification,
     ChatGLMModel,
 )
+from chatglm2.generation_chatglm import CACHE_BLOCK, AnswerDecoder, InvalidScoreLogitsProcessor
 from chatglm2.modeling_chatglm import (
-    CACHE_BLOCK,
-    AnswerDecoder,
-    InvalidScoreLogitsProcessor,
     RotaryEmbedding,
     check_weight_file,
     eager_attention_forward,

@@ -8,14 +8,12 @@ import ctypes
 
 import torch
 
+from chatglm2.generation_chatglm import ChatGLMCache, ChatGLMCacheLayer, RaggedCache
 from chatglm2.modeling_chatglm import (
     MLP,
-    ChatGLMCache,
-    ChatGLMCacheLayer,
     ChatGLMModel,
     GLMBlock,
     GLMTransformer,
-    RaggedCache,
     RMSNorm,
     SelfAttention,
 )

@@ -28,7 +28,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from chatglm2.modeling_chatglm import (
+from chatglm2.generation_chatglm import (
     CACHE_BLOCK,
     CHAT_DEFAULTS,
     AnswerDecoder,
