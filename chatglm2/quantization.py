@@ -1,18 +1,18 @@
-"""INT8 and INT4 weights: the official row-wise format, and INT4 with a scale for each group.
+"""INT8 and INT4 weights: the official format with a scale for each row, and INT4 in groups.
 
-The four linear layers of each block, and the output layer if asked for, hold `weight` (int8; INT4
-packed two to a byte) and `weight_scale`; a weight is level * scale. This file is also Hugging Face
-remote code: several copies of it may live in one process.
+    W[r, c] = level(r, c) * weight_scale[r, c // group_size]
+
+The four linear layers of each transformer layer, and the output layer on request, hold the levels
+in `weight` (int8; INT4 packed two to a byte) and the scales in `weight_scale`. Backends in
+chatglm2/kernels/ multiply faster than the plain PyTorch here. This file is also Hugging Face remote
+code: that folder may be missing, and several copies of this file may live in one process.
 """
 
-import importlib
 import os
 import threading
-from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 logger = logging.get_logger(__name__)
 
+# Before 5.23, transformers casts a weight to its parameter's dtype and then quantizes it, so until
+# then the parameter must be float.
+CASTS_BEFORE_QUANTIZING = Version(transformers.__version__).release < (5, 23)
+
 QUANT_METHOD = "chatglm"
 GROUP_SIZE = 128  # columns that share a scale in group-wise INT4
 LINEAR_NAMES = (
@@ -35,18 +39,19 @@ LINEAR_NAMES = (
     "mlp.dense_h_to_4h",
     "mlp.dense_4h_to_h",
 )
-CHUNK_WEIGHTS = 1 << 19  # as many are float at a time on a CPU: they stay in its cache
+BLOCK_WEIGHTS = 1 << 19  # number of weights that are float at a time, to stay in a CPU's cache
+BACKEND_VARIABLE = "CHATGLM_BACKEND"  # environment variable that requests a backend by name
 
 
 def quantize_rows(
     weight: torch.Tensor, bits: int, group_size: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Round a float matrix to levels, not packed, and scales.
+    """Return the levels, not packed, and the scales of a float matrix.
 
-    As the original, the scale of a row is its largest magnitude / 7 (INT4) or / 127 (INT8), and all
-    arithmetic is in the weight's dtype; unlike there, no level wraps around. Of a group of
-    `group_size` columns, the value of largest magnitude gets the level -8, which the rows leave
-    unused (so the scale may be negative): a seventh finer steps.
+    As in the original, the scale of a row is its largest magnitude / 7 (INT4) or / 127 (INT8), and
+    all arithmetic is in the weight's dtype. Unlike there, no level wraps around. In a group of
+    `group_size` columns, the value of largest magnitude gets the level -8, which is not used
+    without groups: the scale may be negative, and the steps are a seventh finer.
 
     >>> quantize_rows(torch.tensor([[3.5, -0.7, 0.2, -1.0], [0.0, 0.0, 0.0, 0.0]]), bits=4)
     (tensor([[ 7, -1,  0, -2],
@@ -85,118 +90,92 @@ def unpack_int4(packed: torch.Tensor) -> torch.Tensor:
 
 
 def dequantize(weight: torch.Tensor, weight_scale: torch.Tensor, bits: int, dtype: torch.dtype):
-    """Return the float matrix [out, in] that a stored one stands for, in `dtype`."""
+    """Return the float matrix [out, in] of a stored weight, in `dtype`."""
     levels = (unpack_int4(weight) if bits == 4 else weight).to(dtype)
     scale = weight_scale.to(dtype).reshape(len(levels), -1, 1)
     return (levels.unflatten(-1, (scale.shape[1], -1)) * scale).flatten(-2)
 
 
-class ChunkedLinear(torch.autograd.Function):
-    """x @ W.T, where W is made a chunk of rows at a time, and again for the gradient of x.
+class BlockwiseLinear(torch.autograd.Function):
+    """x @ W.T, where a block of rows of W is made at a time, and again for the gradient of x.
 
-    So the float matrix never exists as a whole on a CPU, and is not kept for the backward pass.
+    On a CPU the float matrix never exists as a whole, and it is not kept for the backward pass.
     """
 
     @staticmethod
     def forward(ctx, x, make_rows, *stored):
         ctx.make_rows = make_rows
-        ctx.chunk_size = len(stored[0])
+        ctx.block_size = len(stored[0])
         if x.device.type == "cpu":
-            ctx.chunk_size = max(1, CHUNK_WEIGHTS // x.shape[-1])
+            ctx.block_size = max(1, BLOCK_WEIGHTS // x.shape[-1])
         ctx.save_for_backward(*stored)
-        chunks = zip(*(tensor.split(ctx.chunk_size) for tensor in stored), strict=True)
-        return torch.cat([F.linear(x, make_rows(*chunk, dtype=x.dtype)) for chunk in chunks], -1)
+        blocks = zip(*(tensor.split(ctx.block_size) for tensor in stored), strict=True)
+        return torch.cat([F.linear(x, make_rows(*block, dtype=x.dtype)) for block in blocks], -1)
 
     @staticmethod
     def backward(ctx, grad_output):
-        stored = [tensor.split(ctx.chunk_size) for tensor in ctx.saved_tensors]
-        grads = grad_output.split(ctx.chunk_size, dim=-1)
+        stored = [tensor.split(ctx.block_size) for tensor in ctx.saved_tensors]
+        grads = grad_output.split(ctx.block_size, dim=-1)
         grad_x = sum(
-            grad @ ctx.make_rows(*chunk, dtype=grad.dtype)
-            for grad, *chunk in zip(grads, *stored, strict=True)
+            grad @ ctx.make_rows(*block, dtype=grad.dtype)
+            for grad, *block in zip(grads, *stored, strict=True)
         )
         return grad_x, None, *(None for _ in stored)
 
 
 def torch_matmul(x: torch.Tensor, layer: "QuantizedLinear") -> torch.Tensor:
-    """Multiply in plain torch: any device, any dtype; what backends are tested against."""
+    """Return x @ W.T in plain PyTorch, which backends are tested against."""
     make_rows = partial(dequantize, bits=layer.bits)
-    return ChunkedLinear.apply(x, make_rows, layer.weight, layer.weight_scale)
+    return BlockwiseLinear.apply(x, make_rows, layer.weight, layer.weight_scale)
 
 
-# Backends in order of preference: the device type it is for, and its module in chatglm2/kernels/.
-# A module offers matmul(x [..., in], layer), which returns x @ W.T [..., out], and
-# find_problem(layer, x_device, dtype), which returns why it cannot serve, or None. It may offer
-# - prepare(layer), which packs the weight as it wants it,
-# - prompt_matmul(x, layer), a faster but less exact product for prompts,
-# - stored_matmul(x, weight), for the weights of 16 bits,
-# - place(weight), which copies such a weight to where it is read fastest,
-# - release_pages(parameters), which frees memory once all weights are packed,
-# - encode(transformer, inputs, num_prompt_tokens), all blocks at once, or None if it cannot.
-BACKENDS = {
-    "triton": ("cuda", "triton_backend"),
-    "cuda": ("cuda", "cuda_backend"),
-    "cpu": ("cpu", "cpu_backend"),
-    "torch_ops": ("cpu", "torch_ops_backend"),
-    "torch": (None, None),  # `torch_matmul`: always there
-}
-BACKEND_VARIABLE = "CHATGLM_BACKEND"  # of the environment: forces one
+def torch_stored_matmul(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Return x @ weight.T in plain PyTorch, in the dtype of x."""
+    if x.dtype == weight.dtype:
+        return F.linear(x, weight)
+    return BlockwiseLinear.apply(x, torch.Tensor.to, weight)
 
 
-def get_forced_backend() -> str | None:
-    """Return the backend that the environment names.
+def check_requested_backend():
+    """Check that there is a backend of the name that the environment requests.
 
     Raises:
-        ValueError: There is none of that name.
+        ValueError: There is none, or it is in chatglm2/kernels/, which is missing.
     """
-    name = os.environ.get(BACKEND_VARIABLE) or None
-    if name not in (None, *BACKENDS):
-        allowed = ", ".join(BACKENDS)
-        raise ValueError(f"{BACKEND_VARIABLE} is {name!r}: give one of {allowed}, or unset it")
-    return name
-
-
-def load_backend(name: str, layers, device: torch.device, dtype: torch.dtype):
-    """Return a backend's module, or None, and why it cannot serve the layers, or None."""
-    if name == "torch":
-        return SimpleNamespace(matmul=torch_matmul), None
-    try:  # remote code has no such folder
-        module = importlib.import_module(f"chatglm2.kernels.{BACKENDS[name][1]}")
+    try:
+        from chatglm2.kernels import get_forced_backend
     except ImportError as error:
-        return None, str(error)
-    problems = (module.find_problem(layer, device, dtype) for layer in layers)
-    problem = next(filter(None, problems), None)
-    return (None, problem) if problem else (module, None)
+        if (name := os.environ.get(BACKEND_VARIABLE) or "torch") != "torch":
+            raise ValueError(
+                f"{BACKEND_VARIABLE} is {name!r}, which is not here ({error}): give torch, or "
+                "unset it"
+            ) from None
+    else:
+        get_forced_backend()
 
 
 def pick_backend(layers, device: torch.device, dtype: torch.dtype):
-    """Return the module of the first backend that can serve all layers, and tell which and why.
+    """Return the `Backend` of chatglm2/kernels/ for all layers, or None for plain PyTorch.
 
     Raises:
-        ValueError: The one that the environment names cannot.
+        ValueError: The backend that the environment requests cannot serve the layers.
     """
-    forced = get_forced_backend()
-    names = [name for name, (kind, _) in BACKENDS.items() if kind in (None, device.type)]
-    where, reasons = f"{device} in {str(dtype).removeprefix('torch.')}", []
-    for name in [forced] if forced else names:
-        backend, problem = load_backend(name, layers, device, dtype)
-        if backend:
-            reasons = [f"{BACKEND_VARIABLE} says so"] if forced else reasons
-            why = "; ".join(reasons) or ("the fastest" if name != "torch" else "the only one here")
-            logger.warning_once(f"Quantized layers on {where}: backend {name} ({why})")
-            return backend
-        reasons.append(f"not {name}: {problem}")
-    raise ValueError(
-        f"{BACKEND_VARIABLE} is {forced!r}, which cannot serve {where}: {problem}; give another "
-        f"of {', '.join(BACKENDS)}, or unset it"
-    )
+    try:
+        from chatglm2.kernels import pick_backend
+    except ImportError as error:
+        check_requested_backend()
+        where = f"{device} in {str(dtype).removeprefix('torch.')}"
+        logger.warning_once(f"Quantized layers on {where}: backend torch ({error})")
+        return None
+    return pick_backend(layers, device, dtype)
 
 
 class Role(threading.local):
-    """What a thread computes; a copy is of no thread.
+    """What the current thread computes; other threads and copies start at 0.
 
     Attributes:
-        num_prompt_tokens: So many tokens of the current forward, from the first on, are a prompt's.
+        num_prompt_tokens: The number of tokens of the current forward, counted from the first,
+            that belong to the prompt.
     """
 
     num_prompt_tokens = 0
@@ -206,12 +185,12 @@ class Role(threading.local):
 
 
 class ModelBackend:
-    """What the quantized layers of a model share: one backend for each device and dtype.
+    """What the quantized layers of a model share: a backend for each device and dtype.
 
     Attributes:
-        kinds: For each size of layer in the model, one without data.
-        picked: A backend's functions by their names, for each device and dtype.
-        role: Which tokens are a prompt's; all others are multiplied exactly, however many.
+        kinds: A layer without data for each size of layer in the model.
+        picked: The backend for each device and dtype, or None for plain PyTorch.
+        role: The tokens of the prompt. All other tokens are multiplied exactly, however many.
     """
 
     def __init__(self):
@@ -221,21 +200,18 @@ class ModelBackend:
         sizes = layer.in_features, layer.out_features, layer.bits, layer.group_size
         if sizes not in self.kinds:
             self.kinds[sizes] = QuantizedLinear(*sizes, device="meta")
-            self.picked.clear()  # which served all kinds before
+            self.picked.clear()  # a backend must serve the new kind too
         layer.backend = self
 
-    def get(self, function: str, device: torch.device, dtype: torch.dtype) -> Callable | None:
-        """Return a function of the backend, e.g. `matmul`, or None if it has no such."""
+    def get(self, device: torch.device, dtype: torch.dtype):
+        """Return the backend for a device and dtype, or None for plain PyTorch."""
         if (device, dtype) not in self.picked:
-            backend = pick_backend(self.kinds.values(), device, dtype)
-            names = "matmul", "prepare", "prompt_matmul", "stored_matmul", "place"
-            names += "release_pages", "encode"
-            self.picked[device, dtype] = {name: getattr(backend, name, None) for name in names}
-        return self.picked[device, dtype][function]
+            self.picked[device, dtype] = pick_backend(self.kinds.values(), device, dtype)
+        return self.picked[device, dtype]
 
     @contextmanager
     def computing_prompt(self, num_tokens: int):
-        """Within, let this thread's first `num_tokens` tokens of a row count as a prompt's."""
+        """Within, the first `num_tokens` tokens that this thread computes belong to a prompt."""
         outer, self.role.num_prompt_tokens = self.role.num_prompt_tokens, num_tokens
         try:
             yield
@@ -243,61 +219,58 @@ class ModelBackend:
             self.role.num_prompt_tokens = outer
 
     def multiply(self, x: torch.Tensor, layer: "QuantizedLinear") -> torch.Tensor:
-        """Return x @ W.T, for x [..., tokens, in] each token by the product of its role."""
-        matmul, prompt_matmul = self.get("matmul", x.device, x.dtype), None
-        if length := self.role.num_prompt_tokens:
-            prompt_matmul = self.get("prompt_matmul", x.device, x.dtype)
-        if prompt_matmul is None:
-            return matmul(x, layer)
+        """Return x @ W.T for x [..., tokens, in], each token by the product for its role."""
+        backend = self.get(x.device, x.dtype)
+        if backend is None:
+            return torch_matmul(x, layer)
+        length = self.role.num_prompt_tokens
+        if not length:
+            return backend.matmul(x, layer)
         if length >= x.shape[-2]:
-            return prompt_matmul(x, layer)
+            return backend.prompt_matmul(x, layer)
         prompt, rest = x[..., :length, :], x[..., length:, :]
-        return torch.cat((prompt_matmul(prompt, layer), matmul(rest, layer)), dim=-2)
+        return torch.cat((backend.prompt_matmul(prompt, layer), backend.matmul(rest, layer)), -2)
 
     def encode(self, transformer: nn.Module, inputs: dict) -> torch.Tensor | None:
-        """Return the last block's hidden states if the backend can compute all blocks at once.
+        """Return the hidden states after the last layer, or None to call the modules.
 
         Args:
             inputs: The arguments of `GLMTransformer.forward`, but with the model's
                 `attention_mask` and `position_ids`.
         """
         states = inputs["hidden_states"]
-        encode = self.get("encode", states.device, states.dtype)
-        return encode and encode(transformer, inputs, self.role.num_prompt_tokens)
+        backend = self.get(states.device, states.dtype)
+        return backend and backend.encode(transformer, inputs, self.role.num_prompt_tokens)
 
 
 def quantized_matmul(x: torch.Tensor, layer: "QuantizedLinear") -> torch.Tensor:
-    """Return x @ W.T in the model's backend; in plain torch where x needs a gradient."""
-    if x.requires_grad and torch.is_grad_enabled():
+    """Return x @ W.T by the model's backend, or in plain PyTorch where x needs a gradient."""
+    needs_grad = x.requires_grad and torch.is_grad_enabled()
+    if needs_grad or (layer.is_offloaded and x.device.type == "cpu"):
         return torch_matmul(x, layer)
-    if layer.is_offloaded and x.device.type == "cpu":
-        return torch_matmul(x, layer)
-    if layer.backend is None:  # a layer outside of a model
+    if layer.backend is None:  # the layer is not part of a model
         ModelBackend().add(layer)
     return layer.backend.multiply(x, layer)
 
 
-REPLACING = threading.RLock()  # of weights: threads may share a model
+PACKING = threading.RLock()  # threads may share a model
 
 
 class QuantizedLinear(nn.Module):
     """A linear layer with a quantized weight; it computes in the dtype of its input.
 
     Attributes:
-        weight: int8 [out, in] for 8 bits, [out, in / 2] for 4; no conversion changes its dtype.
+        weight: int8 [out, in] for 8 bits, [out, in / 2] for 4 bits; no conversion changes its
+            dtype.
         weight_scale: [out], or [out, in / group_size].
-        backend: What the model's layers share.
-        packed: A backend's own copy of the weight, or None; dropped when the weight changes.
-        replacement: What a backend holds in place of the weight, or None. The parameter then has
-            no data (it is on the meta device), but whoever asks for `layer.weight`, a state dict,
-            a copy or a conversion gets the official bytes back.
-        is_offloaded: Whether accelerate fetches the weight for each product anew, so that packing
-            it is no use.
+        backend: The backends that the model's layers share.
+        packed: The weight in a backend's own order, or None; see `pack`.
+        is_offloaded: Whether accelerate loads the weight for each product, so that packing it is
+            of no use.
     """
 
     backend: ModelBackend | None = None
     packed = None
-    replacement = None
     is_offloaded = False
 
     def __init__(
@@ -321,7 +294,7 @@ class QuantizedLinear(nn.Module):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, bits: int, group_size: int | None, empty=False):
-        """Return the quantized layer; with `empty` only its shapes, to be loaded."""
+        """Return the quantized layer; if `empty`, its weights are to be loaded."""
         options = {"dtype": linear.weight.dtype, "device": linear.weight.device}
         if not empty:
             options["device"] = "meta"
@@ -336,9 +309,9 @@ class QuantizedLinear(nn.Module):
     @torch.no_grad()
     def quantize(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return what this layer stores for a float weight [out, in]."""
-        size = max(1, CHUNK_WEIGHTS // self.in_features)
-        chunks = (quantize_rows(rows, self.bits, self.group_size) for rows in weight.split(size))
-        stored = [(pack_int4(x) if self.bits == 4 else x, scale) for x, scale in chunks]
+        size = max(1, BLOCK_WEIGHTS // self.in_features)
+        blocks = (quantize_rows(rows, self.bits, self.group_size) for rows in weight.split(size))
+        stored = [(pack_int4(x) if self.bits == 4 else x, scale) for x, scale in blocks]
         levels, scales = zip(*stored, strict=True)
         return torch.cat(levels), torch.cat(scales)
 
@@ -346,30 +319,39 @@ class QuantizedLinear(nn.Module):
         y = quantized_matmul(x, self)
         return y if self.bias is None else y + self.bias
 
-    def replace_weight(self, make: Callable):
-        """Return the replacement; if there is none, `make(layer)` first, and release the weight.
+    def pack(self, kind: type):
+        """Return the weight in a backend's order, which is kept until the weight changes.
 
-        A replacement's `restore()` returns the weight.
+        If the order can be undone, the packed weight replaces the official one: the parameter then
+        has no data (it is on the meta device), but `layer.weight`, a state dict, a copy or a
+        conversion restores it.
+
+        Args:
+            kind: The class of the packed weight. Its `from_layer(layer)` makes it, its `restore()`,
+                if it has one, returns the official weight.
         """
-        with REPLACING, torch.inference_mode(False):
-            if self.replacement is None:
-                replacement = make(self)
-                empty = torch.empty_like(self.weight, device="meta")
-                self.weight = nn.Parameter(empty, requires_grad=False)
-                self.replacement = replacement
-            return self.replacement
+        with PACKING, torch.inference_mode(False):
+            if type(self.packed) is not kind:
+                packed = kind.from_layer(self)
+                if hasattr(kind, "restore"):
+                    empty = torch.empty_like(self.weight, device="meta")
+                    self.weight = nn.Parameter(empty, requires_grad=False)
+                self.packed = packed
+            return self.packed
 
     @contextmanager
-    def restored(self):
-        """Let the weight be the official one, and keep other threads from replacing it."""
-        with REPLACING:
-            if self.replacement is not None:
+    def restored(self, is_changing=False):
+        """Within, the weight is the official one, and no other thread packs it."""
+        with PACKING:
+            if hasattr(self.packed, "restore"):
                 with torch.inference_mode(False):  # the tensor may later serve a backward pass
-                    weight, self.replacement = self.replacement.restore(), None
+                    weight, self.packed = self.packed.restore(), None
                     self.weight = nn.Parameter(weight, requires_grad=False)
+            if is_changing:
+                self.packed = None
             yield
 
-    def __getattr__(self, name):  # of what is no plain attribute: parameters
+    def __getattr__(self, name):  # for parameters, which are not plain attributes
         if name not in ("weight", "weight_scale"):
             return super().__getattr__(name)
         with self.restored():
@@ -379,8 +361,7 @@ class QuantizedLinear(nn.Module):
         if name not in ("weight", "weight_scale"):
             super().__setattr__(name, value)
             return
-        with self.restored():
-            self.packed = None
+        with self.restored(is_changing=True):
             super().__setattr__(name, value)
 
     def __getstate__(self):
@@ -392,13 +373,11 @@ class QuantizedLinear(nn.Module):
             super()._save_to_state_dict(*args, **kwargs)
 
     def _apply(self, fn, recurse=True):
-        with self.restored():
-            self.packed = None
+        with self.restored(is_changing=True):
             return super()._apply(fn, recurse)
 
     def _load_from_state_dict(self, *args, **kwargs):
-        with self.restored():
-            self.packed = None
+        with self.restored(is_changing=True):
             super()._load_from_state_dict(*args, **kwargs)
 
     def extra_repr(self) -> str:
@@ -407,14 +386,14 @@ class QuantizedLinear(nn.Module):
 
 
 def narrow(weight: torch.Tensor) -> nn.Parameter:
-    """Return a weight to be stored in 16 bits: float32 becomes float16."""
+    """Return a weight in 16 bits: float32 becomes float16, other dtypes stay."""
     if weight.dtype == torch.float32:
         weight = weight.detach().half()
     return nn.Parameter(weight, requires_grad=False)
 
 
 class StoredIn16Bits:
-    """Mixin of layers whose weight moves between devices but keeps its dtype, cast where used."""
+    """Mixin for layers whose weight keeps its dtype when the model is converted."""
 
     def _apply(self, fn, recurse=True):
         def move(tensor):
@@ -425,7 +404,7 @@ class StoredIn16Bits:
 
 
 class StoredEmbedding(StoredIn16Bits, nn.Embedding):
-    """The embedding of a quantized model: float16 or bfloat16, its output in `compute_dtype`."""
+    """The embedding of a quantized model, in 16 bits; its output is in `compute_dtype`."""
 
     def __init__(self, embedding: nn.Embedding):
         sizes = embedding.num_embeddings, embedding.embedding_dim
@@ -442,9 +421,9 @@ class StoredEmbedding(StoredIn16Bits, nn.Embedding):
 
 
 class StoredLinear(StoredIn16Bits, nn.Linear):
-    """The output layer of a quantized model: float16 or bfloat16, cast to its input's dtype."""
+    """The output layer of a quantized model, in 16 bits; it computes in the dtype of its input."""
 
-    backend: ModelBackend | None = None  # of the quantized layers
+    backend: ModelBackend | None = None  # the same as that of the quantized layers
 
     def __init__(self, linear: nn.Linear):
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
@@ -453,25 +432,22 @@ class StoredLinear(StoredIn16Bits, nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         needs_grad = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
         # An adapter may bring a weight of its own, in float32.
+        backend = None
         if self.backend is not None and not needs_grad and self.weight.itemsize == 2:
-            multiply = self.backend.get("stored_matmul", x.device, x.dtype)
-            if multiply is not None:
-                return multiply(x, self.weight)
-        if x.dtype == self.weight.dtype:
-            return super().forward(x)
-        return ChunkedLinear.apply(x, torch.Tensor.to, self.weight)
+            backend = self.backend.get(x.device, x.dtype)
+        return (backend.stored_matmul if backend else torch_stored_matmul)(x, self.weight)
 
 
 @dataclass(kw_only=True)
 class ChatGLMQuantizationConfig(QuantizationConfigMixin):
-    """What `quantization_config` in a config.json says.
+    """How a model is quantized: the `quantization_config` of a config.json.
 
     Attributes:
         bits: 8 or 4.
-        group_size: `None` for the official format, a scale for each row; 128 (with 4 bits) for a
-            scale for each 128 columns of a row.
-        output_bits: `None` for the official format, an output layer of 16 bits; 8 for INT8 with a
-            scale for each row.
+        group_size: None for a scale for each row, as in the official format; 128 (with 4 bits) for
+            a scale for each 128 columns of a row.
+        output_bits: None for an output layer of 16 bits, as in the official format; 8 for INT8 with
+            a scale for each row.
     """
 
     bits: int
@@ -494,7 +470,7 @@ class ChatGLMQuantizationConfig(QuantizationConfigMixin):
             )
 
     def to_dict(self) -> dict:
-        """Return the fields; the official format's stay what they were without `output_bits`."""
+        """Return the fields, without `output_bits` if it is None, as official configs."""
         fields = super().to_dict()
         if self.output_bits is None:
             del fields["output_bits"]
@@ -502,20 +478,20 @@ class ChatGLMQuantizationConfig(QuantizationConfigMixin):
 
 
 def replace_layers(transformer: nn.Module, config: ChatGLMQuantizationConfig, empty=False):
-    """Put quantized layers into a ChatGLMModel, one by one; with `empty`, to be loaded."""
-    get_forced_backend()  # a wrong name is told before the work
+    """Put quantized layers into a ChatGLMModel one by one; if `empty`, they are to be loaded."""
+    check_requested_backend()  # before the work
     check_output_layer(transformer, config)
     backend = transformer.backend = ModelBackend()
-    for block in transformer.encoder.layers:
+    for layer in transformer.encoder.layers:
         for name in LINEAR_NAMES:
-            linear = block.get_submodule(name)
+            linear = layer.get_submodule(name)
             if type(linear) is not nn.Linear:
                 raise ValueError(
                     f"{name} is a {type(linear).__name__}: quantize before adding adapters"
                 )
-            layer = QuantizedLinear.from_linear(linear, config.bits, config.group_size, empty)
-            backend.add(layer)
-            block.set_submodule(name, layer)
+            quantized = QuantizedLinear.from_linear(linear, config.bits, config.group_size, empty)
+            backend.add(quantized)
+            layer.set_submodule(name, quantized)
     embedding = transformer.embedding.word_embeddings
     transformer.embedding.word_embeddings = StoredEmbedding(embedding)
     if config.output_bits:
@@ -526,10 +502,10 @@ def replace_layers(transformer: nn.Module, config: ChatGLMQuantizationConfig, em
 
 
 def check_output_layer(transformer: nn.Module, config: ChatGLMQuantizationConfig):
-    """Check that the output layer can have the bits that are asked for.
+    """Check that the output layer can be quantized if that is requested.
 
     Raises:
-        ValueError: Its weight is that of the embedding too, or it is no plain layer.
+        ValueError: It shares its weight with the embedding, or an adapter has replaced it.
     """
     if not config.output_bits:
         return
@@ -544,7 +520,7 @@ def check_output_layer(transformer: nn.Module, config: ChatGLMQuantizationConfig
 
 
 def quantize_output_layer(transformer: nn.Module, config: ChatGLMQuantizationConfig, empty=False):
-    """Put a quantized output layer into a ChatGLMModel whose blocks are quantized."""
+    """Quantize the output layer of a ChatGLMModel whose other layers are quantized."""
     layer = QuantizedLinear.from_linear(transformer.output_layer, config.output_bits, None, empty)
     transformer.backend.add(layer)
     transformer.output_layer = layer
@@ -554,29 +530,30 @@ def prepare_layers(model):
     """Pick the backend of a quantized model and pack its weights now, not at the first question."""
     for layer in model.modules():
         if isinstance(layer, QuantizedLinear) and not layer.is_offloaded:
-            prepare = layer.backend.get("prepare", layer.weight.device, model.dtype)
-            if prepare is not None:
-                prepare(layer)
+            backend = layer.backend.get(layer.weight.device, model.dtype)
+            if backend is not None:
+                backend.prepare(layer)
         elif isinstance(layer, StoredLinear) and layer.backend is not None:
-            place = layer.backend.get("place", model.device, model.dtype)
-            if place is not None:
-                layer.weight.data = place(layer.weight.data)
-    if release := model.base_model.backend.get("release_pages", model.device, model.dtype):
-        release(model.parameters())
+            backend = layer.backend.get(model.device, model.dtype)
+            if backend is not None:
+                layer.weight.data = backend.place(layer.weight.data)
+    backend = model.base_model.backend.get(model.device, model.dtype)
+    if backend is not None:
+        backend.release_pages(model.parameters())
 
 
 def mark_offloaded(model):
-    """Note which layers of a loaded model have their weight elsewhere."""
+    """Mark the layers of a loaded model whose weights accelerate holds elsewhere."""
     for layer in model.modules():
         if isinstance(layer, QuantizedLinear):
             layer.is_offloaded = layer.weight.is_meta
 
 
 def get_quantization(model_config) -> ChatGLMQuantizationConfig | None:
-    """Return how a model's config says that it is quantized.
+    """Return the quantization of a model from its config, or None.
 
     Raises:
-        ValueError: By another library, or `quantization_bit` was set without the rest.
+        ValueError: Another library has quantized it, or `quantization_bit` was set alone.
     """
     config = getattr(model_config, "quantization_config", None)
     if config is None:
@@ -593,7 +570,9 @@ def get_quantization(model_config) -> ChatGLMQuantizationConfig | None:
 
 
 def is_quantized_so(model_config, wanted) -> bool:
-    """Whether a model is quantized as wanted; False if it is not, or that is of another library.
+    """Return True if the model already has exactly the requested quantization.
+
+    Return False if it has none, or if the request is for another library's method.
 
     Raises:
         ValueError: It is quantized in another way.
@@ -638,7 +617,7 @@ def quantize_model(model, bits: int, group_size: int | None = None, output_bits:
 
 
 class QuantizeWhileLoading(ConversionOps):
-    """Turns a float weight of the checkpoint into weight and scale, before the next is read."""
+    """Quantizes a float weight of the checkpoint before the next one is read."""
 
     def convert(self, input_dict, full_layer_name=None, model=None, **kwargs):
         (value,) = input_dict.values()
@@ -651,16 +630,15 @@ class QuantizeWhileLoading(ConversionOps):
 class ChatGLMQuantizer(HfQuantizer):
     """transformers' hook for loading quantized checkpoints, and for quantizing while loading.
 
-    The first copy of this file that is imported serves all: it asks a model for nothing but its
-    modules' names, and gives it layers of its own.
+    The first imported copy of this file serves the models of all copies. So it relies on nothing
+    but the names of a model's modules, and gives the model this copy's layers.
     """
 
     def _process_model_before_weight_loading(self, model, dtype=None, **kwargs):
-        if self.pre_quantized:  # the model has made the layers itself
+        if self.pre_quantized:  # the model's constructor has made the layers
             return
         replace_layers(model.base_model, self.quantization_config, empty=True)
-        if Version(transformers.__version__).release < (5, 23):
-            # The loader casts each weight to its parameter's dtype before it is quantized.
+        if CASTS_BEFORE_QUANTIZING:
             for layer in model.modules():
                 if isinstance(layer, QuantizedLinear):
                     shape = layer.out_features, layer.in_features
@@ -671,9 +649,9 @@ class ChatGLMQuantizer(HfQuantizer):
         transformer = model.base_model
         transformer.embedding.word_embeddings.requires_grad_(False)
         transformer.output_layer.requires_grad_(False)
-        for block in transformer.encoder.layers:
+        for layer in transformer.encoder.layers:
             for name in LINEAR_NAMES:
-                block.get_submodule(name).weight_scale.requires_grad_(False)
+                layer.get_submodule(name).weight_scale.requires_grad_(False)
         return model
 
     def param_needs_quantization(self, model, param_name, **kwargs) -> bool:
@@ -698,11 +676,11 @@ class ChatGLMQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        return True  # the inputs of quantized layers have gradients: adapters, P-Tuning v2
+        return True  # gradients reach the inputs of quantized layers, for adapters and prefixes
 
     @property
     def is_qat_trainable(self) -> bool:
-        return True  # what Trainer asks for without PEFT; P-Tuning v2 trains a prefix only
+        return True  # Trainer requires it without PEFT; P-Tuning v2 trains nothing but a prefix
 
 
 if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:

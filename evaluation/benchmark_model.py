@@ -106,9 +106,9 @@ def create_random_model(
                 bound = math.sqrt(3 / parameter.shape[1])
                 parameter.uniform_(-bound, bound)
         if isinstance(module, QuantizedLinear):  # now: its own copy is not to stay until the end
-            prepare = module.backend.get("prepare", device, dtype)
-            if prepare is not None:
-                prepare(module)
+            backend = module.backend.get(device, dtype)
+            if backend is not None:
+                backend.prepare(module)
     model.tie_weights()
     return model
 

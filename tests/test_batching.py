@@ -5,7 +5,6 @@ import contextlib
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +19,7 @@ from transformers import (
 
 from chatglm2 import ChatGLMCache, ChatGLMConfig, ChatGLMForConditionalGeneration, quantization
 from chatglm2.generation_chatglm import RaggedCache
+from chatglm2.kernels import Backend
 from chatglm2.quantization import torch_matmul
 from chatglm2.serving.batching import (
     PROMPT_CHUNK,
@@ -108,13 +108,17 @@ class TestAnswers:
         self, make_batcher, ask, tiny_checkpoint, monkeypatch
     ):
         products = set()
-        backend = SimpleNamespace(
-            matmul=lambda x, layer: products.add(("exact", *x.shape[:2])) or torch_matmul(x, layer),
-            prompt_matmul=lambda x, layer: (
-                products.add(("rounded", *x.shape[:2])) or torch_matmul(x, layer)
-            ),
-        )
-        monkeypatch.setattr(quantization, "pick_backend", lambda *_: backend)
+
+        class Recorder(Backend):
+            def matmul(self, x, layer):
+                products.add(("exact", *x.shape[:2]))
+                return torch_matmul(x, layer)
+
+            def prompt_matmul(self, x, layer):
+                products.add(("rounded", *x.shape[:2]))
+                return torch_matmul(x, layer)
+
+        monkeypatch.setattr(quantization, "pick_backend", lambda *_: Recorder())
         model = ChatGLMForConditionalGeneration.from_pretrained(tiny_checkpoint).quantize(4).float()
         batcher = make_batcher(model, kept_tokens=0)
         chunks = {("rounded", 1, PROMPT_CHUNK)}

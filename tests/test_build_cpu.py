@@ -10,8 +10,9 @@ import pytest
 import torch
 from transformers.utils.logging import warning_once
 
-from chatglm2 import ChatGLMForConditionalGeneration, quantization
+from chatglm2 import ChatGLMForConditionalGeneration, kernels
 from chatglm2.kernels import build_cpu
+from chatglm2.kernels.cache import CACHE_VARIABLE, get_cache_folder
 
 
 @pytest.fixture
@@ -24,9 +25,9 @@ def need_compiler():
 
 @pytest.fixture(autouse=True)
 def no_settings(monkeypatch):
-    for name in ("CC", build_cpu.ISA_VARIABLE, build_cpu.CACHE_VARIABLE, "CHATGLM_BACKEND"):
+    for name in ("CC", build_cpu.ISA_VARIABLE, CACHE_VARIABLE, "CHATGLM_BACKEND"):
         monkeypatch.delenv(name, raising=False)
-    for module in (build_cpu, quantization):  # so that caplog sees them
+    for module in (build_cpu, kernels):  # so that caplog sees them
         monkeypatch.setattr(module.logger, "parent", logging.getLogger())
     warning_once.cache_clear()
     build_cpu.get_library.cache_clear()
@@ -63,7 +64,7 @@ def quick(tmp_path, monkeypatch, need_compiler):
 
 def build_and_load(results):
     try:
-        library = build_cpu.build(build_cpu.get_cache_folder())
+        library = build_cpu.build(get_cache_folder())
         results.put((library, build_cpu.load(library).chatglm_isa()))
     except (OSError, RuntimeError) as error:
         results.put(str(error))
@@ -85,7 +86,7 @@ def test_several_processes_at_once(quick):
     sources = sorted(build_cpu.SOURCES[0].parent.iterdir())
     context = multiprocessing.get_context("fork")
     outcomes = start_and_build(context, 4)
-    (library,) = build_cpu.get_cache_folder().iterdir()  # and nothing unfinished
+    (library,) = get_cache_folder().iterdir()  # and nothing unfinished
     assert outcomes == [(library, b"portable")] * 4
     before = library.stat()
     assert start_and_build(context, 1) == [(library, b"portable")]
@@ -95,7 +96,7 @@ def test_several_processes_at_once(quick):
 
 def test_command(quick, capsys, caplog, monkeypatch):
     build_cpu.main()
-    (library,) = build_cpu.get_cache_folder().iterdir()
+    (library,) = get_cache_folder().iterdir()
     assert capsys.readouterr().out == f"portable: {library}\n"
     assert re.fullmatch(
         r"Compiling cpu.c and layer.c with .*, once on this machine", caplog.messages[0]
@@ -110,7 +111,7 @@ def test_command(quick, capsys, caplog, monkeypatch):
 
 def test_compiled_once_for_what_it_depends_on(compiler, monkeypatch):
     calls = compiler(f"{VERSION}\n{WRITE}")
-    folder = build_cpu.get_cache_folder()
+    folder = get_cache_folder()
 
     def build():
         calls.unlink(missing_ok=True)
@@ -150,12 +151,12 @@ def test_no_openmp(compiler):
     """The compiler is tried again without."""
     fail = 'case "$*" in *-fopenmp*) echo "no libgomp.spec" >&2; exit 1;; esac'
     calls = compiler(f"{VERSION}\n{fail}\n{WRITE}")
-    build_cpu.build(build_cpu.get_cache_folder())
+    build_cpu.build(get_cache_folder())
     lines = [line for line in calls.read_text().splitlines() if "-o" in line]
     assert len(lines) == 2 and "-fopenmp" in lines[0] and "-pthread" in lines[1]
     calls = compiler(f"{VERSION.replace('cc 1.0', 'clang version 14')}\n{WRITE}")
     calls.unlink(missing_ok=True)
-    build_cpu.build(build_cpu.get_cache_folder())
+    build_cpu.build(get_cache_folder())
     assert "-fopenmp" not in calls.read_text()
 
 
@@ -237,4 +238,4 @@ def test_cache_folder(platform, variables, expected, monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert build_cpu.get_cache_folder() == Path(expected)
+    assert get_cache_folder() == Path(expected)

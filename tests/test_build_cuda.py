@@ -1,21 +1,21 @@
-"""Compiling the CUDA kernels; no GPU is needed, the compilers' own tests want nvcc or NVRTC."""
+"""Compiling the CUDA kernels; no GPU is needed, but one test needs nvcc or NVRTC."""
 
 import shutil
 
 import pytest
 
 from chatglm2.kernels import build_cuda
-from chatglm2.kernels.build_cuda import NVCC, NVRTC, build, get_cache_folder
+from chatglm2.kernels.build_cuda import NVCC, NVRTC, build, get_kernel_folder
 
 
-def test_the_cache_folder_is_of_this_very_source(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    folder = get_cache_folder()
-    assert folder.is_relative_to(tmp_path)
+def test_each_source_has_its_own_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("CHATGLM_CACHE", str(tmp_path))
+    folder = get_kernel_folder()
+    assert folder.parent == tmp_path
     other = tmp_path / "other.cu"
     other.write_bytes(build_cuda.SOURCE.read_bytes() + b"\n")
     monkeypatch.setattr(build_cuda, "SOURCE", other)
-    assert get_cache_folder() != folder
+    assert get_kernel_folder() != folder
 
 
 class FakeCompiler:
@@ -58,11 +58,11 @@ def test_a_failing_compiler_leaves_no_file(tmp_path):
 
 
 def test_build_from_the_command_line(monkeypatch, tmp_path, capsys):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CHATGLM_CACHE", str(tmp_path))
     monkeypatch.setattr(build_cuda, "find_compiler", FakeCompiler)
     build_cuda.main(["--arch", "90", "80"])
     assert capsys.readouterr().out == (
-        f"fake 1.0 wrote to {get_cache_folder()}: sm_80.cubin, sm_90.cubin, compute_80.ptx\n"
+        f"fake 1.0 wrote to {get_kernel_folder()}: sm_80.cubin, sm_90.cubin, compute_80.ptx\n"
     )
     with pytest.raises(SystemExit, match=r"^error: fake 1.0 does not know the architecture 70"):
         build_cuda.main(["--arch", "70"])

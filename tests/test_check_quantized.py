@@ -1,7 +1,5 @@
 """`check_quantized.py`: its perplexity and agreement, and its table from a few questions."""
 
-from types import SimpleNamespace
-
 import check
 import check_quantized
 import pytest
@@ -9,6 +7,7 @@ import torch
 from check_quantized import WAYS, force_answers, load
 
 from chatglm2 import quantization
+from chatglm2.kernels import Backend
 from chatglm2.quantization import torch_matmul
 
 
@@ -32,10 +31,14 @@ def test_perplexity_is_that_of_the_loss(tiny_model, tiny_tokenizer):
 
 
 def test_rounded_prompts_are_measured(tiny_checkpoint, tiny_tokenizer, monkeypatch):
-    backend = SimpleNamespace(
-        matmul=torch_matmul, prompt_matmul=lambda x, layer: 1.1 * torch_matmul(x, layer)
-    )
-    monkeypatch.setattr(quantization, "pick_backend", lambda *_: backend)
+    class Rounding(Backend):
+        def matmul(self, x, layer):
+            return torch_matmul(x, layer)
+
+        def prompt_matmul(self, x, layer):
+            return 1.1 * torch_matmul(x, layer)
+
+    monkeypatch.setattr(quantization, "pick_backend", lambda *_: Rounding())
     pairs = [(tiny_tokenizer.build_prompt("你好"), "你好👋！")]
     exact, rounded = (
         force_answers(load(tiny_checkpoint, **WAYS[name]), tiny_tokenizer, pairs)[0]

@@ -278,13 +278,13 @@ def test_offloaded_weights_are_not_packed(int4_checkpoint, monkeypatch):
     """A pack of each would bring back into memory what is on the disk."""
     if problem := get_library()[1]:
         pytest.skip(f"needs the kernels for CPUs: {problem}")
-    packed, replace_weight = [], QuantizedLinear.replace_weight
+    packed, pack = [], QuantizedLinear.pack
 
-    def record(layer, make):
+    def record(layer, kind):
         packed.append(layer)
-        return replace_weight(layer, make)
+        return pack(layer, kind)
 
-    monkeypatch.setattr(QuantizedLinear, "replace_weight", record)
+    monkeypatch.setattr(QuantizedLinear, "pack", record)
     device_map = {"": "cpu", f"{BLOCK}1": "disk"}
     model = utils.load_model_on_gpus(int4_checkpoint, device_map=device_map, dtype=torch.float32)
     prepare_layers(model)

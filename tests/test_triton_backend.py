@@ -25,16 +25,17 @@ CASES = list(itertools.product(DTYPES, WAYS, NUM_ROWS))
 
 def compute_error(dtype: str, way: str, num_rows: int) -> float:
     """Return the largest error of the kernels; 1 is the largest output."""
-    from chatglm2.kernels import triton_backend
+    from chatglm2.kernels.triton_backend import TritonBackend
     from chatglm2.quantization import QuantizedLinear, torch_matmul
 
+    backend = TritonBackend()
     bits, group_size, in_features = WAYS[way]
     layer = QuantizedLinear(in_features, 70, bits, group_size)
     weight = torch.randn(70, in_features, generator=torch.manual_seed(0)).to(DTYPES[dtype])
     layer.weight.data, layer.weight_scale.data = layer.quantize(weight)
-    assert triton_backend.find_problem(layer, torch.device("cpu"), weight.dtype) is None
+    assert backend.find_problem(layer, torch.device("cpu"), weight.dtype) is None
     x = torch.randn(1, num_rows, in_features).to(weight.dtype)
-    y, exact = triton_backend.matmul(x, layer), torch_matmul(x.float(), layer)
+    y, exact = backend.matmul(x, layer), torch_matmul(x.float(), layer)
     assert y.dtype == x.dtype and y.shape == exact.shape
     return ((y.float() - exact).abs().max() / exact.abs().max()).item()
 
@@ -65,11 +66,13 @@ def interpreted():
     return json.loads(run.stdout)
 
 
+@pytest.mark.slow  # starts a process
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_kernels_are_as_plain_torch(interpreted, case):
     assert interpreted[str(case)] <= TOLERANCES[case[0]]
 
 
+@pytest.mark.slow
 def test_model(interpreted):
     assert interpreted["model"] < 1e-3
 
@@ -100,18 +103,16 @@ def test_kernels_compile_for_gpus(capability, way, name, tmp_path, monkeypatch):
     assert len(compiled.asm["cubin"]) > 0
 
 
-def test_what_it_cannot_serve(monkeypatch):
-    from chatglm2.kernels import triton_backend
+def test_layers_that_it_cannot_serve(monkeypatch):
+    from chatglm2.kernels.triton_backend import TritonBackend
     from chatglm2.quantization import QuantizedLinear
 
-    layer = QuantizedLinear(128, 64, 4)
-    find_problem, gpu = triton_backend.find_problem, torch.device("cuda", 0)
-    problem = "it needs a GPU (on a CPU, for tests: TRITON_INTERPRET=1)"
-    assert find_problem(layer, torch.device("cpu"), torch.float32) == problem
+    find_problem, layer = TritonBackend().find_problem, QuantizedLinear(128, 64, 4)
+    gpu = torch.device("cuda", 0)
+    assert "it needs a GPU" in find_problem(layer, torch.device("cpu"), torch.float32)
     assert "torch.float64" in find_problem(layer, gpu, torch.float64)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    problem = "it needs compute capability 8.0, the GPU has 7.5"
-    assert find_problem(layer, gpu, torch.float16) == problem
+    assert "the GPU has 7.5" in find_problem(layer, gpu, torch.float16)
 
 
 def test_failing_kernels_are_a_reason(monkeypatch):
@@ -120,8 +121,8 @@ def test_failing_kernels_are_a_reason(monkeypatch):
     def fail(x, layer):
         raise RuntimeError("Failed to find C compiler.\nSet CC.")
 
-    monkeypatch.setattr(triton_backend, "matmul", fail)
-    problem = triton_backend.try_out.__wrapped__(4, 128, torch.device("cpu"), torch.float16)
+    monkeypatch.setattr(triton_backend, "multiply", fail)
+    problem = triton_backend.try_kernels.__wrapped__(4, 128, torch.device("cpu"), torch.float16)
     assert problem == "a trial failed: RuntimeError: Failed to find C compiler."
 
 

@@ -22,13 +22,14 @@ from pathlib import Path
 
 from transformers.utils import logging
 
+from .cache import CACHE_VARIABLE, get_cache_folder
+
 logger = logging.get_logger(__name__)
 
 SOURCES = [Path(__file__).with_name(name) for name in ("cpu.c", "layer.c", "cpu.h")]
 COMPILERS = ("cc", "gcc", "clang")
 FLAGS = ["-std=gnu11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-Wno-psabi"]
 FLAGS += ["-shared", "-fPIC"]
-CACHE_VARIABLE = "CHATGLM_CACHE"
 ISA_VARIABLE = "CHATGLM_CPU_ISA"
 ISA_FLAGS = {
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vnni", "-mfma", "-mf16c"],
@@ -36,16 +37,6 @@ ISA_FLAGS = {
     "portable": [],
 }
 TIMEOUT_S = 300
-
-
-def get_cache_folder() -> Path:
-    if named := os.environ.get(CACHE_VARIABLE):
-        return Path(named).expanduser()
-    if sys.platform == "win32" and (local := os.environ.get("LOCALAPPDATA")):
-        return Path(local) / "chatglm2"
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "chatglm2"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "chatglm2"
 
 
 def run(command: list[str]) -> str:

@@ -20,16 +20,17 @@ import sys
 import tempfile
 from pathlib import Path
 
+from .cache import get_cache_folder
+
 SOURCE = Path(__file__).with_name("quantization.cu")
 ARCHS = (70, 75, 80, 86, 89, 90)  # compute capability * 10
 FLAGS = ["-std=c++17"]
 
 
-def get_cache_folder() -> Path:
-    """Return where the compiled files of this very source belong; it need not exist."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+def get_kernel_folder() -> Path:
+    """Return the folder of the files compiled from the present source; it may not exist."""
     digest = hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:12]
-    return cache / "chatglm2" / f"cuda-{digest}"
+    return get_cache_folder() / f"cuda-{digest}"
 
 
 class NVCC:
@@ -138,7 +139,7 @@ def build(compiler, archs: list[int] | None = None, folder: Path | None = None) 
             f"{', '.join(map(str, known))}, or use another version of CUDA"
         )
     archs = sorted(set(archs or ARCHS) & set(known))
-    folder = folder or get_cache_folder()
+    folder = folder or get_kernel_folder()
     folder.mkdir(parents=True, exist_ok=True)
     targets = [*(f"sm_{arch}" for arch in archs), f"compute_{archs[0]}"]
     files = [folder / f"{target}{'.cubin' if target[0] == 's' else '.ptx'}" for target in targets]

@@ -1,9 +1,8 @@
-"""INT8, INT4 and 16-bit weights on a CPU, by the C kernels of cpu.c: exact for every dtype.
+"""INT8, INT4 and 16-bit weights on a CPU, by the C kernels of cpu.c, which give the formulas.
 
-Activations become float32, products are summed in float32, and the result is rounded once, to the
-dtype of x; those of a prompt are rounded to int8 first, which is faster. A row's result is the
-same, bit for bit, whatever other rows there are. The weights of a `QuantizedLinear` are held in the
-kernels' order in place of the official one, which `PackedWeight` restores exactly.
+Activations are converted to float32, products are summed in float32, and the result is rounded
+once, to the dtype of x. Activations of a prompt are rounded to int8 first, which is faster. The
+result of a row is the same, bit for bit, whatever other rows there are.
 """
 
 import ctypes
@@ -18,6 +17,7 @@ import torch
 
 from chatglm2.quantization import QuantizedLinear
 
+from . import Backend
 from .build_cpu import Linear, get_library
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -25,22 +25,11 @@ BLOCK = 16  # outputs; see cpu.c
 HUGE_PAGE = 2 << 20
 
 
-def find_problem(layer: QuantizedLinear, x_device: torch.device, dtype: torch.dtype) -> str | None:
-    """Return why these kernels cannot serve, or None."""
-    if x_device.type != "cpu":
-        return "it is for CPUs"
-    if dtype not in DTYPES:
-        return f"it cannot compute in {dtype}"
-    if sys.byteorder != "little":
-        return "it is for little-endian machines"
-    return get_library()[1]
-
-
 def call(function: str, *args):
-    """Call a C function; tensors are passed as their addresses, and the threads are torch's.
+    """Call a C function with the addresses of tensors and torch's number of threads.
 
     Raises:
-        MemoryError: It says so.
+        MemoryError: The function could not allocate memory.
     """
     values = [x.data_ptr() if isinstance(x, torch.Tensor) else x for x in args]
     if getattr(get_library()[0], f"chatglm_{function}")(*values, torch.get_num_threads()):
@@ -48,28 +37,31 @@ def call(function: str, *args):
 
 
 def allocate(size: int) -> torch.Tensor:
-    """Return bytes that begin on a page of 2 MB, if the system has such: they are read faster."""
+    """Return bytes in pages of 2 MB if the system has them, because those are read faster."""
     if size < HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(size, dtype=torch.uint8)
     memory = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     tensor = torch.frombuffer(memory, dtype=torch.uint8)
     start = -tensor.data_ptr() % HUGE_PAGE
-    with suppress(OSError):  # of a system that was built without such pages
-        # not the last, incomplete one: what is never written takes no memory
+    with suppress(OSError):  # Linux may be built without large pages
+        # Not for the last, incomplete page: it would take memory that is never written.
         memory.madvise(mmap.MADV_HUGEPAGE, start, size // HUGE_PAGE * HUGE_PAGE)
     return tensor[start : start + size]
 
 
 @dataclass
 class PackedWeight:
-    """A weight in the order of cpu.c, which gives the formula.
+    """A weight in the order of cpu.c. It replaces the official one, which it restores exactly.
+
+    Attributes:
+        shape: The shape of the official weight.
 
     Shapes: weight uint8 [blocks * steps * 64]; scale float32 [blocks, groups, 16].
     """
 
     weight: torch.Tensor
     scale: torch.Tensor
-    shape: torch.Size  # of the official one
+    shape: torch.Size
     bits: int
 
     @classmethod
@@ -85,26 +77,16 @@ class PackedWeight:
         return cls(weight, scale, official.shape, layer.bits)
 
     def restore(self) -> torch.Tensor:
-        """Return the official bytes."""
         official = torch.empty(self.shape, dtype=torch.int8)
         call("restore", self.weight, official, *self.shape, self.bits)
         return official
 
 
-def prepare(layer: QuantizedLinear) -> PackedWeight:
-    return layer.replace_weight(PackedWeight.from_layer)
-
-
-def place(weight: torch.Tensor) -> torch.Tensor:
-    """Return a copy of a 16-bit weight in memory that is read fast."""
-    return allocate(weight.nbytes).view(weight.dtype).view(weight.shape).copy_(weight)
-
-
 def release_pages(parameters):
-    """Free the pages of the files in which parameters still are; what is read again comes back.
+    """Free the memory of the mapped weight files; a page that is read again is loaded again.
 
-    Linux counts them as the process's memory, though all but the embedding's are not needed. Pages
-    that were written to, which a file does not have, are kept.
+    Linux counts these pages as the process's memory, though after packing only the embedding is
+    read from them. Pages that were written to differ from the file and are kept.
     """
     smaps = Path("/proc/self/smaps")
     if not smaps.exists():
@@ -121,43 +103,63 @@ def release_pages(parameters):
 
 
 def describe(layer: QuantizedLinear, packed: PackedWeight) -> Linear:
-    """Return a layer as C sees it, without its bias; its addresses are those of `packed`."""
+    """Return the C structure of a layer without its bias. It does not keep `packed` alive."""
     addresses = packed.weight.data_ptr(), packed.scale.data_ptr(), None
     group_size = layer.group_size or layer.in_features
     return Linear(*addresses, layer.in_features, layer.out_features, group_size, layer.bits)
 
 
 @torch.no_grad()
-def matmul(x: torch.Tensor, layer: QuantizedLinear, exact: bool = True) -> torch.Tensor:
-    """Return x @ W.T; unless it is to be exact, x is rounded to int8 in groups of 128 columns."""
-    packed = prepare(layer)
+def multiply(x: torch.Tensor, layer: QuantizedLinear, is_exact: bool) -> torch.Tensor:
+    """Return x @ W.T; unless exact, x is rounded to int8 in groups of 128 columns."""
+    packed = layer.pack(PackedWeight)
     rows = x.reshape(-1, layer.in_features).float().contiguous()
     y = rows.new_empty(*x.shape[:-1], layer.out_features)
     if len(rows):
-        call("multiply", ctypes.byref(describe(layer, packed)), rows, y, len(rows), exact)
+        call("multiply", ctypes.byref(describe(layer, packed)), rows, y, len(rows), is_exact)
     return y.to(x.dtype)
 
 
-def prompt_matmul(x: torch.Tensor, layer: QuantizedLinear) -> torch.Tensor:
-    return matmul(x, layer, exact=False)
+class CPUBackend(Backend):
+    def find_problem(
+        self, layer: QuantizedLinear, device: torch.device, dtype: torch.dtype
+    ) -> str | None:
+        if device.type != "cpu":
+            return "it is for CPUs"
+        if dtype not in DTYPES:
+            return f"it cannot compute in {dtype}"
+        if sys.byteorder != "little":
+            return "it is for little-endian machines"
+        return get_library()[1]
 
+    def matmul(self, x: torch.Tensor, layer: QuantizedLinear) -> torch.Tensor:
+        return multiply(x, layer, is_exact=True)
 
-@torch.no_grad()
-def stored_matmul(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Return x @ weight.T for a float16 or bfloat16 weight, exact in float32."""
-    weight = weight.contiguous()
-    rows = x.reshape(-1, weight.shape[1]).float().contiguous()
-    y = rows.new_empty(*x.shape[:-1], len(weight))
-    if len(rows):
-        sizes = len(rows), weight.shape[1], len(weight)
-        call("multiply_stored", weight, rows, y, *sizes, weight.dtype == torch.bfloat16)
-    return y.to(x.dtype)
+    def prompt_matmul(self, x: torch.Tensor, layer: QuantizedLinear) -> torch.Tensor:
+        return multiply(x, layer, is_exact=False)
 
+    @torch.no_grad()
+    def stored_matmul(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        weight = weight.contiguous()
+        rows = x.reshape(-1, weight.shape[1]).float().contiguous()
+        y = rows.new_empty(*x.shape[:-1], len(weight))
+        if len(rows):
+            sizes = len(rows), weight.shape[1], len(weight)
+            call("multiply_stored", weight, rows, y, *sizes, weight.dtype == torch.bfloat16)
+        return y.to(x.dtype)
 
-def encode(transformer, inputs: dict, num_prompt_tokens: int) -> torch.Tensor | None:
-    """Return the hidden states after the last block if all can be computed at once, or None."""
-    from .cpu_layers import fused_step_supported, run_fused_step  # it imports the model
+    def prepare(self, layer: QuantizedLinear):
+        layer.pack(PackedWeight)
 
-    if fused_step_supported(transformer, inputs, num_prompt_tokens):
-        return None
-    return run_fused_step(transformer, inputs, is_exact=not num_prompt_tokens)
+    def place(self, weight: torch.Tensor) -> torch.Tensor:
+        return allocate(weight.nbytes).view(weight.dtype).view(weight.shape).copy_(weight)
+
+    def release_pages(self, parameters):
+        release_pages(parameters)
+
+    def encode(self, transformer, inputs: dict, num_prompt_tokens: int) -> torch.Tensor | None:
+        from .cpu_layers import can_compute_layers, compute_layers  # which import the model
+
+        if not can_compute_layers(transformer, inputs, num_prompt_tokens):
+            return None
+        return compute_layers(transformer, inputs, is_exact=not num_prompt_tokens)

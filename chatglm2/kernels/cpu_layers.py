@@ -1,7 +1,7 @@
-"""The blocks of a quantized model on a CPU: one C call for each, see layer.c.
+"""The layers of a quantized model on a CPU: one C call for each layer, see layer.c.
 
-Called one by one from PyTorch, the kernels wait for Python between the products. So this is done
-wherever it computes what the modules would: `fused_step_supported` asks that at every call.
+When PyTorch calls the modules, each kernel waits for Python. So C computes whole layers wherever
+the result is the same: `can_compute_layers` checks that at every call.
 """
 
 import ctypes
@@ -25,82 +25,60 @@ from .build_cpu import Conversation, Layer, get_library
 CACHE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # as in layer.c
 MAX_HEAD_DIM = 256
 ATTENTION_IMPLEMENTATIONS = ("sdpa", "eager")
-ARGUMENTS = (  # that are looked at
+ARGUMENTS = {  # of `GLMTransformer.forward`, that C honours; all others must be None or False
     "hidden_states",
     "rotary",
     "kv_cache",
     "cache_dtype",
     "attention_mask",
     "position_ids",
-)
+}
 
 
-def fused_step_supported(
-    transformer: ChatGLMModel, inputs: dict, num_prompt_tokens: int = 0
-) -> str | None:
-    """Return why the modules must be called one by one, or None.
-
-    Args:
-        inputs: The arguments of `GLMTransformer.forward`, but with the model's `attention_mask` and
-            `position_ids`.
-        num_prompt_tokens: So many of the tokens are a prompt's.
-    """
+def can_compute_layers(transformer: ChatGLMModel, inputs: dict, num_prompt_tokens: int = 0) -> bool:
+    """Whether C computes what the modules would; the arguments are those of `Backend.encode`."""
     return (
-        find_problem_of_tokens(inputs, num_prompt_tokens)
-        or find_problem_of_cache(inputs, transformer.config)
-        or find_problem_of_model(transformer)
+        are_inputs_plain(inputs, num_prompt_tokens)
+        and is_cache_writable(inputs, transformer.config)
+        and is_model_plain(transformer)
     )
 
 
-def find_problem_of_tokens(inputs: dict, num_prompt_tokens: int) -> str | None:
-    others = [name for name in inputs if name not in ARGUMENTS]
-    for name in (*others, "prefix", "output_hidden_states", "output_attentions"):
-        if inputs[name] is not None and inputs[name] is not False:
-            return f"{name} is given"
-    hidden_states, mask = inputs["hidden_states"], inputs["attention_mask"]
-    if type(hidden_states) is not torch.Tensor or hidden_states.dtype != torch.float32:
-        return "the hidden states are not plain float32"
-    if inputs["rotary"][0].dtype != torch.float32:
-        return "the rotary embedding is not float32"
-    if num_prompt_tokens and num_prompt_tokens < hidden_states.shape[1]:
-        return "not all tokens have one role"
-    if mask is not None and (mask.ndim != 2 or not mask.all()):
-        return "tokens are masked"
-    positions = inputs["position_ids"]
-    if hidden_states.shape[1] > 1 and not (positions.diff() == 1).all():
-        return "the positions are not consecutive"
-    if torch.is_grad_enabled():
-        return "a gradient may be needed"
-    if torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
-        return "autocast or torch.compile changes what is computed"
-    return None
+def are_inputs_plain(inputs: dict, num_prompt_tokens: int) -> bool:
+    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
+        return False
+    states, mask = inputs["hidden_states"], inputs["attention_mask"]
+    others = [value for name, value in inputs.items() if name not in ARGUMENTS]
+    return (
+        not any(value is not None and value is not False for value in others)
+        and type(states) is torch.Tensor
+        and states.dtype == inputs["rotary"][0].dtype == torch.float32
+        and (num_prompt_tokens == 0 or num_prompt_tokens >= states.shape[1])  # one role for all
+        and (mask is None or (mask.ndim == 2 and bool(mask.all())))
+        and (states.shape[1] == 1 or bool((inputs["position_ids"].diff() == 1).all()))
+    )
 
 
-def find_problem_of_cache(inputs: dict, config) -> str | None:
-    """Return why C cannot write into a cache; it checks no bounds."""
+def is_cache_writable(inputs: dict, config) -> bool:
+    """Whether the cache has the type and sizes that C assumes; C checks no bounds."""
     cache, batch_size = inputs["kv_cache"], len(inputs["hidden_states"])
     if type(cache) not in (ChatGLMCache, RaggedCache):
-        return f"the cache is a {type(cache).__name__}"
-    rows = list_rows(cache)
+        return False
+    rows, is_ragged = list_rows(cache), type(cache) is RaggedCache
     layers = [layer for row in rows for layer in row.layers]
-    for layer in layers:
-        if type(layer) is not ChatGLMCacheLayer:
-            return f"a layer of the cache is a {type(layer).__name__}"
     held = [layer.keys for layer in layers if layer.is_initialized]
     dtypes = {keys.dtype for keys in held}
-    if len(held) < len(rows) * config.num_layers:  # others are made
-        if type(cache) is RaggedCache:
-            return "a row of the cache is empty"
-        dtypes.add(inputs["cache_dtype"] or torch.float32)
-    if len(dtypes) > 1 or not dtypes <= CACHE_TYPES.keys():
-        return f"the cache has {', '.join(map(str, dtypes))}"
-    num_rows = 1 if type(cache) is RaggedCache else batch_size
+    if len(held) < len(rows) * config.num_layers:  # `reserve_cache` creates the missing layers
+        dtypes.add(None if is_ragged else inputs["cache_dtype"] or torch.float32)
+    num_rows = 1 if is_ragged else batch_size  # of each `ChatGLMCache`
     sizes = num_rows, config.num_key_value_heads, config.kv_channels
-    if num_rows * len(rows) != batch_size or any(
-        (len(keys), keys.shape[1], keys.shape[3]) != sizes for keys in held
-    ):
-        return "the cache has other sizes"
-    return None
+    return (
+        all(type(layer) is ChatGLMCacheLayer for layer in layers)
+        and len(dtypes) == 1
+        and dtypes <= CACHE_TYPES.keys()
+        and num_rows * len(rows) == batch_size
+        and all((len(keys), keys.shape[1], keys.shape[3]) == sizes for keys in held)
+    )
 
 
 def list_rows(cache) -> list[ChatGLMCache]:
@@ -108,75 +86,74 @@ def list_rows(cache) -> list[ChatGLMCache]:
 
 
 def is_plain(module, kind: type) -> bool:
-    """Whether a module is of exactly a class, and nothing is hooked into it.
+    """Whether a module is exactly of a class and has no hooks.
 
-    torch has no public way to ask for hooks; accelerate puts its own `forward` into the instance.
-    Hooks of all modules (`register_module_forward_hook`) are not seen, and not called.
+    torch has no public way to ask for hooks. accelerate puts its own `forward` into the instance.
+    Hooks of all modules (`register_module_forward_hook`) are not seen and not called.
     """
     state = vars(module)
     hooks = state["_forward_hooks"] or state["_forward_pre_hooks"]
     return type(module) is kind and not hooks and "forward" not in state
 
 
-def find_problem_of_model(transformer: ChatGLMModel) -> str | None:
-    config, encoder = transformer.config, transformer.encoder
-    if not config.multi_query_attention or config.kv_channels > MAX_HEAD_DIM:
-        return "the attention heads are laid out otherwise, or too large"
-    if transformer.training:
-        return "the model is in training mode"
-    if config._attn_implementation not in ATTENTION_IMPLEMENTATIONS:
-        return f"the attention is {config._attn_implementation}"
-    if not is_plain(encoder, GLMTransformer):
-        return f"the encoder is a {type(encoder).__name__} or hooked"
-    problems = (find_problem_of_block(block) for block in encoder.layers)
-    return next(filter(None, problems), None)
+def is_model_plain(transformer: ChatGLMModel) -> bool:
+    config = transformer.config
+    return (
+        config.multi_query_attention
+        and config.kv_channels <= MAX_HEAD_DIM
+        and config._attn_implementation in ATTENTION_IMPLEMENTATIONS
+        and not transformer.training
+        and is_plain(transformer.encoder, GLMTransformer)
+        and all(map(is_layer_plain, transformer.encoder.layers))
+    )
+
+
+def is_layer_plain(layer: GLMBlock) -> bool:
+    if not is_plain(layer, GLMBlock):
+        return False
+    attention, mlp = layer.self_attention, layer.mlp
+    if not (is_plain(attention, SelfAttention) and is_plain(mlp, MLP)):
+        return False
+    norms = layer.input_layernorm, layer.post_attention_layernorm
+    size = layer.config.hidden_size
+    return (
+        not (layer.training or attention.training)
+        and all(is_plain(norm, RMSNorm) and is_readable(norm.weight, size) for norm in norms)
+        and all(is_linear_plain(linear) for linear in find_linears(layer))
+    )
+
+
+def is_linear_plain(linear) -> bool:
+    return is_plain(linear, QuantizedLinear) and (
+        linear.bias is None or is_readable(linear.bias, linear.out_features)
+    )
 
 
 def is_readable(tensor: torch.Tensor, size: int) -> bool:
-    """Whether C can read a parameter: plain float32, one number after the other."""
+    """Whether C can read a parameter: plain, contiguous float32."""
     is_plain_float = type(tensor) is torch.nn.Parameter and tensor.dtype == torch.float32
     return is_plain_float and tensor.shape == (size,) and tensor.is_contiguous()
 
 
-def find_problem_of_block(block: GLMBlock) -> str | None:
-    if not is_plain(block, GLMBlock):
-        return f"a block is a {type(block).__name__} or hooked"
-    if not (is_plain(block.self_attention, SelfAttention) and is_plain(block.mlp, MLP)):
-        return "an attention or MLP is of another class or hooked"
-    if block.training or block.self_attention.training:
-        return "a block is in training mode"
-    for norm in (block.input_layernorm, block.post_attention_layernorm):
-        if not is_plain(norm, RMSNorm):
-            return f"a norm is a {type(norm).__name__} or hooked"
-        if not is_readable(norm.weight, block.config.hidden_size):
-            return "a norm is not plain float32"
-    for linear in find_linears(block):
-        if not is_plain(linear, QuantizedLinear):
-            return f"a layer is a {type(linear).__name__} or hooked"
-        if (bias := linear.bias) is not None and not is_readable(bias, linear.out_features):
-            return "a bias is not plain float32"
-    return None
-
-
-def find_linears(block: GLMBlock) -> tuple:
-    """Return the layers in the order of layer.c."""
-    attention, mlp = block.self_attention, block.mlp
+def find_linears(layer: GLMBlock) -> tuple:
+    """Return the linear layers in the order of layer.c."""
+    attention, mlp = layer.self_attention, layer.mlp
     return attention.query_key_value, attention.dense, mlp.dense_h_to_4h, mlp.dense_4h_to_h
 
 
-def describe_layer(block: GLMBlock, weights: list, rotated_dim: int) -> Layer:
-    """Return a block as C sees it, with the addresses of its weights, which it does not keep."""
+def describe_layer(layer: GLMBlock, weights: list, rotated_dim: int) -> Layer:
+    """Return the C structure of a layer. It does not keep `weights` alive."""
     linears = []
-    for linear, packed in zip(find_linears(block), weights, strict=True):
+    for linear, packed in zip(find_linears(layer), weights, strict=True):
         described = cpu_backend.describe(linear, packed)
         described.bias = None if linear.bias is None else linear.bias.data_ptr()
         linears.append(described)
-    attention, config = block.self_attention, block.config
+    attention, config = layer.self_attention, layer.config
     return Layer(
         *linears,
-        block.input_layernorm.weight.data_ptr(),
-        block.post_attention_layernorm.weight.data_ptr(),
-        block.input_layernorm.eps,
+        layer.input_layernorm.weight.data_ptr(),
+        layer.post_attention_layernorm.weight.data_ptr(),
+        layer.input_layernorm.eps,
         attention.num_heads,
         attention.num_kv_heads,
         attention.head_dim,
@@ -185,46 +162,45 @@ def describe_layer(block: GLMBlock, weights: list, rotated_dim: int) -> Layer:
     )
 
 
-def reserve_cache(cache, block: GLMBlock, inputs: dict) -> tuple[ctypes.Array, torch.dtype]:
-    """Make room for the new tokens of each conversation, and return where they go."""
-    attention, hidden_states = block.self_attention, inputs["hidden_states"]
+def reserve_cache(inputs: dict, attention: SelfAttention) -> tuple[ctypes.Array, torch.dtype]:
+    """Make room for the new tokens of each conversation in a layer's cache.
+
+    Returns:
+        The C structures of the conversations, and the dtype of the cache.
+    """
+    hidden_states, index = inputs["hidden_states"], attention.layer_idx
     dtype = inputs["cache_dtype"] or hidden_states.dtype
     conversations = []
-    for row in list_rows(cache):
-        layers = row.layers[attention.layer_idx :]
-        if not (layers and layers[0].is_initialized):  # nothing is cached yet, or after a reset
+    for row in list_rows(inputs["kv_cache"]):
+        if index >= len(row.layers) or not row.layers[index].is_initialized:
             shape = len(hidden_states), attention.num_kv_heads, 0, attention.head_dim
-            row.update(*2 * [hidden_states.new_empty(shape, dtype=dtype)], attention.layer_idx)
-        layer = row.layers[attention.layer_idx]
-        length = layer.reserve(hidden_states.shape[1])
-        keys, values = layer.buffers
-        size = keys[0].nbytes
+            row.update(*2 * [hidden_states.new_empty(shape, dtype=dtype)], index)
+        cached = row.layers[index]
+        length = cached.reserve(hidden_states.shape[1])
         conversations += [
-            Conversation(
-                keys.data_ptr() + i * size, values.data_ptr() + i * size, length, keys.shape[2]
-            )
-            for i in range(len(keys))
+            Conversation(keys.data_ptr(), values.data_ptr(), length, keys.shape[1])
+            for keys, values in zip(*cached.buffers, strict=True)
         ]
-    return (Conversation * len(conversations))(*conversations), keys.dtype
+    return (Conversation * len(conversations))(*conversations), cached.buffers[0].dtype
 
 
 @torch.no_grad()
-def run_fused_step(transformer: ChatGLMModel, inputs: dict, is_exact: bool) -> torch.Tensor:
-    """Return the hidden states after the last block, [b, s, h]; the cache then has the tokens."""
+def compute_layers(transformer: ChatGLMModel, inputs: dict, is_exact: bool) -> torch.Tensor:
+    """Return the hidden states after the last layer, [b, s, h], and extend the cache."""
     states = inputs["hidden_states"].clone(memory_format=torch.contiguous_format)
     batch, num_new = states.shape[:2]
     cos, sin = (x.expand(batch, -1, -1, -1).contiguous() for x in inputs["rotary"])
     memory = None
-    for block in transformer.encoder.layers:
-        conversations, dtype = reserve_cache(inputs["kv_cache"], block, inputs)
-        # held here while C reads them: another thread may save the model, which restores them
-        weights = [cpu_backend.prepare(linear) for linear in find_linears(block)]
-        layer = ctypes.byref(describe_layer(block, weights, 2 * cos.shape[-1]))
+    for layer in transformer.encoder.layers:
+        conversations, dtype = reserve_cache(inputs, layer.self_attention)
+        # Held while C reads them: another thread may save the model, which drops them.
+        weights = [linear.pack(cpu_backend.PackedWeight) for linear in find_linears(layer)]
+        described = ctypes.byref(describe_layer(layer, weights, 2 * cos.shape[-1]))
         sizes = conversations, num_new, batch * num_new
-        if memory is None:  # for all layers
-            memory = cpu_backend.allocate(get_library()[0].chatglm_size_layer(layer, *sizes))
+        if memory is None:  # one piece serves all layers
+            memory = cpu_backend.allocate(get_library()[0].chatglm_size_layer(described, *sizes))
         types = CACHE_TYPES[dtype], is_exact
-        cpu_backend.call("compute_layer", layer, states, cos, sin, *sizes, *types, memory)
-        for row in list_rows(inputs["kv_cache"]):  # only now: an error leaves no garbage
-            row.layers[block.self_attention.layer_idx].extend(num_new)
+        cpu_backend.call("compute_layer", described, states, cos, sin, *sizes, *types, memory)
+        for row in list_rows(inputs["kv_cache"]):  # after the call: an error leaves no garbage
+            row.layers[layer.self_attention.layer_idx].extend(num_new)
     return states

@@ -1,7 +1,7 @@
-"""The quantized matrix product on NVIDIA GPUs: kernels of quantization.cu, then torch's product.
+"""Products on NVIDIA GPUs: quantization.cu makes a float matrix, torch multiplies by it.
 
 As in the original, cpm_kernels starts the kernels. It is optional: `pip install cpm_kernels
-"setuptools<81"`, and CUDA's libraries where the system finds them (not those of pip).
+"setuptools<81"`. It needs CUDA's libraries where the system finds them (pip's are not found).
 `python -m chatglm2.kernels.build_cuda` compiles the kernels.
 """
 
@@ -12,17 +12,20 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from .build_cuda import get_cache_folder
+from chatglm2.quantization import QuantizedLinear
 
-DEVICE_TYPE = "cuda"
-THREADS = 256  # of a block, which makes one row
+from . import Backend
+from .build_cuda import get_kernel_folder
+
+THREADS = 256  # of a CUDA block, which writes one row
 DTYPE_NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
 
 
 def find_code(folder: Path, capability: tuple[int, int]) -> Path | None:
-    """Return the compiled file for a GPU, e.g. sm_80.cubin for capability (8, 6).
+    """Return the compiled file for a GPU, e.g. sm_80.cubin for capability (8, 6), or None.
 
-    A cubin runs on its own and later minor versions; PTX on all that are not older.
+    A cubin runs on GPUs of its major version and the same or a later minor version, PTX on all GPUs
+    that are not older.
     """
     wanted = 10 * capability[0] + capability[1]
     for suffix, oldest in ((".cubin", 10 * capability[0]), (".ptx", 0)):
@@ -37,11 +40,11 @@ def load_kernels(capability: tuple[int, int]) -> dict[str, object]:
     """Return the kernels by name, for GPUs of one compute capability.
 
     Raises:
-        RuntimeError: They were not built.
+        RuntimeError: The kernels were not compiled.
     """
     from cpm_kernels.kernels.base import KernelFunction, LazyKernelCModule
 
-    folder = get_cache_folder()
+    folder = get_kernel_folder()
     file = find_code(folder, capability)
     if file is None:
         raise RuntimeError(
@@ -72,7 +75,7 @@ def extract(
 
 
 class ExtractedLinear(torch.autograd.Function):
-    """x @ W.T; the float W is made again for the gradient of x, not kept."""
+    """x @ W.T; the float W is made again for the gradient of x instead of kept."""
 
     @staticmethod
     def forward(ctx, x, weight, weight_scale, bits):
@@ -85,23 +88,28 @@ class ExtractedLinear(torch.autograd.Function):
         return grad_output @ extract(*ctx.saved_tensors, ctx.bits, grad_output.dtype), *3 * (None,)
 
 
-def matmul(x: torch.Tensor, layer) -> torch.Tensor:
-    """Return x @ W.T for a `QuantizedLinear`, differentiable in x."""
-    return ExtractedLinear.apply(x, layer.weight, layer.weight_scale, layer.bits)
-
-
-def find_problem(layer, x_device: torch.device, dtype: torch.dtype) -> str | None:
-    """Return why this backend cannot serve a layer, `None` if it can: a small matrix is tried."""
-    if x_device.type != DEVICE_TYPE:
-        return f"it needs an NVIDIA GPU, and the device is {x_device}"
-    if dtype not in DTYPE_NAMES:
-        return f"it has no kernel for {dtype}"
+def try_kernel(bits: int, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Extract a small matrix, and return what is wrong, or None."""
     stored = torch.tensor([[0x12, -9], [0, -128]], dtype=torch.int8)
-    expected = [[18, -9], [0, 256]] if layer.bits == 8 else [[1, 2, -1, 7], [0, 0, 16, 0]]
+    expected = [[18, -9], [0, 256]] if bits == 8 else [[1, 2, -1, 7], [0, 0, 16, 0]]
     try:
-        scale = torch.tensor([1, -2], dtype=dtype, device=x_device)
-        found = extract(stored.to(x_device), scale, layer.bits, dtype).tolist()
+        scale = torch.tensor([1, -2], dtype=dtype, device=device)
+        found = extract(stored.to(device), scale, bits, dtype).tolist()
     # cpm_kernels raises whatever its import, its libraries and the driver raise: all are reasons
     except Exception as error:
         return f"{type(error).__name__}: {' '.join(str(error).split())}"
     return None if found == expected else f"wrong result of its kernel: {found}"
+
+
+class CudaBackend(Backend):
+    def find_problem(
+        self, layer: QuantizedLinear, device: torch.device, dtype: torch.dtype
+    ) -> str | None:
+        if device.type != "cuda":
+            return f"it needs an NVIDIA GPU, and the device is {device}"
+        if dtype not in DTYPE_NAMES:
+            return f"it has no kernel for {dtype}"
+        return try_kernel(layer.bits, device, dtype)
+
+    def matmul(self, x: torch.Tensor, layer: QuantizedLinear) -> torch.Tensor:
+        return ExtractedLinear.apply(x, layer.weight, layer.weight_scale, layer.bits)

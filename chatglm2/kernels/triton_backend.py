@@ -1,9 +1,10 @@
-"""Products with INT8 and INT4 weights in Triton: levels become floats on their way to the sum.
+"""Products with INT8 and INT4 weights in Triton, without ever storing a float weight.
 
-A stored byte holds `8 / BITS` levels, the first in its high bits. Column c of a row is part
-`c % (8 / BITS)` of byte `c // (8 / BITS)`, and its scale is number `c // GROUP_SIZE` of the row's;
-with one scale for a row, GROUP_SIZE is the number of columns. Levels are exact in any float type,
-sums are float32, and scales multiply the sums: no float weight is ever stored.
+    y[row, out] = sum over c of x[row, c] * level(out, c) * scale[out, c // GROUP_SIZE]
+
+A stored byte holds `8 / BITS` levels, the first in its high bits: column c of a row is part
+`c % (8 / BITS)` of byte `c // (8 / BITS)`. With one scale for each row, GROUP_SIZE is the number of
+columns. Levels are exact in any float type, sums are float32, and scales multiply the sums.
 
 TRITON_INTERPRET=1, set before the first import of triton, runs this file on a CPU, for tests.
 """
@@ -16,14 +17,18 @@ import triton.language as tl
 
 from chatglm2.quantization import QuantizedLinear
 
-MAX_MATVEC_ROWS = 8  # more rows share the weights that they load: tiles
-BLOCK_IN = 128  # columns at a time: all of one group
+from . import Backend
+
+MAX_MATVEC_ROWS = 8  # more rows are computed in tiles, which load each weight once for all of them
+BLOCK_IN = 128  # columns at a time, which share a scale
 BLOCK_OUT = 64
 BLOCK_ROWS = 32
 OLDEST_GPU = (8, 0)  # compute capability
 DOT_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 if triton.knobs.runtime.interpret:
-    DOT_DTYPES[torch.bfloat16] = tl.float32  # its dot takes the bits of bfloat16 for an integer
+    DOT_DTYPES[torch.bfloat16] = (
+        tl.float32
+    )  # the interpreter's dot reads the bits of bfloat16 as integers
 
 
 @triton.jit
@@ -68,7 +73,7 @@ def tile_kernel(
     GROUP_SIZE: tl.constexpr, BITS: tl.constexpr, DOT_DTYPE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
 ):  # fmt: skip
-    """The same for many rows; a program for a tile [BLOCK_ROWS, BLOCK_OUT] of y."""
+    """y = x @ W.T for many rows; a program for a tile [BLOCK_ROWS, BLOCK_OUT] of y."""
     PARTS: tl.constexpr = 8 // BITS
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     out = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
@@ -92,36 +97,8 @@ def tile_kernel(
     tl.store(place, total.to(y.dtype.element_ty), inside)
 
 
-@cache
-def try_out(bits: int, group_size: int | None, device: torch.device, dtype: torch.dtype):
-    """Run both kernels once, and return what fails (there may be no compiler), or None."""
-    layer = QuantizedLinear(BLOCK_IN, BLOCK_OUT, bits, group_size, dtype=dtype, device=device)
-    layer.weight.zero_()
-    layer.weight_scale.zero_()
-    try:
-        for num_rows in (1, MAX_MATVEC_ROWS + 1):
-            matmul(torch.zeros(num_rows, BLOCK_IN, dtype=dtype, device=device), layer).sum().item()
-    except Exception as error:  # of Triton, the C compiler or the driver: told with the choice
-        return f"a trial failed: {type(error).__name__}: {error}".splitlines()[0]
-
-
-def find_problem(layer: QuantizedLinear, x_device: torch.device, dtype: torch.dtype) -> str | None:
-    """Return why these kernels cannot serve, or None."""
-    if dtype not in DOT_DTYPES:
-        return f"it cannot compute in {dtype}"
-    if x_device.type == "cuda" and torch.version.hip is None:
-        capability = torch.cuda.get_device_capability(x_device)
-        if capability < OLDEST_GPU:
-            return "it needs compute capability {}.{}, the GPU has {}.{}".format(
-                *OLDEST_GPU, *capability
-            )
-    elif x_device.type != "cuda" and not triton.knobs.runtime.interpret:
-        return "it needs a GPU (on a CPU, for tests: TRITON_INTERPRET=1)"
-    return try_out(layer.bits, layer.group_size, x_device, dtype)
-
-
 @torch.no_grad()
-def matmul(x: torch.Tensor, layer: QuantizedLinear) -> torch.Tensor:
+def multiply(x: torch.Tensor, layer: QuantizedLinear) -> torch.Tensor:
     rows = x.reshape(-1, layer.in_features).contiguous()
     y = x.new_empty(len(rows), layer.out_features)
     sizes = layer.in_features, layer.out_features
@@ -141,3 +118,41 @@ def matmul(x: torch.Tensor, layer: QuantizedLinear) -> torch.Tensor:
             options |= {"BLOCK_ROWS": BLOCK_ROWS, "DOT_DTYPE": DOT_DTYPES[x.dtype]}
             tile_kernel[grid](*tensors, len(rows), *sizes, **options)
     return y.unflatten(0, x.shape[:-1])
+
+
+@cache
+def try_kernels(
+    bits: int, group_size: int | None, device: torch.device, dtype: torch.dtype
+) -> str | None:
+    """Run both kernels once, and return what fails (there may be no compiler), or None."""
+    layer = QuantizedLinear(BLOCK_IN, BLOCK_OUT, bits, group_size, dtype=dtype, device=device)
+    layer.weight.zero_()
+    layer.weight_scale.zero_()
+    try:
+        for num_rows in (1, MAX_MATVEC_ROWS + 1):
+            x = torch.zeros(num_rows, BLOCK_IN, dtype=dtype, device=device)
+            multiply(x, layer).sum().item()
+    # Triton, the C compiler and the driver raise whatever they raise: all are reasons
+    except Exception as error:
+        return f"a trial failed: {type(error).__name__}: {error}".splitlines()[0]
+    return None
+
+
+class TritonBackend(Backend):
+    def find_problem(
+        self, layer: QuantizedLinear, device: torch.device, dtype: torch.dtype
+    ) -> str | None:
+        if dtype not in DOT_DTYPES:
+            return f"it cannot compute in {dtype}"
+        if device.type == "cuda" and torch.version.hip is None:
+            capability = torch.cuda.get_device_capability(device)
+            if capability < OLDEST_GPU:
+                return "it needs compute capability {}.{}, the GPU has {}.{}".format(
+                    *OLDEST_GPU, *capability
+                )
+        elif device.type != "cuda" and not triton.knobs.runtime.interpret:
+            return "it needs a GPU (on a CPU, for tests: TRITON_INTERPRET=1)"
+        return try_kernels(layer.bits, layer.group_size, device, dtype)
+
+    def matmul(self, x: torch.Tensor, layer: QuantizedLinear) -> torch.Tensor:
+        return multiply(x, layer)
