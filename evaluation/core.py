@@ -1,23 +1,23 @@
-"""What the evaluations share: options, batches, resuming, several processes, scores, tables.
+"""The program behind the four benchmarks: flags, batches, resuming, several processes, scores.
 
-A script makes a list of `Item` and hands `run` a function that predicts the answers of a batch.
-`run` appends every finished item to a file, goes on from there when it is started again, and under
-torchrun deals the batches out to the processes.
+A script describes its benchmark in one `Benchmark` record and calls `main`. `main` appends each
+finished item to a file and continues from there when it is started again. Under torchrun it divides
+the batches among the processes.
 """
 
 import argparse
-import csv
-import errno
 import hashlib
 import json
 import os
 import platform
 import sys
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
+from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from dataclasses import astuple, dataclass
 from datetime import UTC, datetime
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from statistics import mean
@@ -26,48 +26,71 @@ import torch
 import transformers
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
+from filelock import FileLock, Timeout
+from reading import (  # also makes utils and chatglm2 importable
+    LETTERS,
+    Item,
+    exit_in_one_line,
+    read_json_lines,
+    select,
+)
 from tqdm import tqdm
 
-try:
-    import fcntl
-except ImportError:  # Windows: nothing keeps two runs apart there
-    fcntl = None
+import utils
+from chatglm2.command_line import number, one_line
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
-
-import utils  # noqa: E402
-from chatglm2.command_line import number, one_line  # noqa: E402
-
-LETTERS = "ABCD"
 MAX_PROMPT_TOKENS = 2048  # of zero-shot prompts, as the original
 MAX_NEW_TOKENS = 512  # as the original
 CATEGORIES = ("STEM", "Social Sciences", "Humanities", "Others")  # in the order of the README
 JOURNAL = "items.jsonl"
-LOCK = "lock"
-SPELLINGS = {"model", "revision", "adapter"}  # another name for the same weights will do
+NAMES_OF_WEIGHTS = {"model", "revision", "adapter"}  # may change if the weights are the same
 
 
 @dataclass(frozen=True)
-class Item:
-    subject: str
-    id: str  # unique within the subject
-    prompt: str  # without the chat format
-    answer: str  # what a right prediction is equal to; "" if it is not published
-    category: str = ""
+class Benchmark:
+    """What distinguishes one benchmark from another.
 
-    @property
-    def key(self) -> str:
-        return f"{self.subject}/{self.id}"
+    Attributes:
+        name: Begins the name of the default --output; {fields} are filled in from the arguments.
+        description: For --help; the first line is used.
+        data: Default of --data.
+        load_items: Takes the arguments and returns all items of the data.
+        answer: Takes model, tokenizer, --mode and a batch of items; returns for each item a dict
+            with "prediction" and "output".
+        hub_name: Value of --data that loads the data from the hub.
+        add_arguments: Takes the parser and adds the benchmark's own flags.
+        finish: Takes arguments, folder, items and their records; writes more files.
+        weigh_subjects_equally: The total is the mean of the subjects' accuracies.
+    """
+
+    name: str
+    description: str
+    data: str
+    load_items: Callable[[argparse.Namespace], list[Item]]
+    answer: Callable[..., list[dict]]
+    hub_name: str | None = None
+    add_arguments: Callable[[argparse.ArgumentParser], None] | None = None
+    finish: Callable[..., None] | None = None
+    weigh_subjects_equally: bool = False
 
 
-def create_parser(description: str, data: str, hub_name: str | None = None):
-    """Return a parser with the options of all benchmarks; `data` is the default of --data."""
-    parser = argparse.ArgumentParser(description=description)
+def main(benchmark: Benchmark, argv: list[str] | None = None):
+    args = parse_args(benchmark, argv)
+    items = benchmark.load_items(args)
+    selected = select(items, args.subjects, args.limit)
+    start_processes(args)
+    tokenizer, model = utils.load_model(args)
+    run(benchmark, selected, items, model, tokenizer, args)
+
+
+def parse_args(benchmark: Benchmark, argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=benchmark.description.partition("\n")[0])
     utils.add_model_arguments(parser)
-    by_name = f", or {hub_name} to load it from the hub" if hub_name else ""
+    by_name = f", or {benchmark.hub_name} to load it from the hub" if benchmark.hub_name else ""
     parser.add_argument(
-        "--data", default=data, help=f"the benchmark's files (default: %(default)s){by_name}"
+        "--data",
+        default=benchmark.data,
+        help=f"the benchmark's files (default: %(default)s){by_name}",
     )
     parser.add_argument(
         "--output", type=Path, help="folder to write to and resume from (default: results/...)"
@@ -76,12 +99,11 @@ def create_parser(description: str, data: str, hub_name: str | None = None):
         "--mode",
         choices=["chat", "base"],
         default="chat",
-        help="chat (default): prompts in the chat format; base: plain text for a base model",
+        help="chat: prompts in the chat format; base: plain text for a base model "
+        "(default: %(default)s)",
     )
     positive = number(int, 1)
-    parser.add_argument(
-        "--limit", type=positive, help="only the first so many items of each subject"
-    )
+    parser.add_argument("--limit", type=positive, help="only the first LIMIT items of each subject")
     parser.add_argument("--subjects", nargs="+", metavar="NAME", help="only these subjects")
     parser.add_argument(
         "--batch-size", type=positive, default=8, help="prompts at a time (default: %(default)s)"
@@ -90,99 +112,15 @@ def create_parser(description: str, data: str, hub_name: str | None = None):
         "--order",
         choices=["length", "file"],
         default="length",
-        help="batches of prompts of like length, the longest first, or subject by subject "
-        "(default: %(default)s)",
+        help="length: batches of prompts of similar length, the longest first; file: subject by "
+        "subject (default: %(default)s)",
     )
-    return parser
+    if benchmark.add_arguments:
+        benchmark.add_arguments(parser)
+    return parser.parse_args(argv)
 
 
-# Data.
-
-
-def locate_data(name: str, source: str) -> Path:
-    """Return the path `--data`, relative to the current folder or else to this one."""
-    for path in (Path(name).expanduser(), HERE / name):
-        try:
-            if path.exists():
-                return path
-        except OSError as error:
-            raise SystemExit(f"--data {name}: {error.strerror or error}.") from error
-    raise SystemExit(f"--data {name}: there is no such file or folder: {source}.")
-
-
-def load_hub(name: str, config: str, split: str):
-    """Return a split of a data set on the hub, a sequence of dicts."""
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise SystemExit(f"--data {name} needs a package: pip install datasets") from error
-    try:
-        return load_dataset(name, config, split=split)
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"--data {name} ({config}): {one_line(error)}") from error
-
-
-def read_file(path: Path, parse, remedy="download it again", newline=None):
-    """Return what `parse` makes of a text file in UTF-8, opened."""
-    try:
-        with path.open(encoding="utf-8-sig", newline=newline) as file:
-            return parse(file)
-    except OSError as error:
-        raise SystemExit(f"{path}: {error.strerror or error}.") from error
-    except (ValueError, csv.Error) as error:
-        raise SystemExit(f"{path} is damaged ({one_line(error)}): {remedy}.") from error
-
-
-def read_text(path: Path) -> str:
-    return read_file(path, lambda file: file.read(), "it must be a text in UTF-8")
-
-
-def read_csv(path: Path, reader=csv.reader) -> list:
-    return read_file(path, lambda file: list(reader(file)), newline="")
-
-
-def read_json(path: Path):
-    return read_file(path, json.load)
-
-
-def read_json_lines(path: Path, **remedy) -> list:
-    def parse(file) -> list:
-        return [json.loads(line) for line in file if line.strip()]
-
-    return read_file(path, parse, newline="\n", **remedy)
-
-
-def check_fields(path: Path, rows: list, **types):
-    """Check that each row is a dict with fields of these types."""
-    for place, row in enumerate(rows, start=1):
-        fields = row if isinstance(row, dict) else {}
-        if missing := [name for name in types if not isinstance(fields.get(name), types[name])]:
-            raise SystemExit(
-                f"{path}, item {place}: there is no {', '.join(missing)}; is it another benchmark?"
-            )
-
-
-def select(items: list[Item], subjects: list[str] | None, limit: int | None) -> list[Item]:
-    """Return the items of `--subjects`, at most `--limit` of each."""
-    if not items:
-        raise SystemExit("--data: the files are empty.")
-    for key, count in Counter(item.key for item in items).items():
-        if count > 1:
-            raise SystemExit(f"--data: item {key} is there {count} times: keep one of them.")
-    known = {item.subject for item in items}
-    if unknown := set(subjects or ()) - known:
-        raise SystemExit(
-            f"--subjects {' '.join(sorted(unknown))}: the data has {', '.join(sorted(known))}."
-        )
-    counts, selected = defaultdict(int), []
-    for item in items:
-        counts[item.subject] += 1
-        if (not subjects or item.subject in subjects) and counts[item.subject] <= (limit or 1e9):
-            selected.append(item)
-    return selected
-
-
-# The model.
+# Answering.
 
 
 def encode(model, tokenizer, prompts: list[str], **truncation):
@@ -199,12 +137,50 @@ def generate(model, tokenizer, prompts: list[str], stop: str | None = None, **tr
     return [text.partition(stop)[0] for text in texts] if stop else texts
 
 
-def continue_examples(model, tokenizer, mode: str, items: list[Item], stop: str) -> list[str]:
-    """Return what follows few-shot prompts; in chat mode each is the question of a round."""
+def answer_few_shot(
+    model, tokenizer, mode: str, items: list[Item], stop: str, extract: Callable[[str, Item], str]
+) -> list[dict]:
+    """Answer prompts that begin with worked examples; in chat mode each is one question.
+
+    Args:
+        stop: A base model continues with another question, which begins with this text.
+        extract: Takes the model's text and the item, and returns the prediction.
+    """
     prompts = [item.prompt for item in items]
     if mode == "chat":
         prompts = [tokenizer.build_prompt(prompt) for prompt in prompts]
-    return generate(model, tokenizer, prompts, stop=stop)
+    return [
+        {"prediction": extract(output, item), "output": output}
+        for item, output in zip(items, generate(model, tokenizer, prompts, stop=stop), strict=True)
+    ]
+
+
+def answer_choices(
+    model, tokenizer, mode: str, items: list[Item], extraction_prompt: str, lead: str
+) -> list[dict]:
+    """Answer multiple-choice questions.
+
+    A base model continues few-shot prompts, which end with `lead`, with a letter. In chat mode the
+    steps are those of the original's C-Eval script: the model reasons; then question, reasoning and
+    `extraction_prompt` are one new question, and the likeliest letter is the answer. Both prompts
+    are cut to 2048 tokens.
+    """
+    prompts = [item.prompt for item in items]
+    if mode == "base":
+        letters, outputs = choose(model, tokenizer, prompts, lead), [""] * len(items)
+    else:
+        truncation = {"truncation": True, "max_length": MAX_PROMPT_TOKENS}
+        questions = [tokenizer.build_prompt(prompt) for prompt in prompts]
+        outputs = generate(model, tokenizer, questions, **truncation)
+        questions = [
+            tokenizer.build_prompt(f"{prompt}{output}\n{extraction_prompt}")
+            for prompt, output in zip(prompts, outputs, strict=True)
+        ]
+        letters = choose(model, tokenizer, questions, **truncation)
+    return [
+        {"prediction": letter, "output": output}
+        for letter, output in zip(letters, outputs, strict=True)
+    ]
 
 
 @torch.inference_mode()
@@ -212,7 +188,7 @@ def choose(model, tokenizer, prompts: list[str], lead: str = "", **truncation) -
     """Return for each prompt the letter A, B, C or D that is likeliest to be its next token.
 
     Args:
-        lead: What stands in front of the letter; some tokenizers have several tokens for one.
+        lead: Text in front of the letter; some tokenizers have several tokens for one letter.
     """
     letter_ids = [tokenizer.encode(lead + c, add_special_tokens=False)[-1] for c in LETTERS]
     inputs = encode(model, tokenizer, prompts, **truncation)
@@ -220,82 +196,51 @@ def choose(model, tokenizer, prompts: list[str], lead: str = "", **truncation) -
     return [LETTERS[i] for i in logits.argmax(dim=-1).tolist()]
 
 
-def reason_and_choose(model, tokenizer, questions: list[str], extraction_prompt: str):
-    """Answer multiple-choice questions as the original's C-Eval script: zero-shot chain of thought.
-
-    The model reasons; then question, reasoning and `extraction_prompt` are one new question, and of
-    the first token of its answer the likeliest letter counts. Both prompts are cut to 2048 tokens.
-    """
-    truncation = {"truncation": True, "max_length": MAX_PROMPT_TOKENS}
-    prompts = [tokenizer.build_prompt(question) for question in questions]
-    reasonings = generate(model, tokenizer, prompts, **truncation)
-    prompts = [
-        tokenizer.build_prompt(f"{question}{reasoning}\n{extraction_prompt}")
-        for question, reasoning in zip(questions, reasonings, strict=True)
-    ]
-    letters = choose(model, tokenizer, prompts, **truncation)
-    return [
-        {"prediction": letter, "output": reasoning}
-        for letter, reasoning in zip(letters, reasonings, strict=True)
-    ]
-
-
 # Running.
 
 
-def start_processes(args):
-    """Join the other processes; on GPUs, give each one of its own."""
+def start_processes(args: argparse.Namespace):
+    """Join the processes that torchrun started, if it did; each takes a GPU of its own."""
     use_cpu = args.device in ("cpu", "mps") or not torch.cuda.is_available()
     state = PartialState(cpu=use_cpu)
-    if state.num_processes > 1 and args.num_gpus > 1:
+    if state.num_processes == 1:
+        return
+    flag = f"--num-gpus {args.num_gpus}" if args.num_gpus > 1 else f"--device {args.device}"
+    if args.num_gpus > 1 or (not use_cpu and args.device not in ("auto", "cuda")):
         raise SystemExit(
-            f"--num-gpus {args.num_gpus}: each of {state.num_processes} processes takes a GPU of "
-            "its own: leave it out, or start one process."
+            f"{flag}: each of {state.num_processes} processes takes a GPU of its own: leave it out."
         )
-    if state.num_processes > 1 and not use_cpu:
-        if args.device not in ("auto", "cuda"):
-            raise SystemExit(
-                f"--device {args.device}: each of {state.num_processes} processes takes a GPU of "
-                "its own: leave it out."
-            )
+    if not use_cpu:
         args.device = f"cuda:{state.local_process_index}"
 
 
-def load_model(args):
-    """As `utils.load_model`, in each of the processes that torchrun started, if it did."""
-    start_processes(args)
-    return utils.load_model(args)
-
-
-def make_batches(items: list[Item], lengths: dict[str, int], size: int, order: str):
-    """Return lists of at most `size` items: of like length, or of one subject in its order."""
-    if order == "length":
+def plan_batches(items: list[Item], model, tokenizer, args: argparse.Namespace) -> list[list[Item]]:
+    """Return batches of prompts of similar length, or of one subject in its order."""
+    lengths = {item.key: len(tokenizer.encode(item.prompt)) for item in items}
+    num_long = sum(length > model.config.seq_length for length in lengths.values())
+    if num_long and PartialState().is_main_process:
+        context = f"the model's context of {model.config.seq_length} tokens"
+        print(f"warning: {num_long} prompts are longer than {context}", file=sys.stderr)
+    groups = [list(group) for _, group in groupby(items, lambda item: item.subject)]
+    if args.order == "length":
         groups = [sorted(items, key=lambda item: -lengths[item.key])]
-    else:
-        groups = [list(group) for _, group in groupby(items, lambda item: item.subject)]
+    size = args.batch_size
     return [group[i : i + size] for group in groups for i in range(0, len(group), size)]
 
 
 @contextmanager
 def hold(folder: Path):
     """Make the folder and keep other runs out of it until this one ends, however it ends."""
-    try:
+    with exit_in_one_line(f"--output {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / LOCK).open("ab")
-    except OSError as error:
-        raise SystemExit(f"--output {folder}: {error.strerror or error}.") from error
-    with file:
         try:
-            if fcntl:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+            lock = FileLock(folder / "lock").acquire(timeout=0)
+        except Timeout as error:
             raise SystemExit(
                 f"--output {folder}: another run is writing there: wait for its end, or name "
                 "another --output."
             ) from error
-        except OSError as error:
-            if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
-                raise SystemExit(f"--output {folder}: {error.strerror or error}.") from error
+    with lock:
         yield
 
 
@@ -305,25 +250,26 @@ def open_journal(folder: Path, settings: dict) -> dict[str, dict]:
     A line that was cut off when the process was killed is removed from the file.
 
     Raises:
-        SystemExit: The file is of a run with other settings.
+        SystemExit: The file belongs to a run with other settings.
     """
     path = folder / JOURNAL
-    content = path.read_bytes() if path.exists() else b""
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        os.truncate(path, len(whole))
-    if not whole:
-        append(path, [settings])
-        return {}
+    with exit_in_one_line(f"--output {folder}"):
+        content = path.read_bytes() if path.exists() else b""
+        whole = content[: content.rfind(b"\n") + 1]
+        if len(whole) < len(content):
+            os.truncate(path, len(whole))
+        if not whole:
+            append(path, [settings])
+            return {}
     found, *records = read_json_lines(path, remedy=f"remove {folder}") or [None]
     foreign = not isinstance(found, dict) or "benchmark" not in found
     if foreign or not all(isinstance(r, dict) and {"key", "correct"} <= r.keys() for r in records):
         raise SystemExit(f"{path} is not of an evaluation: name another --output, or remove it.")
-    for name in settings:
-        if name not in SPELLINGS and settings.get(name) != found.get(name):
+    for name in settings.keys() - NAMES_OF_WEIGHTS:
+        if settings[name] != found.get(name):
             raise SystemExit(
                 f"{path} is of a run with {name} {found.get(name)!r}, now it is "
-                f"{settings.get(name)!r}: name another --output, or remove that folder."
+                f"{settings[name]!r}: name another --output, or remove that folder."
             )
     return {record["key"]: record for record in records}
 
@@ -340,59 +286,18 @@ def name_model(model: str, adapter: str | None = None) -> str:
     return "+".join((path.resolve() if path.is_dir() else path).name for path in paths)
 
 
-def locate_output(benchmark: str, model, args) -> Path:
+def locate_output(benchmark: str, model, args: argparse.Namespace) -> Path:
     precision = utils.name_precision(model).replace(" with ", "-").replace(" weights", "").lower()
     precision = precision.replace(", ", "-").replace(" ", "-")
     name = f"{benchmark}-{name_model(args.model, args.adapter)}-{args.mode}-{precision}"
     return args.output or Path("results", name)
 
 
-def predict_batch(predict, batch: list[Item]) -> list[dict]:
-    records = []
-    for item, outcome in zip(batch, predict(batch), strict=True):
-        is_correct = outcome["prediction"] == item.answer if item.answer else None
-        records.append({"key": item.key, **outcome, "answer": item.answer, "correct": is_correct})
-    return records
-
-
-def predict_all(state: PartialState, predict, batches, folder: Path, done: dict[str, dict]):
-    """Run all batches with an item that is not in `done`, and add each new record there.
-
-    Batches are computed whole, also after an interruption, so that it changes no result; the first
-    process alone writes.
-    """
-    selected = {item.key for batch in batches for item in batch}
-    batches = [batch for batch in batches if any(item.key not in done for item in batch)]
-    size = state.num_processes
-    with tqdm(total=sum(map(len, batches)), disable=not state.is_main_process) as bar:
-        for start in range(0, len(batches), size):
-            with state.split_between_processes(batches[start : start + size]) as own:
-                records = [record for batch in own for record in predict_batch(predict, batch)]
-            records = gather_object(records)
-            new = [record for record in records if record["key"] not in done]
-            if state.is_main_process:
-                append(folder / JOURNAL, new)
-            done.update((record["key"], record) for record in new)
-            bar.update(len(records))
-            scores = [record["correct"] for key, record in done.items() if key in selected]
-            if None not in scores:
-                bar.set_postfix_str(f"accuracy {100 * mean(scores):.2f}%")
-
-
-def plan_batches(items: list[Item], model, tokenizer, args) -> list[list[Item]]:
-    lengths = {item.key: len(tokenizer.encode(item.prompt)) for item in items}
-    num_long = sum(length > model.config.seq_length for length in lengths.values())
-    if num_long and PartialState().is_main_process:
-        context = f"the model's context of {model.config.seq_length} tokens"
-        print(f"warning: {num_long} prompts are longer than {context}", file=sys.stderr)
-    return make_batches(items, lengths, args.batch_size, args.order)
-
-
-def describe_run(benchmark: str, all_items: list[Item], model, args) -> dict:
-    """Return what has to stay the same for an interrupted run to go on."""
+def describe_run(benchmark: str, all_items: list[Item], model, args: argparse.Namespace) -> dict:
+    """Return what has to stay the same for an interrupted run to be continued."""
     weights, data = hashlib.sha256(), hashlib.sha256()
     for parameter in model.parameters():
-        # of quantized layers the scales only: on a CPU their weights have no data
+        # only the scales of quantized layers: on a CPU their weights have no data
         if parameter.is_floating_point() and not parameter.is_meta:
             weights.update(parameter.detach().flatten()[:256].float().cpu().numpy().tobytes())
     data.update(json.dumps([astuple(item) for item in all_items]).encode())
@@ -410,92 +315,107 @@ def describe_run(benchmark: str, all_items: list[Item], model, args) -> dict:
     }
 
 
-def run(
-    benchmark: str,
-    items: list[Item],
-    all_items: list[Item],
-    predict,
-    model,
-    tokenizer,
-    args,
-    **scoring,
-):
-    """Predict `items`, going on from an interrupted run; write the results and print the table.
+def answer_missing(answer, batches: list[list[Item]], folder: Path, done: dict[str, dict]):
+    """Answer the batches with an item that is not in `done`, and add the new records there.
+
+    The records are also appended to the journal, by the first process. A batch is always computed
+    whole, so that an interruption changes no result.
 
     Args:
-        benchmark: Its name and split, such as "ceval-val".
-        all_items: The whole data, of which `items` are selected: a run of some can be continued by
-            a run of more.
-        predict: Takes a list of items, returns a dict with "prediction" and "output" for each.
-        scoring: Further arguments of `score`.
-
-    Returns:
-        The results as written, and the record of each item.
+        answer: Takes a batch, returns what `Benchmark.answer` does.
     """
-    state, folder = PartialState(), locate_output(benchmark, model, args)
-    settings = describe_run(benchmark, all_items, model, args)
-    start = time.perf_counter()
+    state, selected = PartialState(), {item.key for batch in batches for item in batch}
+    batches = [batch for batch in batches if any(item.key not in done for item in batch)]
+    size = state.num_processes
+    with tqdm(total=sum(map(len, batches)), disable=not state.is_main_process) as bar:
+        for start in range(0, len(batches), size):
+            records = []
+            with state.split_between_processes(batches[start : start + size]) as own:
+                for batch in own:
+                    for item, outcome in zip(batch, answer(batch), strict=True):
+                        is_correct = outcome["prediction"] == item.answer if item.answer else None
+                        record = {"key": item.key, **outcome, "answer": item.answer}
+                        records.append(record | {"correct": is_correct})
+            records = gather_object(records)
+            new = {record["key"]: record for record in records if record["key"] not in done}
+            if state.is_main_process:
+                append(folder / JOURNAL, list(new.values()))
+            done.update(new)
+            bar.update(len(records))
+            scores = [record["correct"] for key, record in done.items() if key in selected]
+            if None not in scores:
+                bar.set_postfix_str(f"accuracy {100 * mean(scores):.2f}%")
+
+
+@contextmanager
+def explain_end(folder: Path, done: dict[str, dict], batch_size: int):
+    """End the program with one line if the block is interrupted, out of memory, or cannot write."""
+    command = "the same command"
+    try:
+        yield
+        return
+    except KeyboardInterrupt:
+        reason = "interrupted"
+    except torch.OutOfMemoryError:
+        reason = "out of memory"
+        command += f" with a --batch-size smaller than {batch_size}"
+    except OSError as error:
+        reason = f"{error.filename or folder}: {error.strerror or one_line(error)}"
+    raise SystemExit(f"{reason}; {len(done)} items are in {folder}: {command} goes on from there.")
+
+
+def run(
+    benchmark: Benchmark,
+    items: list[Item],
+    all_items: list[Item],
+    model,
+    tokenizer,
+    args: argparse.Namespace,
+) -> dict:
+    """Answer `items`, continuing an interrupted run; write, print and return the results.
+
+    Args:
+        all_items: The whole data, from which `items` are selected: a run of some items can be
+            continued by a run of more.
+    """
+    state, name = PartialState(), benchmark.name.format(**vars(args))
+    folder, settings = locate_output(name, model, args), describe_run(name, all_items, model, args)
+    answer, start = partial(benchmark.answer, model, tokenizer, args.mode), time.perf_counter()
     with hold(folder) if state.is_main_process else nullcontext():
-        done = load_done(state, folder, settings)
-        batches = plan_batches(items, model, tokenizer, args)
-        predict_rest(state, predict, batches, folder, done, args.batch_size)
-        records = [done[item.key] for item in items]
-        results = {
-            **settings,
-            **score(items, records, **scoring),
-            "batch_size": args.batch_size,
-            "processes": state.num_processes,
-            "device": str(model.device),
-            "seconds": round(time.perf_counter() - start, 1),  # of this run
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "versions": {
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-            },
-        }
-        if state.is_main_process:
-            report(folder, results)
-    state.destroy_process_group()
-    return results, records
-
-
-def load_done(state: PartialState, folder: Path, settings: dict) -> dict[str, dict]:
-    """Return the finished records, in each process."""
-    try:
         journal = [open_journal(folder, settings) if state.is_main_process else None]
-    except OSError as error:
-        raise SystemExit(f"--output {folder}: {error.strerror or error}.") from error
-    return broadcast_object_list(journal)[0]
-
-
-def predict_rest(state: PartialState, predict, batches, folder: Path, done: dict, batch_size: int):
-    """As `predict_all`; whatever ends it, say what is kept."""
-    try:
-        predict_all(state, predict, batches, folder, done)
-    except KeyboardInterrupt as error:
-        raise SystemExit(
-            f"interrupted; {len(done)} items are in {folder}: the same command goes on from there."
-        ) from error
-    except torch.OutOfMemoryError as error:
-        raise SystemExit(
-            f"out of memory; {len(done)} items are in {folder}: the same command with a "
-            f"--batch-size smaller than {batch_size} goes on from there."
-        ) from error
-    except OSError as error:
-        raise SystemExit(
-            f"{error.strerror or one_line(error)}; {len(done)} items are in {folder}: the "
-            "same command goes on from there."
-        ) from error
+        done = broadcast_object_list(journal)[0]
+        with explain_end(folder, done, args.batch_size):
+            answer_missing(answer, plan_batches(items, model, tokenizer, args), folder, done)
+            records = [done[item.key] for item in items]
+            results = {
+                **settings,
+                **score(items, records, benchmark.weigh_subjects_equally),
+                "batch_size": args.batch_size,
+                "processes": state.num_processes,
+                "device": str(model.device),
+                "seconds": round(time.perf_counter() - start, 1),  # of this run
+                "date": datetime.now(UTC).isoformat(timespec="seconds"),
+                "versions": {
+                    "python": platform.python_version(),
+                    "torch": torch.__version__,
+                    "transformers": transformers.__version__,
+                },
+            }
+            if state.is_main_process:
+                write_results(folder, results)
+                if benchmark.finish:
+                    benchmark.finish(args, folder, items, records)
+    state.destroy_process_group()
+    return results
 
 
 # Results.
 
 
 def score(items: list[Item], records: list[dict], weigh_subjects_equally=False) -> dict:
-    """Return the accuracies in percent: in all, of each category and each subject.
+    """Return the accuracies in percent: in total, and of each category and subject.
 
-    All is the share of right answers, or else the mean of the subjects' shares.
+    The total is the share of right answers, or else the mean of the subjects' shares.
     """
     by_subject, by_category = defaultdict(list), defaultdict(list)
     for item, record in zip(items, records, strict=True):
@@ -505,7 +425,6 @@ def score(items: list[Item], records: list[dict], weigh_subjects_equally=False) 
     results = {"num_items": len(items)}
     if any(record["correct"] is None for record in records):
         return results
-
     subjects = {name: 100 * mean(scores) for name, scores in by_subject.items()}
     total = 100 * mean(record["correct"] for record in records)
     if weigh_subjects_equally:
@@ -514,33 +433,31 @@ def score(items: list[Item], records: list[dict], weigh_subjects_equally=False) 
     return {**results, "accuracy": total, "categories": categories, "subjects": subjects}
 
 
-def format_table(results: dict) -> str:
+def format_table(header: list[str], rows: list[list[str]]) -> str:
+    """Return a Markdown table whose columns are aligned in a terminal too."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    lines = [header, ["-" * width for width in widths], *rows]
+    return "\n".join(
+        "| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |"
+        for line in lines
+    )
+
+
+def format_results(results: dict) -> str:
     """Return the results as a row of the README's table."""
     categories = results["categories"]
     names = [name for name in CATEGORIES if name in categories]
     cells = [name_model(results["model"], results.get("adapter")), f"{results['accuracy']:.2f}"]
     cells += [f"{categories[name]:.2f}" for name in names]
-    header = ["Model", "Average" if names else "Accuracy", *names]
-    rows = [header, ["---"] * len(header), cells]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return format_table(["Model", "Average" if names else "Accuracy", *names], [cells])
 
 
-def write_text(path: Path, text: str):
-    try:
-        path.write_text(text, "utf-8")
-    except OSError as error:
-        raise SystemExit(
-            f"{path}: {error.strerror or error}; the finished items are in {path.parent}: the same "
-            "command goes on from there."
-        ) from error
-
-
-def report(folder: Path, results: dict):
+def write_results(folder: Path, results: dict):
     """Write `results.json` and `results.md` into the folder, and print the table."""
     text = json.dumps(results, ensure_ascii=False, indent=2)
-    write_text(folder / "results.json", text + "\n")
+    (folder / "results.json").write_text(text + "\n", "utf-8")
     if "accuracy" in results:
-        table = format_table(results)
-        write_text(folder / "results.md", table + "\n")
+        table = format_results(results)
+        (folder / "results.md").write_text(table + "\n", "utf-8")
         print(table)
     print(f"{results['num_items']} items: {folder}", file=sys.stderr)

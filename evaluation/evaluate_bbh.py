@@ -6,19 +6,22 @@
 `--data` is the repository of its authors, with bbh/*.json and cot-prompts/*.txt.
 """
 
+import json
 import re
+from argparse import Namespace
 from functools import partial
 
 import core
-from core import Item
+import reading
+from reading import Item
 
 SOURCE = "git clone https://github.com/suzgunmirac/BIG-Bench-Hard"
-STOP = "\n\nQ:"  # a base model goes on with a next question
+STOP = "\n\nQ:"  # a base model continues with another question
 PHRASE = re.compile(
     r"(?:\bthe (?:\w+ ){0,2}answer is|答案是|答案为|答案(?=\s*[:：]))[\s:：*]*", re.IGNORECASE
 )
 SENTENCE_END = re.compile(r"\.(?=\s|[*\"']|$)|[!?。！？\n]")
-OPTIONS = (  # in the order of preference, the bare letters directly behind the phrase
+OPTIONS = (  # in the order of preference; bare letters must follow the phrase directly
     re.compile(r"^[\"'`]*(?:option |选项)?([A-R])(?=[*\"'`]*(?:[.,;:!)。，；：！]|\s*$))"),
     re.compile(r"(?<!not )[(（]([A-Ra-r])[)）]"),
     re.compile(r"^[\"'`]*(?:option |选项)?([A-HJ-R])(?![A-Za-z'’])"),  # "I" is the pronoun
@@ -31,10 +34,10 @@ def normalize(answer: str) -> str:
 
 
 def extract(output: str, has_options: bool) -> str:
-    """Return what follows the last "the answer is", to the end of its sentence; "" if nothing.
+    """Return the text from the last "the answer is" to the end of the sentence, or "".
 
     Args:
-        has_options: The answer is one of "(A)", "(B)", ...; the letter alone will do.
+        has_options: The answer is one of "(A)", "(B)", ...; the letter alone is accepted.
     """
     *_, rest = PHRASE.split(output)
     if rest == output:
@@ -47,8 +50,8 @@ def extract(output: str, has_options: bool) -> str:
     return verdict[1] if verdict else answer
 
 
-def load_items(data: str) -> list[Item]:
-    folder = core.locate_data(data, SOURCE)
+def load_items(args: Namespace) -> list[Item]:
+    folder = reading.locate_data(args.data, SOURCE)
     paths = sorted((folder / "bbh").glob("*.json"))
     if not paths:
         raise SystemExit(f"{folder} has no bbh/*.json: {SOURCE}.")
@@ -57,44 +60,34 @@ def load_items(data: str) -> list[Item]:
         examples = folder / "cot-prompts" / f"{path.stem}.txt"
         if not examples.exists():
             raise SystemExit(f"{examples} is missing: {SOURCE}.")
-        # the first lines warn of training on the file
-        text = core.read_text(examples).rpartition("\n-----\n")[2].strip()
-        content = core.read_json(path)
-        core.check_fields(path, [content], examples=list)
+        # The first lines ask not to train on the file.
+        text = reading.read_text(examples).rpartition("\n-----\n")[2].strip()
+        content = reading.read_file(path, json.load)
+        reading.check_fields(path, [content], examples=list)
         rows = content["examples"]
-        core.check_fields(path, rows, input=str, target=str)
+        reading.check_fields(path, rows, input=str, target=str)
         for i, row in enumerate(rows):
             prompt = f"{text}\n\nQ: {row['input']}\nA: Let's think step by step."
             items.append(Item(path.stem, str(i), prompt, normalize(row["target"])))
     return items
 
 
-def predict(model, tokenizer, mode: str, items: list[Item]) -> list[dict]:
-    outputs = core.continue_examples(model, tokenizer, mode, items, STOP)
-    return [
-        {"prediction": extract(output, "\n(A) " in item.prompt), "output": output}
-        for item, output in zip(items, outputs, strict=True)
-    ]
+def extract_prediction(output: str, item: Item) -> str:
+    return extract(output, has_options="\n(A) " in item.prompt)
 
 
-def evaluate(model, tokenizer, items: list[Item], selected: list[Item], args) -> dict:
-    """Measure `selected` of all `items`; return the results, the mean of the tasks' accuracies."""
-    prediction = partial(predict, model, tokenizer, args.mode)
-    return core.run(
-        "bbh", selected, items, prediction, model, tokenizer, args, weigh_subjects_equally=True
-    )[0]
-
-
-def parse_args(argv=None):
-    return core.create_parser(__doc__.partition("\n")[0], "BBH").parse_args(argv)
+BENCHMARK = core.Benchmark(
+    name="bbh",
+    description=__doc__,
+    data="BBH",
+    load_items=load_items,
+    answer=partial(core.answer_few_shot, stop=STOP, extract=extract_prediction),
+    weigh_subjects_equally=True,
+)
 
 
 def main(argv=None):
-    args = parse_args(argv)
-    items = load_items(args.data)
-    selected = core.select(items, args.subjects, args.limit)
-    tokenizer, model = core.load_model(args)
-    evaluate(model, tokenizer, items, selected, args)
+    core.main(BENCHMARK, argv)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The categories of the subjects of C-Eval and MMLU."""
 
-# Category: subjects, each with the Chinese name that the few-shot prompt tells.
+# Category: subjects, each with its Chinese name for the few-shot prompt.
 CEVAL = {
     "STEM": {
         "advanced_mathematics": "高等数学",

@@ -1,9 +1,9 @@
-"""Models without weights for the evaluations: they see a prompt's text and say what they are told.
+"""For the tests of benchmarks: models without weights, which answer by a function of the prompt."""
 
-The test checks what they were asked: `calls` holds the prompts and settings of each call.
-"""
-
+import json
 import random
+import sys
+from types import SimpleNamespace
 
 import torch
 
@@ -11,7 +11,10 @@ from chatglm2 import ChatGLMConfig
 
 
 class FakeModel(torch.nn.Module):
-    """Answers each prompt with `reply(text)`, and gives `letter(text)` the highest logit."""
+    """Answers each prompt with `reply(text)`, and gives `letter(text)` the highest logit.
+
+    The prompts and settings of each call are kept in `generate_calls` and `forward_calls`.
+    """
 
     dtype, device = torch.float32, torch.device("cpu")
 
@@ -56,3 +59,31 @@ def last_question(prompt: str, answers: dict[str, str]) -> str:
 def random_letters(seed=0):
     rng = random.Random(seed)
     return lambda prompt: rng.choice("ABCD")
+
+
+def evaluate(script, model, tokenizer, data, folder, *options) -> dict:
+    """Run a benchmark with a model that is loaded already; return its results."""
+    import core
+
+    options = ["--data", str(data), "--output", str(folder), *options]
+    args = core.parse_args(script.BENCHMARK, options)
+    items = script.load_items(args)
+    selected = core.select(items, args.subjects, args.limit)
+    return core.run(script.BENCHMARK, selected, items, model, tokenizer, args)
+
+
+def load_items(script, data, *options) -> list:
+    import core
+
+    return script.load_items(core.parse_args(script.BENCHMARK, ["--data", str(data), *options]))
+
+
+def read_records(folder) -> dict[str, dict]:
+    """Return the records of `items.jsonl` by key."""
+    lines = (folder / "items.jsonl").read_text("utf-8").splitlines()[1:]
+    return {record["key"]: record for record in map(json.loads, lines)}
+
+
+def pretend_hub(monkeypatch, load_dataset):
+    """Replace the package `datasets`."""
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))

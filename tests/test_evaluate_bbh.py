@@ -1,9 +1,11 @@
 """evaluate_bbh.py: extraction from hard outputs, prompts, the repository's layout."""
 
 import json
+import shutil
 
+import evaluate_bbh as bbh
 import pytest
-from fake_models import FakeModel, last_question
+from fake_models import FakeModel, evaluate, last_question, load_items
 
 TASKS = {
     "navigate": {"Do you return? Turn left.": "No", "Do you return? Turn around.": "Yes"},
@@ -24,13 +26,6 @@ A: Let's think step by step.
 Thinking. So the answer is {answer}."""
 
 
-@pytest.fixture(scope="module")
-def bbh():
-    import evaluate_bbh
-
-    return evaluate_bbh
-
-
 @pytest.fixture
 def data(tmp_path):
     folder = tmp_path / "BBH"
@@ -43,12 +38,6 @@ def data(tmp_path):
         prompt = EXAMPLES.format(task=task, answer=rows[0]["target"])
         (folder / "cot-prompts" / f"{task}.txt").write_text(prompt, "utf-8")
     return folder
-
-
-def evaluate(bbh, model, tokenizer, data, folder, *options):
-    args = bbh.parse_args(["--data", str(data), "--output", str(folder), *options])
-    items = bbh.load_items(args.data)
-    return bbh.evaluate(model, tokenizer, items, items, args)
 
 
 @pytest.mark.parametrize(
@@ -92,12 +81,12 @@ def evaluate(bbh, model, tokenizer, data, folder, *options):
         ("", False, ""),
     ],
 )
-def test_extraction(bbh, output, has_options, expected):
+def test_extraction(output, has_options, expected):
     assert bbh.extract(output, has_options) == expected
 
 
 @pytest.mark.parametrize("mode", ["chat", "base"])
-def test_oracle_and_a_wrong_model(bbh, tiny_tokenizer, data, tmp_path, mode):
+def test_oracle_and_a_wrong_model(tiny_tokenizer, data, tmp_path, mode):
     """The accuracy is the mean of the tasks'."""
 
     def reply(text):
@@ -114,7 +103,7 @@ def test_oracle_and_a_wrong_model(bbh, tiny_tokenizer, data, tmp_path, mode):
     assert results["accuracy"] == pytest.approx(50 / 3)
 
 
-def test_prompts(bbh, tiny_tokenizer, data, tmp_path):
+def test_prompts(tiny_tokenizer, data, tmp_path):
     seen = {}
     for mode in ("chat", "base"):
         model = FakeModel(tiny_tokenizer)
@@ -129,25 +118,22 @@ def test_prompts(bbh, tiny_tokenizer, data, tmp_path):
     ) in seen["base"]
 
 
-def test_the_official_repository(bbh, evaldata):
-    folder = evaldata / "bbh"
-    items = bbh.load_items(str(folder))
+def test_the_official_repository(evaldata):
+    items = load_items(bbh, evaldata / "bbh")
     assert len(items) == 6511 and len({item.subject for item in items}) == 27
     assert not any("canary" in item.prompt for item in items)
     for item in items:
         target = item.answer.upper() if item.answer.startswith("(") else item.answer
         output = f"Not (B), 3, or yes. So the answer is {target}."
-        has_options = "\n(A) " in item.prompt
-        assert bbh.extract(output, has_options) == item.answer, item.key
+        assert bbh.extract_prediction(output, item) == item.answer, item.key
 
 
-def test_the_official_examples(bbh, evaldata):
+def test_the_official_examples(evaldata):
     """Their own sentences name a target of the task, and each option that its question has."""
-    folder = evaldata / "bbh"
     targets, count = {}, 0
-    for item in bbh.load_items(str(folder)):
+    for item in load_items(bbh, evaldata / "bbh"):
         targets.setdefault(item.subject, set()).add(item.answer)
-    for path in folder.glob("cot-prompts/*.txt"):
+    for path in (evaldata / "bbh").glob("cot-prompts/*.txt"):
         for example in path.read_text("utf-8").split("\nQ: ")[1:]:
             question, _, output = example.partition("\nA: ")
             answer = bbh.extract(output, "\n(A) " in question)
@@ -159,9 +145,7 @@ def test_the_official_examples(bbh, evaldata):
 
 
 @pytest.mark.parametrize("missing", ["", "bbh", "cot-prompts"])
-def test_missing_data_is_one_line(bbh, data, missing):
-    import shutil
-
+def test_missing_data_is_one_line(data, missing):
     shutil.rmtree(data / missing)
     with pytest.raises(
         SystemExit, match=r"https://github\.com/suzgunmirac/BIG-Bench-Hard"
@@ -170,7 +154,7 @@ def test_missing_data_is_one_line(bbh, data, missing):
     assert "\n" not in str(error.value)
 
 
-def test_damaged_data_is_one_line(bbh, data):
+def test_damaged_data_is_one_line(data):
     (data / "bbh" / "navigate.json").write_text('{"examples": [')
     with pytest.raises(SystemExit, match=r"navigate\.json is damaged .* download it again"):
         bbh.main(["--data", str(data)])
@@ -179,7 +163,7 @@ def test_damaged_data_is_one_line(bbh, data):
 @pytest.mark.parametrize(
     "text", ["[]", '{"examples": 1}', '{"examples": [1]}', '{"examples": [{}]}']
 )
-def test_foreign_data_is_one_line(bbh, data, text):
+def test_foreign_data_is_one_line(data, text):
     (data / "bbh" / "navigate.json").write_text(text)
     with pytest.raises(SystemExit, match=r"navigate\.json, item 1: there is no (examples|input)"):
         bbh.main(["--data", str(data)])

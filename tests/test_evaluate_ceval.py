@@ -3,28 +3,31 @@
 import csv
 import json
 import random
+import shutil
+from dataclasses import replace
 from itertools import chain
 
+import core
+import evaluate_ceval as ceval
 import pytest
 import torch
-from fake_models import FakeModel, last_question, random_letters
+from fake_models import (
+    FakeModel,
+    evaluate,
+    last_question,
+    load_items,
+    pretend_hub,
+    random_letters,
+    read_records,
+)
 
 SUBJECTS = {"STEM": ["college_physics", "operating_system"], "Humanities": ["law"]}
 LETTERS = "ABCD"
 
 
-@pytest.fixture(scope="module")
-def ceval():
-    import evaluate_ceval
-
-    return evaluate_ceval
-
-
 @pytest.fixture
 def short_reasoning(monkeypatch):
     """The bundled model rambles at times; that it gets 512 tokens is tested with a fake one."""
-    import core
-
     monkeypatch.setattr(core, "MAX_NEW_TOKENS", 40)
 
 
@@ -62,8 +65,19 @@ def official(tmp_path_factory):
     return folder
 
 
+def process(row: dict) -> dict:
+    """Return a row of the official csv as the processed data has it."""
+    return {
+        "id": int(row["id"]),
+        "inputs_pretokenized": row["question"] + "".join(f"\n{c}. {row[c]}" for c in LETTERS),
+        "choices_pretokenized": [f" {letter}" for letter in LETTERS],
+        "label": LETTERS.index(row["answer"]),
+        "targets_pretokenized": [row["answer"]],
+    }
+
+
 @pytest.fixture(scope="module")
-def processed(ceval, official, tmp_path_factory):
+def processed(official, tmp_path_factory):
     """The same as jsonl, in the processed data's folders."""
     folder = tmp_path_factory.mktemp("work") / "CEval"
     for category, subjects in SUBJECTS.items():
@@ -71,27 +85,13 @@ def processed(ceval, official, tmp_path_factory):
             path = folder / "val" / category / f"{subject}.jsonl"
             path.parent.mkdir(parents=True, exist_ok=True)
             with (official / "val" / f"{subject}_val.csv").open(encoding="utf-8") as file:
-                rows = [ceval.convert(row) for row in csv.DictReader(file)]
+                rows = [process(row) for row in csv.DictReader(file)]
             path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     return folder
 
 
-def evaluate(ceval, model, tokenizer, data, folder, *options):
-    args = ceval.parse_args(["--data", str(data), "--output", str(folder), *options])
-    items = ceval.load_items(args.data, args.split, args.mode)
-    import core
-
-    selected = core.select(items, args.subjects, args.limit)
-    return ceval.evaluate(model, tokenizer, items, selected, args)
-
-
-def read_records(folder) -> dict[str, dict]:
-    lines = (folder / "items.jsonl").read_text("utf-8").splitlines()[1:]
-    return {record["key"]: record for record in map(json.loads, lines)}
-
-
 def test_the_protocol_of_the_released_script(
-    ceval, tiny_model, tiny_tokenizer, processed, tmp_path, short_reasoning
+    tiny_model, tiny_tokenizer, processed, tmp_path, short_reasoning
 ):
     """Steps 1 to 5 written out, file after file in batches of 8."""
     results = evaluate(ceval, tiny_model, tiny_tokenizer, processed, tmp_path)
@@ -140,7 +140,7 @@ def test_the_protocol_of_the_released_script(
 
 
 def test_batches_of_any_kind_give_the_predictions_of_single_questions(
-    ceval, tiny_model, tiny_tokenizer, processed, tmp_path, short_reasoning
+    tiny_model, tiny_tokenizer, processed, tmp_path, short_reasoning
 ):
     kinds = {"single": ("--batch-size", "1"), "file": (), "length": ("--order", "length")}
     for name, options in kinds.items():
@@ -150,7 +150,7 @@ def test_batches_of_any_kind_give_the_predictions_of_single_questions(
     assert single == file == length and len(single) == 15
 
 
-def test_prompts_and_settings(ceval, tiny_tokenizer, processed, tmp_path):
+def test_prompts_and_settings(tiny_tokenizer, processed, tmp_path):
     model = FakeModel(tiny_tokenizer, reply=lambda text: "理由。")
     evaluate(ceval, model, tiny_tokenizer, processed, tmp_path, "--limit", "1")
     (prompts, settings), *_ = model.generate_calls
@@ -162,21 +162,20 @@ def test_prompts_and_settings(ceval, tiny_tokenizer, processed, tmp_path):
     ]
 
 
-def test_both_prompts_are_cut_to_2048_tokens(ceval, tiny_tokenizer, processed, tmp_path):
+def test_both_prompts_are_cut_to_2048_tokens(tiny_tokenizer, processed, tmp_path):
     """As the original: where the reasoning is too long, the extraction prompt is cut off."""
-    import core
-
     model = FakeModel(tiny_tokenizer, reply=lambda text: "很长的理由。" * 1000)
     lengths = []
     read = model.read
     model.read = lambda ids, mask: lengths.append(ids.shape[1]) or read(ids, mask)
-    core.reason_and_choose(model, tiny_tokenizer, ["问题" * 3000], "所以：")
+    items = [core.Item("law", "0", "问题" * 3000, "A")]
+    core.answer_choices(model, tiny_tokenizer, "chat", items, "所以：", "")
     assert lengths == [2048, 2048]
     assert "所以" not in model.forward_calls[0][0]
 
 
-def test_oracle_always_c_and_random(ceval, tiny_tokenizer, processed, official, tmp_path):
-    items = ceval.load_items(str(processed), "val", "chat")
+def test_oracle_always_c_and_random(tiny_tokenizer, processed, official, tmp_path):
+    items = load_items(ceval, processed)
     answers = {item.prompt: item.answer for item in items}
     oracle = FakeModel(tiny_tokenizer, letter=lambda text: last_question(text, answers))
     assert evaluate(ceval, oracle, tiny_tokenizer, processed, tmp_path / "1")["accuracy"] == 100
@@ -192,7 +191,7 @@ def test_oracle_always_c_and_random(ceval, tiny_tokenizer, processed, official, 
     assert always_c["accuracy"] == pytest.approx(100 * share) and 0 < share < 1
 
 
-def test_random_letters_are_right_a_quarter_of_the_time(ceval, tiny_tokenizer, tmp_path):
+def test_random_letters_are_right_a_quarter_of_the_time(tiny_tokenizer, tmp_path):
     rows = make_rows("law", 600, 2)
     write_rows(tmp_path / "val" / "law_val.csv", rows)
     model = FakeModel(tiny_tokenizer, letter=random_letters())
@@ -201,7 +200,7 @@ def test_random_letters_are_right_a_quarter_of_the_time(ceval, tiny_tokenizer, t
     assert 20 < results["accuracy"] < 30  # three standard deviations are 5.3
 
 
-def test_few_shot_prompt(ceval, official, tiny_tokenizer, tmp_path):
+def test_few_shot_prompt(official, tiny_tokenizer, tmp_path):
     """Five examples of the subject, each with its letter, then the question."""
     model = FakeModel(tiny_tokenizer)
     options = ("--mode", "base", "--subjects", "law", "--limit", "1")
@@ -216,10 +215,8 @@ def test_few_shot_prompt(ceval, official, tiny_tokenizer, tmp_path):
     assert blocks[-1].startswith(question["question"]) and blocks[-1].endswith("\n答案：")
 
 
-def test_the_letter_after_its_lead_is_another_token(ceval, official_tokenizer):
+def test_the_letter_after_its_lead_is_another_token(official_tokenizer):
     """Chat: the original's ids of "A" to "D"; few-shot: those that stand in the examples."""
-    import core
-
     seen = []
 
     class Logits:
@@ -239,7 +236,7 @@ def test_the_letter_after_its_lead_is_another_token(ceval, official_tokenizer):
     assert [official_tokenizer.convert_ids_to_tokens(i) for i in seen[1]] == list(LETTERS)
 
 
-def test_the_test_split_is_submitted_and_not_scored(ceval, tiny_tokenizer, official, tmp_path):
+def test_the_test_split_is_submitted_and_not_scored(tiny_tokenizer, official, tmp_path):
     options = ("--split", "test", "--limit", "2")
     results = evaluate(
         ceval, FakeModel(tiny_tokenizer), tiny_tokenizer, official, tmp_path, *options
@@ -253,31 +250,23 @@ def test_the_test_split_is_submitted_and_not_scored(ceval, tiny_tokenizer, offic
     }
 
 
-def test_both_forms_of_the_data_are_the_same_items(ceval, official, processed):
-    items = [ceval.load_items(str(data), "val", "chat") for data in (official, processed)]
-    assert sorted(items[0], key=lambda item: item.key) == sorted(
-        items[1], key=lambda item: item.key
-    )
-    assert {item.category for item in items[0]} == set(SUBJECTS)
+def key(item) -> str:
+    return item.key
 
 
-def test_the_converter_reproduces_the_processed_data(ceval, evaldata):
-    """The csv files here lost the carriage returns within 19 questions."""
-    count = 0
-    for path in evaldata.glob("ceval/val/*/*.jsonl"):
-        lines = path.read_text("utf-8").splitlines()
-        table = evaldata / "ceval" / "csv" / "val" / f"{path.stem}_val.csv"
-        with table.open(encoding="utf-8", newline="") as file:
-            rows = [ceval.convert(row) for row in csv.DictReader(file)]
-        for row, line in zip(rows, lines, strict=True):
-            processed = json.loads(line)
-            processed["inputs_pretokenized"] = processed["inputs_pretokenized"].replace("\r", "")
-            assert row == processed
-            count += 1
-    assert count == 1346
+def test_both_forms_of_the_data_are_the_same_items(official, processed):
+    items = [sorted(load_items(ceval, data), key=key) for data in (official, processed)]
+    assert items[0] == items[1] and {item.category for item in items[0]} == set(SUBJECTS)
 
 
-def test_the_subjects_have_the_folders_of_the_processed_data(ceval, evaldata):
+def test_both_forms_of_the_real_data_are_the_same_items(evaldata):
+    """The csv files of the test data lack the carriage returns of 19 questions."""
+    official, processed = (load_items(ceval, evaldata / name) for name in ("ceval/csv", "ceval"))
+    processed = [replace(item, prompt=item.prompt.replace("\r", "")) for item in processed]
+    assert sorted(official, key=key) == sorted(processed, key=key) and len(official) == 1346
+
+
+def test_the_subjects_have_the_folders_of_the_processed_data(evaldata):
     mapping = json.loads((evaldata / "ceval" / "subject_mapping.json").read_text("utf-8"))
     renamed = {"Social Science": "Social Sciences", "Other": "Others"}
     names = {subject: chinese for subject, (_, chinese, _) in mapping.items()}
@@ -285,24 +274,22 @@ def test_the_subjects_have_the_folders_of_the_processed_data(ceval, evaldata):
     assert (names, categories) == (ceval.CHINESE_NAME, ceval.CATEGORY)
 
 
-def test_carriage_returns_of_the_official_csv_are_kept(ceval, tmp_path):
+def test_carriage_returns_of_the_official_csv_are_kept(tmp_path):
     row = {"id": 0, "question": "①甲\r\n②乙", **dict.fromkeys(LETTERS, "x"), "answer": "D"}
     write_rows(tmp_path / "val" / "law_val.csv", [row])
-    (item,) = ceval.load_items(str(tmp_path), "val", "chat")
+    (item,) = load_items(ceval, tmp_path)
     assert item.prompt == "①甲\r\n②乙\nA. x\nB. x\nC. x\nD. x" and item.answer == "D"
 
 
-def test_by_name_from_the_hub(ceval, monkeypatch):
-    """With a stand-in for the package: each subject is a configuration of the data set."""
-    import sys
-    import types
+def test_by_name_from_the_hub(monkeypatch):
+    """Each subject is a configuration of the data set."""
 
     def load_dataset(name, config, split):
         assert name == "ceval/ceval-exam" and split in ("val", "dev")
         return make_rows(config, 6, split)
 
-    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
-    items = ceval.load_items("ceval/ceval-exam", "val", "base")
+    pretend_hub(monkeypatch, load_dataset)
+    items = load_items(ceval, "ceval/ceval-exam", "--mode", "base")
     assert len(items) == 52 * 6 and len({item.key for item in items}) == 52 * 6
 
 
@@ -314,14 +301,14 @@ def test_by_name_from_the_hub(ceval, monkeypatch):
         ("{processed}", "base", "no folder dev .* official csv files have it"),
     ],
 )
-def test_missing_data_is_one_line(ceval, processed, tmp_path, data, mode, expected):
+def test_missing_data_is_one_line(processed, tmp_path, data, mode, expected):
     data = data.format(empty=tmp_path, processed=processed)
     with pytest.raises(SystemExit, match=expected) as error:
         ceval.main(["--data", data, "--mode", mode])
     assert "\n" not in str(error.value) and "https://" in str(error.value)
 
 
-def test_unknown_subjects_are_named(ceval, processed):
+def test_unknown_subjects_are_named(processed):
     with pytest.raises(SystemExit, match="--subjects physics: the data has college_physics, law"):
         ceval.main(["--data", str(processed), "--subjects", "physics", "law"])
 
@@ -343,7 +330,7 @@ def test_unknown_subjects_are_named(ceval, processed):
         ),
     ],
 )
-def test_damaged_or_foreign_data_is_one_line(ceval, tmp_path, name, text, expected):
+def test_damaged_or_foreign_data_is_one_line(tmp_path, name, text, expected):
     (tmp_path / "val").mkdir()
     (tmp_path / "val" / name).write_text(text, "utf-8")
     with pytest.raises(SystemExit, match=expected) as error:
@@ -351,9 +338,7 @@ def test_damaged_or_foreign_data_is_one_line(ceval, tmp_path, name, text, expect
     assert "\n" not in str(error.value)
 
 
-def test_a_second_file_of_a_subject_is_refused(ceval, processed, tmp_path):
-    import shutil
-
+def test_a_second_file_of_a_subject_is_refused(processed, tmp_path):
     shutil.copytree(processed, tmp_path / "data")
     val = tmp_path / "data" / "val"
     shutil.copy(val / "Humanities" / "law.jsonl", val / "STEM")

@@ -1,23 +1,18 @@
-"""evaluate_gsm8k.py: extraction from hard outputs, prompts, data, and lm-evaluation-harness."""
+"""evaluate_gsm8k.py: extraction from hard outputs, prompts, data."""
 
 import json
 import re
 
+import core
+import evaluate_gsm8k as gsm8k
 import pytest
-from fake_models import FakeModel, last_question
+from fake_models import FakeModel, evaluate, last_question, load_items, pretend_hub
 
 QUESTIONS = {
     "Ann has 3 pens and buys 4. How many has she?": "7",
     "A car costs $1,150 and a bike 50. What do both cost?": "1,200",
     "It is 3 degrees, then 5 less. What is it?": "-2",
 }
-
-
-@pytest.fixture(scope="module")
-def gsm8k():
-    import evaluate_gsm8k
-
-    return evaluate_gsm8k
 
 
 @pytest.fixture
@@ -29,12 +24,6 @@ def data(tmp_path):
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     return path
-
-
-def evaluate(gsm8k, model, tokenizer, data, folder, *options):
-    args = gsm8k.parse_args(["--data", str(data), "--output", str(folder), *options])
-    items = gsm8k.load_items(args.data, args.examples.read_text("utf-8").strip())
-    return gsm8k.evaluate(model, tokenizer, items, items, args)
 
 
 @pytest.mark.parametrize(
@@ -74,12 +63,12 @@ def evaluate(gsm8k, model, tokenizer, data, folder, *options):
         ("The answer is", ""),
     ],
 )
-def test_extraction(gsm8k, output, expected):
+def test_extraction(output, expected):
     assert gsm8k.extract(output) == expected
 
 
 @pytest.mark.parametrize("mode", ["chat", "base"])
-def test_oracle_and_a_wrong_model(gsm8k, tiny_tokenizer, data, tmp_path, mode):
+def test_oracle_and_a_wrong_model(tiny_tokenizer, data, tmp_path, mode):
     def reply(text):
         return f"It is easy. The answer is {last_question(text, QUESTIONS)}.\n\nQ: What is 1 + 1?"
 
@@ -91,11 +80,11 @@ def test_oracle_and_a_wrong_model(gsm8k, tiny_tokenizer, data, tmp_path, mode):
     results = evaluate(gsm8k, wrong, tiny_tokenizer, data, tmp_path / "2", *options)
     assert results["accuracy"] == pytest.approx(100 / 3)
     assert (tmp_path / "2" / "results.md").read_text() == (
-        "| Model | Accuracy |\n| --- | --- |\n| chatglm2-6b | 33.33 |\n"
+        "| Model       | Accuracy |\n| ----------- | -------- |\n| chatglm2-6b | 33.33    |\n"
     )
 
 
-def test_prompts(gsm8k, tiny_tokenizer, data, tmp_path):
+def test_prompts(tiny_tokenizer, data, tmp_path):
     """Eight examples, then the question; in the chat format unless the model is a base model."""
     seen = {}
     for mode in ("chat", "base"):
@@ -109,7 +98,7 @@ def test_prompts(gsm8k, tiny_tokenizer, data, tmp_path):
         assert base.endswith("\nA:") and base.startswith("Q: There are 15 trees")
 
 
-def test_examples_in_another_language(gsm8k, tiny_tokenizer, data, tmp_path):
+def test_examples_in_another_language(tiny_tokenizer, data, tmp_path):
     examples = tmp_path / "examples.txt"
     examples.write_text("问：1 加 1 等于几？\n答：答案是2。\n", "utf-8")
     model = FakeModel(tiny_tokenizer)
@@ -119,10 +108,8 @@ def test_examples_in_another_language(gsm8k, tiny_tokenizer, data, tmp_path):
 
 
 def test_batch_and_single_give_the_same_outputs(
-    gsm8k, tiny_model, tiny_tokenizer, data, tmp_path, monkeypatch
+    tiny_model, tiny_tokenizer, data, tmp_path, monkeypatch
 ):
-    import core
-
     monkeypatch.setattr(core, "MAX_NEW_TOKENS", 30)
     texts = {}
     for size in ("1", "3"):
@@ -132,32 +119,28 @@ def test_batch_and_single_give_the_same_outputs(
     assert texts["1"] == texts["3"] and len(texts["1"]) == 4
 
 
-def test_a_folder_or_a_file_or_the_hub(gsm8k, data, monkeypatch):
-    import sys
-    import types
-
+def test_a_folder_or_a_file_or_the_hub(data, monkeypatch):
     rows = [json.loads(line) for line in data.read_text("utf-8").splitlines()]
 
     def load_dataset(name, config, split):
         assert (name, config, split) == ("openai/gsm8k", "main", "test")
         return rows
 
-    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
-    items = gsm8k.load_items(str(data), "x")
-    assert items == gsm8k.load_items(str(data.parent), "x") == gsm8k.load_items("openai/gsm8k", "x")
+    pretend_hub(monkeypatch, load_dataset)
+    items = load_items(gsm8k, data)
+    assert items == load_items(gsm8k, data.parent) == load_items(gsm8k, "openai/gsm8k")
     assert [item.answer for item in items] == ["7", "1200", "-2"]
 
 
-def test_an_item_without_a_number_is_named(gsm8k, data):
+def test_an_item_without_a_number_is_named(data):
     with data.open("a", encoding="utf-8") as file:
         file.write(json.dumps({"question": "?", "answer": "I do not know"}) + "\n")
     with pytest.raises(SystemExit, match="item 4: there is no number after ####"):
         gsm8k.main(["--data", str(data)])
 
 
-def test_the_official_file(gsm8k, evaldata):
-    folder = evaldata / "gsm8k"
-    items = gsm8k.load_items(str(folder), "")
+def test_the_official_file(evaldata):
+    items = load_items(gsm8k, evaldata / "gsm8k")
     assert len(items) == 1319
     assert all(re.fullmatch(r"-?\d+(\.\d+)?", item.answer) for item in items)
 
@@ -167,15 +150,15 @@ def test_the_official_file(gsm8k, evaldata):
     [
         (["--data", "nowhere"], "nowhere: there is no such file .*https://github.com/openai"),
         (["--data", "{tmp}"], "has no test.jsonl: .*https://github.com/openai"),
-        (["--data", "{tmp}", "--examples", "none.txt"], "--examples none.txt: there is no"),
+        (["--examples", "none.txt"], "--examples none.txt: there is no"),
     ],
 )
-def test_mistakes_are_one_line(gsm8k, tmp_path, options, expected):
+def test_mistakes_are_one_line(tmp_path, options, expected):
     with pytest.raises(SystemExit, match=expected):
         gsm8k.main([option.format(tmp=tmp_path) for option in options])
 
 
-def test_lines_that_are_no_objects_and_other_encodings(gsm8k, data, tmp_path):
+def test_lines_that_are_no_objects_and_other_encodings(data, tmp_path):
     examples = tmp_path / "examples.txt"
     examples.write_bytes("问：1 加 1".encode("gbk"))
     with pytest.raises(SystemExit, match=r"examples\.txt is damaged .*: it must be .*UTF-8"):

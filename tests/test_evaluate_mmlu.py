@@ -2,19 +2,15 @@
 
 import csv
 import random
+import shutil
 
+import core
+import evaluate_mmlu as mmlu
 import pytest
-from fake_models import FakeModel, last_question, random_letters
+from fake_models import FakeModel, evaluate, last_question, load_items, pretend_hub, random_letters
 
 SUBJECTS = ("abstract_algebra", "anatomy", "marketing")
 LETTERS = "ABCD"
-
-
-@pytest.fixture(scope="module")
-def mmlu():
-    import evaluate_mmlu
-
-    return evaluate_mmlu
 
 
 def make_rows(subject: str, count: int) -> list[list]:
@@ -46,15 +42,9 @@ def data(tmp_path_factory):
     return write_data(tmp_path_factory.mktemp("mmlu") / "data", with_header=False)
 
 
-def evaluate(mmlu, model, tokenizer, data, folder, *options):
-    args = mmlu.parse_args(["--data", str(data), "--output", str(folder), *options])
-    items = mmlu.load_items(args.data, args.mode)
-    return mmlu.evaluate(model, tokenizer, items, items, args)
-
-
 @pytest.mark.parametrize("mode", ["chat", "base"])
-def test_oracle_and_always_c(mmlu, tiny_tokenizer, data, tmp_path, mode):
-    items = mmlu.load_items(str(data), "chat")
+def test_oracle_and_always_c(tiny_tokenizer, data, tmp_path, mode):
+    items = load_items(mmlu, data)
     answers = {item.prompt: item.answer for item in items}
     oracle = FakeModel(tiny_tokenizer, letter=lambda text: last_question(text, answers))
     options = ("--mode", mode, "--batch-size", "4")
@@ -66,7 +56,7 @@ def test_oracle_and_always_c(mmlu, tiny_tokenizer, data, tmp_path, mode):
     assert always_c["accuracy"] == pytest.approx(100 * share) and 0 < share < 1
 
 
-def test_random_letters_are_right_a_quarter_of_the_time(mmlu, tiny_tokenizer, tmp_path):
+def test_random_letters_are_right_a_quarter_of_the_time(tiny_tokenizer, tmp_path):
     data = write_data(tmp_path / "data", with_header=False, num_test=200)
     model = FakeModel(tiny_tokenizer, letter=random_letters())
     options = ("--batch-size", "50")
@@ -74,7 +64,7 @@ def test_random_letters_are_right_a_quarter_of_the_time(mmlu, tiny_tokenizer, tm
     assert 20 < results["accuracy"] < 30  # three standard deviations are 5.3
 
 
-def test_few_shot_prompt(mmlu, tiny_tokenizer, data, tmp_path):
+def test_few_shot_prompt(tiny_tokenizer, data, tmp_path):
     model = FakeModel(tiny_tokenizer)
     evaluate(mmlu, model, tiny_tokenizer, data, tmp_path, "--mode", "base", "--order", "file")
     assert not model.generate_calls
@@ -88,7 +78,7 @@ def test_few_shot_prompt(mmlu, tiny_tokenizer, data, tmp_path):
     assert blocks[6].endswith("\nAnswer:")
 
 
-def test_zero_shot_prompts(mmlu, tiny_tokenizer, data, tmp_path):
+def test_zero_shot_prompts(tiny_tokenizer, data, tmp_path):
     """As C-Eval's, in English."""
     model = FakeModel(tiny_tokenizer, reply=lambda text: "Because.")
     evaluate(mmlu, model, tiny_tokenizer, data, tmp_path)
@@ -100,9 +90,7 @@ def test_zero_shot_prompts(mmlu, tiny_tokenizer, data, tmp_path):
     )
 
 
-def test_batch_and_single_give_the_same_predictions(
-    mmlu, tiny_model, tiny_tokenizer, data, tmp_path
-):
+def test_batch_and_single_give_the_same_predictions(tiny_model, tiny_tokenizer, data, tmp_path):
     texts = {}
     for size in ("1", "7"):
         folder, options = tmp_path / size, ("--mode", "base", "--batch-size", size)
@@ -111,10 +99,7 @@ def test_batch_and_single_give_the_same_predictions(
     assert texts["1"] == texts["7"] and len(texts["1"]) == 28
 
 
-def test_all_forms_of_the_data_are_the_same_items(mmlu, data, tmp_path, monkeypatch):
-    import sys
-    import types
-
+def test_all_forms_of_the_data_are_the_same_items(data, tmp_path, monkeypatch):
     def load_dataset(name, config, split):
         assert (name, config) == ("cais/mmlu", "all")
         return [
@@ -123,22 +108,21 @@ def test_all_forms_of_the_data_are_the_same_items(mmlu, data, tmp_path, monkeypa
             for q, *options, letter in make_rows(s, {"test": 9, "dev": 6}[split])
         ]
 
-    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    pretend_hub(monkeypatch, load_dataset)
     with_header = write_data(tmp_path / "header", with_header=True)
-    items = mmlu.load_items(str(data), "base")
+    items = load_items(mmlu, data, "--mode", "base")
     assert len(items) == 27
-    assert items == mmlu.load_items(str(with_header), "base")
-    assert items == mmlu.load_items(str(data.parent), "base")  # unpacked, it is a folder `data`
-    assert items == mmlu.load_items("cais/mmlu", "base")
+    assert items == load_items(mmlu, with_header, "--mode", "base")
+    assert items == load_items(
+        mmlu, data.parent, "--mode", "base"
+    )  # unpacked, it is a folder `data`
+    assert items == load_items(mmlu, "cais/mmlu", "--mode", "base")
 
 
-def test_the_published_averages_are_those_of_their_categories(mmlu, evaldata):
+def test_the_published_averages_are_those_of_their_categories(evaldata):
     """Weighted by the numbers of questions, with anatomy in STEM."""
-    folder = evaldata / "mmlu"
-    import core
-
     counts = dict.fromkeys(core.CATEGORIES, 0)
-    for item in mmlu.load_items(str(folder), "base"):
+    for item in load_items(mmlu, evaldata / "mmlu"):
         counts[item.category] += 1
     assert sum(counts.values()) == 14042
     published = {45.46: (40.06, 51.61, 41.23, 51.24), 47.86: (41.20, 54.44, 43.66, 54.46)}
@@ -148,9 +132,7 @@ def test_the_published_averages_are_those_of_their_categories(mmlu, evaldata):
 
 
 @pytest.mark.parametrize("missing", ["test", "dev", ""])
-def test_missing_data_is_one_line(mmlu, tmp_path, missing):
-    import shutil
-
+def test_missing_data_is_one_line(tmp_path, missing):
     data = write_data(tmp_path / "data", with_header=False)
     shutil.rmtree(data / missing)
     with pytest.raises(SystemExit, match=r"https://github\.com/hendrycks/test") as error:
@@ -158,9 +140,7 @@ def test_missing_data_is_one_line(mmlu, tmp_path, missing):
     assert "\n" not in str(error.value)
 
 
-def test_a_damaged_row_is_named(mmlu, data, tmp_path):
-    import shutil
-
+def test_a_damaged_row_is_named(data, tmp_path):
     shutil.copytree(data, tmp_path / "data")
     path = tmp_path / "data" / "test" / "anatomy_test.csv"
     path.write_text(path.read_text("utf-8") + "What?,1,2\n", "utf-8")
@@ -168,15 +148,15 @@ def test_a_damaged_row_is_named(mmlu, data, tmp_path):
         mmlu.main(["--data", str(tmp_path / "data")])
 
 
-def test_a_blank_first_line_is_no_row(mmlu, data, tmp_path):
+def test_a_blank_first_line_is_no_row(data, tmp_path):
     path = tmp_path / "x.csv"
     path.write_text("\nq,1,2,3,4,B\n", "utf-8")
-    assert mmlu.read_csv(path) == [["q", "1", "2", "3", "4", "B"]]
+    assert mmlu.read_rows(path) == [["q", "1", "2", "3", "4", "B"]]
 
 
 @pytest.mark.parametrize("answer", ["7", "-1", "B", ""])
-def test_an_answer_that_is_no_option_is_named(mmlu, tmp_path, answer):
+def test_an_answer_that_is_no_option_is_named(tmp_path, answer):
     path = tmp_path / "x.csv"
     path.write_text(f"question,a,b,c,d,answer\nq,1,2,3,4,2\nq,1,2,3,4,{answer}\n", "utf-8")
     with pytest.raises(SystemExit, match=r"x\.csv, row 2: "):
-        mmlu.read_csv(path)
+        mmlu.read_rows(path)

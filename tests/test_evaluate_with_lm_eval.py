@@ -1,13 +1,18 @@
 """MMLU and GSM8K give the numbers of lm-evaluation-harness, with its prompts on the same items.
 
-Skipped where lm-eval is not installed; 0.4.13 was tried.
+Tested with lm-eval 0.4.13.
 """
 
 import json
 import os
 from pathlib import Path
 
+import core
+import evaluate_gsm8k
+import evaluate_mmlu
 import pytest
+import reading
+from fake_models import evaluate, load_items, read_records
 from test_evaluate_mmlu import LETTERS, make_rows, write_data
 
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
@@ -46,22 +51,11 @@ def write_lines(path: Path, rows: list[dict]) -> str:
     return str(path)
 
 
-def evaluate(script, model, tokenizer, data, folder, **loading):
-    options = ["--data", str(data), "--output", str(folder), "--mode", "base"]
-    args = script.parse_args(options)
-    items = script.load_items(args.data, **loading)
-    results = script.evaluate(model, tokenizer, items, items, args)
-    lines = (folder / "items.jsonl").read_text("utf-8").splitlines()[1:]
-    return results, items, {record["key"]: record for record in map(json.loads, lines)}
-
-
 def test_mmlu(lm, tiny_model, tiny_tokenizer, tmp_path):
-    import evaluate_mmlu
-
     data = write_data(tmp_path / "data", with_header=False)
-    results, items, records = evaluate(
-        evaluate_mmlu, tiny_model, tiny_tokenizer, data, tmp_path / "out", mode="base"
-    )
+    out, base = tmp_path / "out", ("--mode", "base")
+    results = evaluate(evaluate_mmlu, tiny_model, tiny_tokenizer, data, out, *base)
+    items, records = load_items(evaluate_mmlu, data, *base), read_records(out)
     subjects = {item.subject for item in items}
     tasks = []
     for subject in sorted(subjects):
@@ -88,24 +82,19 @@ def test_mmlu(lm, tiny_model, tiny_tokenizer, tmp_path):
 
 def test_gsm8k(lm, tiny_model, tiny_tokenizer, tmp_path, monkeypatch):
     """Half of the answers are made those of the model, so that there is something to count."""
-    import core
-    import evaluate_gsm8k
-
     monkeypatch.setattr(core, "MAX_NEW_TOKENS", 40)
-    examples = (core.HERE / "gsm8k_cot.txt").read_text("utf-8").strip()
+    script = evaluate_gsm8k
     questions = [f"{name} has {n} pens. How many?" for n, name in enumerate(["Ann", "Bob"] * 6)]
     rows = [{"question": question, "answer": "#### 1234"} for question in questions]
     data = write_lines(tmp_path / "test.jsonl", rows)
-    _, items, records = evaluate(
-        evaluate_gsm8k, tiny_model, tiny_tokenizer, data, tmp_path / "1", examples=examples
-    )
-    predictions = [records[item.key]["prediction"] for item in items]
+    evaluate(script, tiny_model, tiny_tokenizer, data, tmp_path / "1", "--mode", "base")
+    records = read_records(tmp_path / "1")
+    predictions = [records[f"gsm8k/{i}"]["prediction"] for i in range(len(rows))]
     for row, prediction in list(zip(rows, predictions, strict=True))[::2]:
         row["answer"] = f"#### {prediction or 1}"
     data = write_lines(tmp_path / "test.jsonl", rows)
-    results, items, records = evaluate(
-        evaluate_gsm8k, tiny_model, tiny_tokenizer, data, tmp_path / "2", examples=examples
-    )
+    results = evaluate(script, tiny_model, tiny_tokenizer, data, tmp_path / "2", "--mode", "base")
+    items, records = load_items(script, data), read_records(tmp_path / "2")
     assert 0 < results["accuracy"] < 100
 
     task = load_task("gsm8k/gsm8k-cot.yaml", {"test": data})
@@ -121,8 +110,6 @@ def test_gsm8k(lm, tiny_model, tiny_tokenizer, tmp_path, monkeypatch):
 
 
 def test_the_examples_are_the_same(lm):
-    import core
-
     task = load_task("gsm8k/gsm8k-cot.yaml", {})
     samples = [f"Q: {s['question']}\nA: {s['target']}" for s in task["fewshot_config"]["samples"]]
-    assert (core.HERE / "gsm8k_cot.txt").read_text("utf-8") == "\n\n".join(samples) + "\n"
+    assert (reading.HERE / "gsm8k_cot.txt").read_text("utf-8") == "\n\n".join(samples) + "\n"
