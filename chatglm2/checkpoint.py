@@ -1,9 +1,12 @@
 """Which checkpoint: a folder, a copy in the hub's cache, or the hub."""
 
+import pickle
 import sys
 import threading
+import zipfile
 from pathlib import Path
 
+import torch
 from huggingface_hub import HfApi, constants, try_to_load_from_cache
 from huggingface_hub.errors import (
     HFValidationError,
@@ -12,11 +15,12 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.utils import validate_repo_id
+from safetensors.torch import load_file
 
 from .command_line import one_line
 from .configuration_chatglm import ChatGLMConfig
 from .hardware import get_free_space, gigabytes
-from .modeling_chatglm import find_weight_files
+from .modeling_chatglm import check_weight_file, find_weight_files
 
 ROOT = Path(__file__).resolve().parent.parent
 CURE = (
@@ -133,6 +137,27 @@ def read_config(source, **revision) -> ChatGLMConfig:
             "models (model_type 'chatglm')."
         )
     return ChatGLMConfig.from_dict(fields)
+
+
+def read_tensors(*files: Path) -> dict[str, torch.Tensor]:
+    """Return the tensors in weight files, mapped into memory: a page is read when it is used.
+
+    Raises:
+        OSError: A file is missing, truncated or a Git LFS pointer.
+        ValueError: A file holds something else than tensors.
+    """
+    tensors = {}
+    for file in files:
+        check_weight_file(file)
+        if file.suffix == ".safetensors":
+            tensors |= load_file(file)
+            continue
+        try:
+            is_mapped = zipfile.is_zipfile(file)  # older pickles cannot be
+            tensors |= torch.load(file, "cpu", weights_only=True, mmap=is_mapped)
+        except pickle.UnpicklingError as error:
+            raise ValueError(f"{file} holds something else than tensors: not loaded.") from error
+    return tensors
 
 
 def check_disk(model: str, hub_info):

@@ -5,23 +5,23 @@
 CHECKPOINT is the folder of chatglm2-6b or another ChatGLM2 model that is not quantized, DIR a new
 folder. It gets config.json (`model_type` glm), generation_config.json, the weights in safetensors
 files of up to 5 GB, a fast tokenizer and its chat template: what stock transformers and vLLM need.
-The weights are written from the mapped files, not from a copy in memory.
+The weights are read from the mapped files while they are written, not copied into memory first.
 """
 
 import argparse
 import re
 import sys
-import zipfile
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, processors
 from tokenizers.models import BPE
 from transformers import GlmConfig, GlmForCausalLM, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import generate_merges
 
+from .checkpoint import read_tensors
 from .configuration_chatglm import ChatGLMConfig
-from .modeling_chatglm import check_weight_file, find_weight_files
+from .modeling_chatglm import find_weight_files
 from .quantization import get_quantization
 from .refresh import check_folder
 from .tokenization_chatglm import ChatGLMTokenizer
@@ -56,18 +56,18 @@ def check_config(config: ChatGLMConfig):
     """Check that GLM can express a model.
 
     Raises:
-        ValueError: It cannot; one line with what to do.
+        ValueError: It cannot; the message is one line that says what to do.
     """
     if get_quantization(config):
         raise ValueError(
-            "the weights are quantized, in a format of ChatGLM2 only: export the checkpoint that "
-            "they were made of (such as THUDM/chatglm2-6b)."
+            "the weights are quantized in a format that only ChatGLM2 has: export the unquantized "
+            "checkpoint (such as THUDM/chatglm2-6b)."
         )
     for field, needed in GLM_IS.items():
         if bool(value := getattr(config, field)) != bool(needed):
             raise ValueError(
-                f"{field} is {value!r}, and GLM knows {needed!r} only: such a model runs with this "
-                "project's code, not elsewhere."
+                f"{field} is {value!r} and GLM supports only {needed!r}: this model runs with this "
+                "project's code only."
             )
 
 
@@ -79,7 +79,7 @@ def convert_rope(config: ChatGLMConfig) -> dict:
     if rope["rope_type"] not in ("default", "linear"):
         raise ValueError(
             f"rope_ratio is {config.rope_ratio} with rope_type {rope['rope_type']!r}, and GLM "
-            "knows one of them only: set rope_ratio to 1, or rope_type to default or linear."
+            "supports only one of them: set rope_ratio to 1, or rope_type to default or linear."
         )
     return {**rope, "rope_type": "linear", "factor": rope.get("factor", 1.0) * config.rope_ratio}
 
@@ -106,22 +106,8 @@ def convert_config(config: ChatGLMConfig) -> GlmConfig:
     )
 
 
-def map_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """Return the tensors of a checkpoint; their pages are read from the files when needed."""
-    state = {}
-    for file in find_weight_files(folder):
-        check_weight_file(file)
-        if file.suffix == ".safetensors":
-            state |= load_file(file)
-        else:
-            state |= torch.load(
-                file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)
-            )
-    return state
-
-
 def convert_weights(state: dict[str, torch.Tensor], config: ChatGLMConfig) -> dict:
-    """Rename tensors; the rows of query_key_value are views, query, key and value."""
+    """Rename tensors, and split query_key_value by rows into views of query, key and value."""
     key_row = config.num_attention_heads * config.kv_channels
     value_row = key_row + config.num_key_value_heads * config.kv_channels
     converted = {}
@@ -141,7 +127,7 @@ def create_model(state: dict[str, torch.Tensor], config: GlmConfig) -> GlmForCau
     """Return a GLM whose parameters are the given tensors, in their dtype.
 
     Raises:
-        ValueError: They are not those that the config describes.
+        ValueError: Names or shapes differ from those that the config describes.
     """
     with torch.device("meta"):
         model = GlmForCausalLM(config)
@@ -160,44 +146,39 @@ def create_model(state: dict[str, torch.Tensor], config: GlmConfig) -> GlmForCau
 
 
 def create_bpe(tokenizer: ChatGLMTokenizer) -> tuple[BPE, list[str]]:
-    """Return the BPE of a SentencePiece model, and the pieces that text can become.
-
-    SentencePiece joins the neighbours whose piece has the best score, whatever they are; a BPE has
-    an ordered list of pairs. So each way to cut a piece in two becomes a pair, in order of score.
-    """
+    """Return a BPE with the ids of a SentencePiece model, and the pieces that text can become."""
     sp = tokenizer.sp_model
     vocab = {sp.id_to_piece(i): i for i in range(sp.vocab_size())}
-    ordinary = {
+    scores = {
         piece: sp.get_score(i)
         for piece, i in vocab.items()
         if not (sp.is_control(i) or sp.is_unknown(i) or sp.is_byte(i))
     }
-    pieces = sorted(ordinary, key=ordinary.get, reverse=True)
-    cuts = [(piece[:i], piece[i:]) for piece in pieces for i in range(1, len(piece))]
-    merges = [(left, right) for left, right in cuts if left in ordinary and right in ordinary]
     vocab |= {token: sp.vocab_size() + i for i, token in enumerate(SPECIAL_TOKENS)}
-    return BPE(vocab, merges, byte_fallback=True), pieces
+    return BPE(vocab, generate_merges(scores, scores), byte_fallback=True), [*scores]
 
 
 def check_ids(tokenizer: ChatGLMTokenizer, fast: Tokenizer, pieces: list[str]):
-    """Check that every piece, and what a normalization would change, gets the same ids.
+    """Check that both tokenizers give the same ids for all pieces and for `SAMPLES`.
+
+    `SAMPLES` are texts that a normalization would change.
 
     Raises:
-        ValueError: It does not: the SentencePiece model is of another kind than ChatGLM2's.
+        ValueError: They do not, so the SentencePiece model is of another kind than ChatGLM2's.
     """
     texts = [*SAMPLES, *(piece.replace("▁", " ") for piece in pieces)]
     encodings = fast.encode_batch(texts, add_special_tokens=False)
     for text, ids, encoding in zip(texts, tokenizer.sp_model.encode(texts), encodings, strict=True):
         if ids != encoding.ids:
             raise ValueError(
-                f"{tokenizer.vocab_file} gives other ids for {text!r} than a fast tokenizer would: "
-                "only a BPE model with byte fallback and no normalization can be exported, as the "
-                "official one is."
+                f"{tokenizer.vocab_file} gives other ids for {text!r} than a fast tokenizer: only "
+                "a BPE model with byte fallback and without normalization, such as the official "
+                "one, can be exported."
             )
 
 
 def create_tokenizer(tokenizer: ChatGLMTokenizer, max_length: int) -> PreTrainedTokenizerFast:
-    """Return a fast tokenizer with the same ids, and the prefix in the chat template's text.
+    """Return a fast tokenizer with the same ids; its chat template also writes the prefix.
 
     Raises:
         ValueError: The SentencePiece model is of another kind than ChatGLM2's.
@@ -221,7 +202,7 @@ def create_tokenizer(tokenizer: ChatGLMTokenizer, max_length: int) -> PreTrained
         [
             decoders.Replace(Regex(f"^({without_text})$"), ""),
             decoders.Replace("▁", " "),
-            decoders.Replace("<0x0A>", "\n"),  # or a broken character would swallow it
+            decoders.Replace("<0x0A>", "\n"),  # ByteFallback drops it beside an invalid character
             decoders.ByteFallback(),
             decoders.Fuse(),
             decoders.Strip(" ", 1, 0),
@@ -257,7 +238,8 @@ def export(checkpoint: Path, folder: Path) -> str:
     config = ChatGLMConfig.from_pretrained(checkpoint)
     check_config(config)
     tokenizer = create_tokenizer(ChatGLMTokenizer.from_pretrained(checkpoint), config.seq_length)
-    model = create_model(convert_weights(map_weights(checkpoint), config), convert_config(config))
+    state = convert_weights(read_tensors(*find_weight_files(checkpoint)), config)
+    model = create_model(state, convert_config(config))
     model.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
     tokenizer.save_pretrained(folder)
     size = sum(file.stat().st_size for file in folder.iterdir())

@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-if "PYTEST_XDIST_WORKER" in os.environ:  # threads of several processes slow each other down
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+# The models are small. Threads of several processes on the same cores wait for each other, and
+# make a test take ten times as long.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "resources" / "chatglm2-tiny"
 FOLDERS = [ROOT, ROOT / "resources", TINY / "training", ROOT / "evaluation"]

@@ -1,32 +1,33 @@
-"""Adapters: trained here on the bundled checkpoint in seconds, loaded as the scripts load them."""
+"""Adapters: random ones against PEFT and the original's way; slow tests train them first."""
 
 import asyncio
 import json
 import shutil
 import sys
-from types import SimpleNamespace
 
 import loading
 import pytest
 import torch
-from conftest import ROOT
 from loading import parse
 from safetensors.torch import save_file
 from servers import serve
+from torch.testing import assert_close
 
 import api
 import cli_demo
 import utils
 from chatglm2 import ChatGLMConfig, ChatGLMForConditionalGeneration, placement
-from chatglm2.adapters import INSTALL_PEFT, load_adapter, read_adapter
+from chatglm2.adapters import load_adapter, read_adapter
 from chatglm2.chat.conversation import Conversation
 from chatglm2.quantization import QuantizedLinear
 from chatglm2.serving.batching import Batcher, Request
 
 TAUGHT = {"你好": "我是适配器。", "What is the capital of France?": "It is Lyon."}
 TARGETS = ["query_key_value", "dense_h_to_4h"]
-PREFIX_LENGTH, EOS = 8, 2
+PREFIX_KEY, PREFIX_LENGTH, EOS = "transformer.prefix_encoder.embedding.weight", 8, 2
 BIN, SAFETENSORS = "pytorch_model.bin", "model.safetensors"
+CLOSE = {"atol": 1e-4, "rtol": 1e-4}
+LAYERS = "transformer.encoder.layers."
 
 
 def load(folder, bits=0, **kwargs):
@@ -34,63 +35,13 @@ def load(folder, bits=0, **kwargs):
     return model.quantize(bits).float().eval()
 
 
-def train(model, tokenizer, parameters, learning_rate: float, steps: int):
-    """Teach a model the answers to `TAUGHT`."""
-    rows, labels = [], []
-    for question, answer in TAUGHT.items():
-        prompt = tokenizer.encode(tokenizer.build_prompt(question))
-        ids = [*tokenizer.encode(answer, add_special_tokens=False), tokenizer.eos_token_id]
-        padding = [0] * (48 - len(prompt) - len(ids))
-        rows.append(prompt + ids + padding)
-        labels.append([-100] * len(prompt) + ids + [-100] * len(padding))
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate)
-    for _ in range(steps):
-        model(input_ids=torch.tensor(rows), labels=torch.tensor(labels)).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-
-@pytest.fixture(scope="session")
-def peft():
-    return pytest.importorskip("peft", reason="needs PEFT: pip install -r requirements-dev.txt")
-
-
-@pytest.fixture(scope="session")
-def lora(peft, tiny_checkpoint, tiny_tokenizer, tmp_path_factory):
-    """A LoRA as PEFT saves it; with dropout, which must be off when it is used."""
-    torch.manual_seed(0)
-    config = peft.LoraConfig(r=8, lora_alpha=32, lora_dropout=0.1, target_modules=TARGETS)
-    model = peft.get_peft_model(load(tiny_checkpoint), config).train()
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    train(model, tiny_tokenizer, trained, 3e-3, 60)
-    folder = tmp_path_factory.mktemp("lora")
-    model.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="session", params=[False, True], ids=["plain", "projected"])
-def prefix(request, tiny_checkpoint, tiny_tokenizer, tmp_path_factory):
-    """A P-Tuning v2 prefix as the original's trainer saves it, and the model it was trained in."""
-    torch.manual_seed(0)
-    fields = {"pre_seq_len": PREFIX_LENGTH, "prefix_projection": request.param}
-    config = ChatGLMConfig.from_pretrained(tiny_checkpoint, **fields)
-    model = load(tiny_checkpoint, config=config).train()
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    torch.nn.init.normal_(model.transformer.prefix_encoder.embedding.weight, std=0.5)
-    train(model, tiny_tokenizer, trained.values(), 3e-3 if request.param else 1e-1, 120)
-    folder = tmp_path_factory.mktemp("prefix")
-    torch.save(trained, folder / "pytorch_model.bin")
-    config.save_pretrained(folder)
-    return SimpleNamespace(folder=folder, model=model.eval())
-
-
-def answer_all(model, tokenizer) -> dict[str, str]:
-    return {query: model.chat(tokenizer, query, do_sample=False)[0] for query in TAUGHT}
-
-
 @torch.no_grad()
 def compute_logits(model) -> torch.Tensor:
-    return model(input_ids=torch.arange(10, 40)[None]).logits
+    return model(input_ids=torch.arange(10, 40)[None].to(model.device)).logits.cpu()
+
+
+def load_with(*argv) -> ChatGLMForConditionalGeneration:
+    return utils.load_model(parse(*map(str, argv)))[1]
 
 
 def fail_to_load(model, *argv) -> str:
@@ -103,12 +54,37 @@ def change_config(folder, **fields):
     file.write_text(json.dumps(json.loads(file.read_text("utf-8")) | fields), "utf-8")
 
 
-# LoRA.
+@pytest.fixture(scope="session")
+def peft():
+    return pytest.importorskip("peft", reason="needs PEFT: pip install -r requirements-dev.txt")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
+def save_lora(peft, tiny_checkpoint, tmp_path_factory):
+    """Save a LoRA with random weights, as PEFT does; return its folder."""
+
+    def save(**fields):
+        torch.manual_seed(0)
+        model = peft.get_peft_model(load(tiny_checkpoint), peft.LoraConfig(**fields))
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                torch.nn.init.normal_(parameter, std=0.1)
+        folder = tmp_path_factory.mktemp("lora")
+        model.save_pretrained(folder)
+        return folder
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def lora(save_lora):
+    """A LoRA with dropout, which must be off when it is used."""
+    return save_lora(r=8, lora_alpha=16, lora_dropout=0.1, target_modules=TARGETS)
+
+
+@pytest.fixture(scope="session")
 def load_with_peft(peft, tiny_checkpoint):
-    """Load a LoRA as PEFT does it, beside the weights."""
+    """Load a LoRA as PEFT does, beside the weights."""
 
     def load_reference(folder, bits=0):
         config = peft.LoraConfig.from_pretrained(folder)
@@ -118,41 +94,39 @@ def load_with_peft(peft, tiny_checkpoint):
     return load_reference
 
 
-def test_lora_is_merged_into_float_weights(load_with_peft, lora, tiny_checkpoint, tiny_tokenizer):
-    expected = compute_logits(load_with_peft(lora))
-    model = load_adapter(load(tiny_checkpoint), lora)
-    assert {type(x) for x in model.modules()} == {type(x) for x in load(tiny_checkpoint).modules()}
-    torch.testing.assert_close(compute_logits(model), expected, atol=1e-4, rtol=1e-4)
-    assert answer_all(load(tiny_checkpoint), tiny_tokenizer) != TAUGHT
-    assert answer_all(model, tiny_tokenizer) == TAUGHT
+# LoRA.
+
+
+def test_lora_is_merged_into_float_weights(load_with_peft, lora, tiny_checkpoint):
+    plain = load(tiny_checkpoint)
+    types, logits = {type(x) for x in plain.modules()}, compute_logits(plain)
+    model = load_adapter(plain, lora)
+    assert {type(x) for x in model.modules()} == types
+    assert_close(compute_logits(model), compute_logits(load_with_peft(lora)), **CLOSE)
+    assert (compute_logits(model) - logits).abs().max() > 1
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_lora_is_computed_beside_quantized_weights(
-    bits, load_with_peft, lora, tiny_checkpoint, tiny_tokenizer, capsys
-):
-    argv = "--model", str(tiny_checkpoint), "--adapter", str(lora), "--quantize", str(bits)
-    _, model = utils.load_model(parse(*argv))
+def test_lora_beside_quantized_weights(bits, load_with_peft, lora, tiny_checkpoint, capsys):
+    model = load_with("--model", tiny_checkpoint, "--adapter", lora, "--quantize", bits)
     assert f"{lora}: LoRA of rank 8, computed beside quantized weights" in capsys.readouterr().err
-    layers = [layer for layer in model.modules() if isinstance(layer, QuantizedLinear)]
-    assert len(layers) == 16
-    expected = compute_logits(load_with_peft(lora, bits))
-    torch.testing.assert_close(compute_logits(model), expected, atol=1e-4, rtol=1e-4)
-    assert answer_all(model, tiny_tokenizer) == TAUGHT
+    assert sum(isinstance(layer, QuantizedLinear) for layer in model.modules()) == 16
+    assert_close(compute_logits(model), compute_logits(load_with_peft(lora, bits)), **CLOSE)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_lora_of_another_dtype_than_the_model(dtype, lora, tiny_checkpoint, tiny_tokenizer):
-    for bits in ([], ["--quantize", "4"]):
-        argv = ["--model", str(tiny_checkpoint), "--adapter", str(lora), "--dtype", dtype, *bits]
-        _, model = utils.load_model(parse(*argv))
-        assert answer_all(model, tiny_tokenizer) == TAUGHT
-        dtypes = {p.dtype for name, p in model.named_parameters() if "lora_" in name}
-        assert dtypes == ({model.dtype} if bits else set())
+@pytest.mark.parametrize("bits", [0, 4])
+def test_lora_in_the_dtype_of_the_model(dtype, bits, load_with_peft, lora, tiny_checkpoint):
+    argv = "--model", tiny_checkpoint, "--adapter", lora, "--dtype", dtype, "--quantize", bits
+    model = load_with(*argv[: None if bits else -2])
+    dtypes = {p.dtype for name, p in model.named_parameters() if "lora_" in name}
+    assert dtypes == ({model.dtype} if bits else set())
+    logits, expected = compute_logits(model).float(), compute_logits(load_with_peft(lora, bits))
+    assert torch.cosine_similarity(logits.flatten(), expected.flatten(), 0) > 0.999
 
 
-def test_lora_of_2023(peft, lora, tiny_checkpoint, tiny_tokenizer, tmp_path):
-    """The fields that adapter_config.json had then, and a pickle."""
+def test_lora_of_2023(load_with_peft, lora, tiny_checkpoint, tmp_path):
+    """An adapter_config.json with the fields of 2023, and a pickle."""
     folder = shutil.copytree(lora, tmp_path / "old")
     fields = json.loads((folder / "adapter_config.json").read_text("utf-8"))
     old = ["bias", "fan_in_fan_out", "inference_mode", "init_lora_weights", "lora_alpha"]
@@ -162,81 +136,267 @@ def test_lora_of_2023(peft, lora, tiny_checkpoint, tiny_tokenizer, tmp_path):
     (folder / "adapter_config.json").write_text(json.dumps(fields))
     tensors = read_adapter(lora, ChatGLMConfig.from_pretrained(tiny_checkpoint), False).tensors
     (folder / "adapter_model.safetensors").unlink()
-    halves = {f"base_model.model.{name}": x.half() for name, x in tensors.items()}
-    torch.save(halves, folder / "adapter_model.bin")
-    assert answer_all(load_adapter(load(tiny_checkpoint, 4), folder), tiny_tokenizer) == TAUGHT
-
-
-def save_random(model, folder):
-    torch.manual_seed(0)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            torch.nn.init.normal_(parameter, std=0.1)
-    model.save_pretrained(folder)
+    tensors = {f"base_model.model.{name}": tensor for name, tensor in tensors.items()}
+    torch.save(tensors, folder / "adapter_model.bin")
+    logits = compute_logits(load_adapter(load(tiny_checkpoint, 4), folder))
+    assert_close(logits, compute_logits(load_with_peft(lora, 4)), **CLOSE)
 
 
 @pytest.mark.parametrize("bits", [0, 4])
 @pytest.mark.parametrize("module", ["output_layer", "final_layernorm"])
-def test_lora_with_a_whole_layer(peft, load_with_peft, tiny_checkpoint, tmp_path, bits, module):
+def test_lora_with_a_whole_layer(save_lora, load_with_peft, tiny_checkpoint, bits, module):
     """A layer that PEFT saved whole replaces the model's, which a quantized one has in 16 bits."""
-    config = peft.LoraConfig(r=2, target_modules=["dense"], modules_to_save=[module])
-    save_random(peft.get_peft_model(load(tiny_checkpoint), config), tmp_path)
-    logits = compute_logits(load_adapter(load(tiny_checkpoint, bits), tmp_path))
-    expected = compute_logits(load_with_peft(tmp_path, bits))
-    torch.testing.assert_close(logits, expected, atol=1e-2, rtol=1e-2)
+    folder = save_lora(r=2, target_modules=["dense"], modules_to_save=[module])
+    logits = compute_logits(load_adapter(load(tiny_checkpoint, bits), folder))
+    assert_close(logits, compute_logits(load_with_peft(folder, bits)), atol=1e-2, rtol=1e-2)
 
 
-def test_variants_of_lora(peft, load_with_peft, tiny_checkpoint, tmp_path):
-    """DoRA is merged as well; what changed the model's own weights is refused."""
-    config = peft.LoraConfig(r=2, target_modules=["dense"], use_dora=True)
-    save_random(peft.get_peft_model(load(tiny_checkpoint), config), tmp_path)
-    logits = compute_logits(load_adapter(load(tiny_checkpoint), tmp_path))
-    expected = compute_logits(load_with_peft(tmp_path))
-    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
-    argv = "--adapter", tmp_path, "--quantize", "4"
-    assert "beside quantized weights: leave --quantize" in fail_to_load(tiny_checkpoint, *argv)
-    change_config(tmp_path, use_dora=False, init_lora_weights="pissa")
-    assert "weights that pissa changed" in fail_to_load(tiny_checkpoint, "--adapter", tmp_path)
+def test_variants_of_lora(save_lora, load_with_peft, tiny_checkpoint, tmp_path, monkeypatch):
+    """DoRA can be merged only; a LoRA that changed the model's own weights is refused."""
+    dora = save_lora(r=2, target_modules=["dense"], use_dora=True)
+    logits = compute_logits(load_adapter(load(tiny_checkpoint), dora))
+    assert_close(logits, compute_logits(load_with_peft(dora)), **CLOSE)
+    line = fail_to_load(tiny_checkpoint, "--adapter", dora, "--quantize", "4")
+    assert "beside quantized weights: omit --quantize" in line
+    with monkeypatch.context() as patch:
+        patch.setattr(placement, "get_free_memory", lambda device: 15.5e6)
+        argv = "--device", "cpu", "--offload-folder", tmp_path, "--adapter", dora
+        assert "computed beside offloaded weights" in fail_to_load(tiny_checkpoint, *argv)
+    change_config(dora, use_dora=False, init_lora_weights="pissa")
+    assert "init_lora_weights is 'pissa'" in fail_to_load(tiny_checkpoint, "--adapter", dora)
 
 
 # P-Tuning v2.
 
 
-def test_prefix(prefix, tiny_checkpoint, tiny_tokenizer, capsys):
-    argv = "--model", str(tiny_checkpoint), "--adapter", str(prefix.folder)
-    _, model = utils.load_model(parse(*argv))
-    assert f"{prefix.folder}: P-Tuning v2 prefix of 8 tokens" in capsys.readouterr().err
-    expected = compute_logits(prefix.model)
-    torch.testing.assert_close(compute_logits(model), expected, atol=1e-4, rtol=1e-4)
-    assert answer_all(model, tiny_tokenizer) == TAUGHT
+def create_prefix_model(folder, has_projection: bool) -> ChatGLMForConditionalGeneration:
+    torch.manual_seed(0)
+    fields = {"pre_seq_len": PREFIX_LENGTH, "prefix_projection": has_projection}
+    model = load(folder, config=ChatGLMConfig.from_pretrained(folder, **fields))
+    torch.nn.init.normal_(model.transformer.prefix_encoder.embedding.weight, std=0.5)
+    return model
+
+
+def save_prefix(model, folder):
+    """Save a prefix as the original's trainer does."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    torch.save(trained, folder / BIN)
+    model.config.save_pretrained(folder)
+
+
+@pytest.mark.parametrize("has_projection", [False, True], ids=["plain", "projected"])
+def test_prefix(has_projection, tiny_checkpoint, tmp_path, capsys):
+    reference = create_prefix_model(tiny_checkpoint, has_projection)
+    save_prefix(reference, tmp_path)
+    argv = "--model", tiny_checkpoint, "--adapter", tmp_path
+    model = load_with(*argv)
+    assert f"{tmp_path}: P-Tuning v2 prefix of 8 tokens" in capsys.readouterr().err
+    assert_close(compute_logits(model), compute_logits(reference), **CLOSE)
     assert not hasattr(model.transformer.prefix_encoder, "trans")  # it was computed once
-    _, quantized = utils.load_model(parse(*argv, "--quantize", "8"))
-    reference = load(tiny_checkpoint, 8, config=prefix.model.config)
-    reference.transformer.prefix_encoder = prefix.model.transformer.prefix_encoder
-    expected = compute_logits(reference)
-    torch.testing.assert_close(compute_logits(quantized), expected, atol=1e-4, rtol=1e-4)
-
-
-def test_prefix_in_safetensors(prefix, tiny_checkpoint, tiny_tokenizer, tmp_path):
-    tensors = torch.load(prefix.folder / "pytorch_model.bin", weights_only=True)
+    quantized = load(tiny_checkpoint, 8, config=reference.config)
+    quantized.transformer.prefix_encoder = reference.transformer.prefix_encoder
+    logits = compute_logits(load_with(*argv, "--quantize", 8))
+    assert_close(logits, compute_logits(quantized), **CLOSE)
+    with pytest.raises(ValueError, match="already has a P-Tuning v2 prefix of 8 tokens"):
+        load_adapter(model, tmp_path)
+    tensors = torch.load(tmp_path / BIN, weights_only=True)
     save_file({name: x.detach().half() for name, x in tensors.items()}, tmp_path / SAFETENSORS)
-    model = load_adapter(load(tiny_checkpoint).bfloat16(), tmp_path)
-    assert answer_all(model, tiny_tokenizer) == TAUGHT
+    (tmp_path / BIN).unlink()
+    logits = compute_logits(load_adapter(load(tiny_checkpoint), tmp_path))
+    assert_close(logits, compute_logits(reference), atol=2e-2, rtol=2e-2)
 
 
-# Where the answers are asked for.
+# Over several devices.
 
 
-@pytest.fixture(params=["lora", "lora-int4", "prefix"])
-def adapted(request, tiny_checkpoint, prefix):
-    if request.param == "prefix":
-        return load_adapter(load(tiny_checkpoint), prefix.folder)
-    lora = request.getfixturevalue("lora")
-    return load_adapter(load(tiny_checkpoint, 4 if "int4" in request.param else 0), lora)
+@pytest.fixture(scope="session")
+def whole_layers(save_lora):
+    whole = ["input_layernorm", "output_layer"]
+    return save_lora(r=2, target_modules=["dense"], modules_to_save=whole)
 
 
-def test_kept_caches_and_batches(adapted, tiny_tokenizer):
+@pytest.fixture(scope="session")
+def prefix(tiny_checkpoint, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("prefix")
+    save_prefix(create_prefix_model(tiny_checkpoint, False), folder)
+    return folder
+
+
+TWO_GPUS, DISK = None, {"": "cpu", f"{LAYERS}1": "disk"}
+BESIDE_GPUS = {"": 0, f"{LAYERS}1": 1, f"{LAYERS}2": "cpu", f"{LAYERS}3": "disk"}
+
+
+@pytest.mark.usefixtures("four_gpus")
+@pytest.mark.parametrize("adapter", ["lora", "whole_layers", "prefix"])
+@pytest.mark.parametrize(
+    ("checkpoint", "device_map"),
+    [
+        ("tiny_checkpoint", TWO_GPUS),
+        ("tiny_checkpoint", DISK),
+        ("tiny_checkpoint", BESIDE_GPUS),
+        ("int4_checkpoint", BESIDE_GPUS),
+    ],
+    ids=["two GPUs", "disk", "beside GPUs", "int4 beside GPUs"],
+)
+def test_models_over_several_devices(adapter, checkpoint, device_map, request, tmp_path):
+    folder, adapter = map(request.getfixturevalue, (checkpoint, adapter))
+    single = ChatGLMForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    expected = compute_logits(load_adapter(single, adapter))
+    model = utils.load_model_on_gpus(
+        folder, device_map=device_map, dtype=torch.float32, offload_folder=tmp_path
+    )
+    load_adapter(model, adapter)
+    is_offloaded = bool({"cpu", "disk"} & {*map(str, (device_map or {}).values())})
+    assert any(p.is_meta for p in model.parameters()) == is_offloaded
+    for _ in range(2):  # offloaded weights are fetched again
+        assert_close(compute_logits(model), expected, **CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "free", "where"),
+    [("tiny_checkpoint", 15.5e6, "offloaded"), ("int4_checkpoint", 5.4e6, "quantized")],
+)
+def test_offload_folder(checkpoint, free, where, lora, request, capsys, tmp_path, monkeypatch):
+    folder = request.getfixturevalue(checkpoint)
+    expected = compute_logits(load_with("--model", folder, "--adapter", lora))
+    monkeypatch.setattr(placement, "get_free_memory", lambda device: free)
+    argv = ["--model", folder, "--device", "cpu", "--offload-folder", tmp_path]
+    model = load_with(*argv, "--adapter", lora)
+    printed = capsys.readouterr().err
+    assert "on the disk (slow" in printed
+    assert f"LoRA of rank 8, computed beside {where} weights" in printed
+    assert_close(compute_logits(model).float(), expected.float(), atol=1e-2, rtol=1e-2)
+
+
+# What is refused.
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (None, "{0}: there is no such folder."),
+        ({}, "{0}: no adapter, neither adapter_config.json (LoRA) nor"),
+        (
+            {"adapter_config.json": b"{}", BIN: b""},
+            "{0}: two adapters, adapter_config.json of PEFT and pytorch_model.bin of",
+        ),
+        ({"adapter_config.json": b"{"}, "{0}: adapter_config.json is damaged"),
+        ({"adapter_config.json": b"[]"}, "{0}: adapter_config.json is damaged"),
+        (
+            {"adapter_config.json": b'{"peft_type": "PREFIX_TUNING"}'},
+            "{0}: an adapter of PEFT's type PREFIX_TUNING: only LORA and",
+        ),
+        ({"adapter_config.json": b'{"peft_type": "LORA"}'}, "{0}: no adapter_model.safetensors"),
+        (
+            {BIN: b"version https://git-lfs.github.com/spec/v1\n"},
+            "{0}/pytorch_model.bin (43 bytes) is a Git LFS pointer",
+        ),
+        ({BIN: b"PK"}, "{0}/pytorch_model.bin (2 bytes) is truncated or damaged"),
+    ],
+)
+def test_folders_without_an_adapter(tiny_checkpoint, tmp_path, files, message):
+    folder = tmp_path / "adapter"
+    if files is not None:
+        folder.mkdir()
+        for name, content in files.items():
+            (folder / name).write_bytes(content)
+    line = fail_to_load(tiny_checkpoint, "--adapter", folder)
+    assert line.startswith("--adapter " + message.format(folder)), line
+
+
+def test_what_is_no_adapter(tiny_checkpoint, tmp_path, capsys):
+    file = tiny_checkpoint / "config.json"
+    line = fail_to_load(tiny_checkpoint, "--adapter", file)
+    assert line == f"--adapter {file}: this is a file: give its folder."
+    line = fail_to_load(tiny_checkpoint, "--adapter", tiny_checkpoint)
+    assert "no adapter: model.safetensors holds transformer.embedding.word" in line
+    assert "load a whole model with --model" in line
+    torch.save({PREFIX_KEY: print}, tmp_path / BIN)  # code in a pickle
+    assert "something else than tensors" in fail_to_load(tiny_checkpoint, "--adapter", tmp_path)
+    with pytest.raises(SystemExit):
+        parse("--adapter", "a", "--adapter", "b")
+    assert "--adapter is given twice: a model takes one" in capsys.readouterr().err
+
+
+def test_adapters_of_another_model(lora, tiny_checkpoint, tmp_path):
+    torch.save({PREFIX_KEY: torch.zeros(128, 14336)}, tmp_path / BIN)  # of the 6B model
+    line = fail_to_load(tiny_checkpoint, "--adapter", tmp_path)
+    assert "trained on another model" in line and "embedding.weight: (128, 14336) in the" in line
+    folder = shutil.copytree(lora, tmp_path / "lora")
+    change_config(folder, target_modules=["q_proj", "v_proj"])  # Llama's
+    line = fail_to_load(tiny_checkpoint, "--adapter", folder)
+    assert "trained on another model: Target modules" in line and "q_proj" in line
+    change_config(folder, target_modules=TARGETS, r=4)
+    line = fail_to_load(tiny_checkpoint, "--adapter", folder)
+    assert "trained on another model: 16 tensors" in line
+    assert "dense_h_to_4h.lora_A.weight: (8, 256) in the file, (4, 256) in this model" in line
+
+
+def test_without_peft(tiny_checkpoint, tmp_path, monkeypatch):
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    (tmp_path / "adapter_model.bin").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "peft", None)
+    line = fail_to_load(tiny_checkpoint, "--adapter", tmp_path)
+    assert "a LoRA needs PEFT" in line and "pip install peft==" in line
+
+
+def test_results_of_an_evaluation_name_the_adapter(prefix, tiny_checkpoint):
+    import core
+
+    base, adapted = load(tiny_checkpoint), load_adapter(load(tiny_checkpoint), prefix)
+    args = core.create_parser("", "").parse_args(["--adapter", str(prefix), "--model", "a"])
+    assert core.locate_output("x", adapted, args).name == f"x-a+{prefix.name}-chat-float32"
+    runs = [core.describe_run("x", [], model, args) for model in (base, adapted)]
+    assert runs[0]["weights"] != runs[1]["weights"]  # the one is not continued by the other
+
+
+# Adapters that were trained, and change the answers.
+
+
+def train(model, tokenizer, learning_rate: float, steps: int):
+    """Teach a model the answers to `TAUGHT`."""
+    rows, labels = [], []
+    for question, answer in TAUGHT.items():
+        prompt = tokenizer.encode(tokenizer.build_prompt(question))
+        ids = [*tokenizer.encode(answer, add_special_tokens=False), tokenizer.eos_token_id]
+        padding = [0] * (48 - len(prompt) - len(ids))
+        rows.append(prompt + ids + padding)
+        labels.append([-100] * len(prompt) + ids + [-100] * len(padding))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=learning_rate)
+    for _ in range(steps):
+        model(input_ids=torch.tensor(rows), labels=torch.tensor(labels)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.fixture(scope="module")
+def trained_lora(peft, tiny_checkpoint, tiny_tokenizer, tmp_path_factory):
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=8, lora_alpha=32, lora_dropout=0.1, target_modules=TARGETS)
+    model = peft.get_peft_model(load(tiny_checkpoint), config).train()
+    train(model, tiny_tokenizer, 3e-3, 60)
+    folder = tmp_path_factory.mktemp("lora")
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained_prefix(tiny_checkpoint, tiny_tokenizer, tmp_path_factory):
+    model = create_prefix_model(tiny_checkpoint, False).train()
+    train(model, tiny_tokenizer, 1e-1, 120)
+    folder = tmp_path_factory.mktemp("prefix")
+    save_prefix(model, folder)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("adapter", "bits"), [("trained_lora", 0), ("trained_lora", 4), ("trained_prefix", 0)]
+)
+def test_kept_caches_and_batches(adapter, bits, request, tiny_checkpoint, tiny_tokenizer):
     """A kept cache, and several requests at a time, change no answer."""
+    adapted = load_adapter(load(tiny_checkpoint, bits), request.getfixturevalue(adapter))
     conversation, prompts, expected = Conversation(adapted, tiny_tokenizer), [], []
     for query in (*TAUGHT, "再说一遍", *TAUGHT):
         cache, history = conversation.cache, conversation.history
@@ -263,193 +423,14 @@ def test_kept_caches_and_batches(adapted, tiny_tokenizer):
     assert answers == [[i for i in ids if i != EOS] for ids in expected]
 
 
-def test_terminal(prefix, tiny_checkpoint, capsys, monkeypatch):
+@pytest.mark.slow
+def test_scripts(trained_lora, trained_prefix, tiny_checkpoint, capsys, monkeypatch):
     monkeypatch.setattr(cli_demo, "use_utf8", lambda: None)
-    argv = ["--model", str(tiny_checkpoint), "--adapter", str(prefix.folder), "-p", "你好"]
+    argv = ["--model", str(tiny_checkpoint), "--adapter", str(trained_prefix), "-p", "你好"]
     cli_demo.main([*argv, "--temperature", "0"])
     assert capsys.readouterr().out == "我是适配器。\n"
-
-
-def test_server(lora, tiny_checkpoint):
-    argv = "--model", str(tiny_checkpoint), "--adapter", str(lora), "--quantize", "4"
+    argv = "--model", str(tiny_checkpoint), "--adapter", str(trained_lora), "--quantize", "4"
     tokenizer, model = utils.load_model(parse(*argv))
     with serve(api.create_app, model, tokenizer) as client:
         answer = client.post("/", json={"prompt": "你好", "temperature": 0}).json()
     assert answer["response"] == "我是适配器。"
-
-
-def test_results_of_an_evaluation_tell_the_adapter(prefix, tiny_checkpoint):
-    import core
-
-    base, adapted = load(tiny_checkpoint), load_adapter(load(tiny_checkpoint), prefix.folder)
-    args = core.create_parser("", "").parse_args(["--adapter", str(prefix.folder), "--model", "a"])
-    name = f"x-a+{prefix.folder.name}-chat-float32"
-    assert core.locate_output("x", adapted, args).name == name
-    runs = [core.describe_run("x", [], model, args) for model in (base, adapted)]
-    assert runs[0]["weights"] != runs[1]["weights"]  # the one is not continued by the other
-
-
-# Over several devices.
-
-BLOCK = "transformer.encoder.layers."
-
-
-@pytest.fixture(scope="module")
-def whole_layers(peft, tiny_checkpoint, tmp_path_factory):
-    """A LoRA with layers that PEFT saved whole."""
-    folder = tmp_path_factory.mktemp("whole")
-    whole = ["input_layernorm", "output_layer"]
-    config = peft.LoraConfig(r=2, target_modules=["dense"], modules_to_save=whole)
-    save_random(peft.get_peft_model(load(tiny_checkpoint), config), folder)
-    return folder
-
-
-@pytest.fixture
-def adapter(request, tmp_path):
-    if request.param != "prefix":
-        return request.getfixturevalue(request.param)
-    tensor = torch.randn(PREFIX_LENGTH, 512, generator=torch.Generator().manual_seed(0))
-    torch.save({"transformer.prefix_encoder.embedding.weight": tensor}, tmp_path / BIN)
-    return tmp_path
-
-
-@pytest.mark.usefixtures("four_gpus")
-@pytest.mark.parametrize("checkpoint", ["tiny_checkpoint", "int4_checkpoint"])
-@pytest.mark.parametrize("adapter", ["lora", "whole_layers", "prefix"], indirect=True)
-@pytest.mark.parametrize(
-    "device_map",
-    [
-        None,
-        {"": 0, f"{BLOCK}1": 1, f"{BLOCK}2": "cpu", f"{BLOCK}3": "disk"},
-        {"": "cpu", f"{BLOCK}1": "disk"},
-    ],
-    ids=["two GPUs", "beside GPUs", "disk"],
-)
-def test_models_over_several_devices(adapter, checkpoint, device_map, request, tmp_path):
-    folder = request.getfixturevalue(checkpoint)
-    single = ChatGLMForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
-    expected = compute_logits(load_adapter(single, adapter))
-    model = utils.load_model_on_gpus(
-        folder, device_map=device_map, dtype=torch.float32, offload_folder=tmp_path
-    )
-    load_adapter(model, adapter)
-    num_elsewhere = sum(device in ("cpu", "disk") for device in (device_map or {}).values())
-    assert any(p.is_meta for p in model.parameters()) == (num_elsewhere > 0)
-    for _ in range(2):  # what was fetched is there again
-        with torch.no_grad():
-            logits = model(input_ids=torch.arange(10, 40)[None].to(model.device)).logits
-        torch.testing.assert_close(logits.cpu(), expected, atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize("checkpoint", ["tiny_checkpoint", "int4_checkpoint"])
-def test_offload_folder(checkpoint, lora, request, tiny_tokenizer, capsys, tmp_path, monkeypatch):
-    folder = request.getfixturevalue(checkpoint)
-    free = 15.5e6 if checkpoint == "tiny_checkpoint" else 5.4e6
-    monkeypatch.setattr(placement, "get_free_memory", lambda device: free)
-    argv = ["--model", str(folder), "--device", "cpu", "--offload-folder", str(tmp_path)]
-    _, model = utils.load_model(parse(*argv, "--adapter", str(lora)))
-    told = capsys.readouterr().err
-    assert "on the disk (slow" in told
-    where = "weights that are partly elsewhere" if free > 1e7 else "quantized weights"
-    assert f"LoRA of rank 8, computed beside {where}" in told
-    assert answer_all(model, tiny_tokenizer) == TAUGHT
-
-
-def test_a_variant_beside_the_disk(peft, tiny_checkpoint, tmp_path, monkeypatch):
-    config = peft.LoraConfig(r=2, target_modules=["dense"], use_dora=True)
-    save_random(peft.get_peft_model(load(tiny_checkpoint), config), tmp_path)
-    monkeypatch.setattr(placement, "get_free_memory", lambda device: 15.5e6)
-    argv = "--device", "cpu", "--offload-folder", tmp_path / "offload", "--adapter", tmp_path
-    line = fail_to_load(tiny_checkpoint, *argv)
-    assert "cannot be computed beside weights that are partly elsewhere" in line
-
-
-# What is refused.
-
-
-@pytest.mark.parametrize(
-    ("files", "message"),
-    [
-        (None, "{0}: there is no such folder."),
-        ({}, "{0}: no adapter is there, neither adapter_config.json (LoRA) nor"),
-        (
-            {"adapter_config.json": b"{}", "pytorch_model.bin": b""},
-            "{0}: two kinds of adapter, adapter_config.json of PEFT and pytorch_model.bin of",
-        ),
-        ({"adapter_config.json": b"{"}, "{0}: adapter_config.json is damaged"),
-        ({"adapter_config.json": b"[]"}, "{0}: adapter_config.json is damaged"),
-        (
-            {"adapter_config.json": b'{"peft_type": "PREFIX_TUNING"}'},
-            "{0}: an adapter of PEFT's type PREFIX_TUNING; LORA can be loaded, and",
-        ),
-        ({"adapter_config.json": b'{"peft_type": "LORA"}'}, "{0}: it has no adapter_model.saf"),
-        (
-            {"pytorch_model.bin": b"version https://git-lfs.github.com/spec/v1\n"},
-            "{0}/pytorch_model.bin (43 bytes) is a Git LFS pointer",
-        ),
-        ({"pytorch_model.bin": b"PK"}, "{0}/pytorch_model.bin (2 bytes) is truncated or damaged"),
-    ],
-)
-def test_folders_without_an_adapter(tiny_checkpoint, tmp_path, files, message):
-    folder = tmp_path / "adapter"
-    if files is not None:
-        folder.mkdir()
-        for name, content in files.items():
-            (folder / name).write_bytes(content)
-    line = fail_to_load(tiny_checkpoint, "--adapter", folder)
-    assert line.startswith("--adapter " + message.format(folder)), line
-
-
-def test_a_file_or_two_adapters(tiny_checkpoint, capsys):
-    file = tiny_checkpoint / "config.json"
-    line = fail_to_load(tiny_checkpoint, "--adapter", file)
-    assert line == f"--adapter {file}: it is a file: give its folder."
-    with pytest.raises(SystemExit):
-        parse("--adapter", "a", "--adapter", "b")
-    assert "--adapter is given twice: a model takes one" in capsys.readouterr().err
-
-
-def test_a_whole_model_is_no_adapter(tiny_checkpoint):
-    line = fail_to_load(tiny_checkpoint, "--adapter", tiny_checkpoint)
-    assert "no adapter: model.safetensors holds transformer.embedding.word" in line
-    assert "a whole model is given with --model" in line
-
-
-def test_no_code_of_a_pickle_is_run(tiny_checkpoint, tmp_path):
-    torch.save({"transformer.prefix_encoder.embedding.weight": print}, tmp_path / BIN)
-    assert "other things than tensors" in fail_to_load(tiny_checkpoint, "--adapter", tmp_path)
-
-
-def test_a_prefix_of_another_model(prefix, tiny_checkpoint, tmp_path):
-    key = "transformer.prefix_encoder.embedding.weight"
-    torch.save({key: torch.zeros(128, 14336)}, tmp_path / BIN)  # of the 6B model
-    line = fail_to_load(tiny_checkpoint, "--adapter", tmp_path)
-    assert "trained on another model" in line and "embedding.weight: (128, 14336) in the" in line
-    model = load_adapter(load(tiny_checkpoint), prefix.folder)
-    with pytest.raises(ValueError, match=r"has a P-Tuning v2 prefix already, of 8 tokens"):
-        load_adapter(model, prefix.folder)
-
-
-def test_a_lora_of_another_model(lora, tiny_checkpoint, tmp_path):
-    folder = shutil.copytree(lora, tmp_path / "lora")
-    change_config(folder, target_modules=["q_proj", "v_proj"])  # Llama's
-    line = fail_to_load(tiny_checkpoint, "--adapter", folder)
-    assert "trained on another model: Target modules" in line and "q_proj" in line
-    change_config(folder, target_modules=TARGETS, r=4)
-    line = fail_to_load(tiny_checkpoint, "--adapter", folder)
-    assert "trained on another model: 16 tensors" in line
-    assert "dense_h_to_4h.lora_A.weight: (8, 256) in the file, (4, 256) of this model" in line
-
-
-def test_without_peft(tiny_checkpoint, tmp_path, monkeypatch):
-    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
-    (tmp_path / "adapter_model.bin").write_bytes(b"")
-    monkeypatch.setitem(sys.modules, "peft", None)
-    line = fail_to_load(tiny_checkpoint, "--adapter", tmp_path)
-    assert "a LoRA needs PEFT" in line and "pip install peft==" in line
-
-
-def test_the_tested_version_of_peft_is_the_one_named():
-    version = INSTALL_PEFT.split()[-1]
-    assert f"{version}\n" in (ROOT / "requirements-dev.txt").read_text("utf-8")
-    assert INSTALL_PEFT in (ROOT / "docs" / "adapters.md").read_text("utf-8")
