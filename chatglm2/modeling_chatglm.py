@@ -280,16 +280,20 @@ class GLMTransformer(nn.Module):
             self.final_layernorm = create_norm(config)
 
     def forward(self, hidden_states, prefix, output_hidden_states, output_attentions, **kwargs):
-        """Return the last hidden states, all (the last before the norm), all attentions."""
-        all_hidden_states, all_attentions = [hidden_states], []
+        """Return the last hidden states, all (the last before the norm), all attentions.
+
+        The second and third are `None` unless requested.
+        """
+        all_hidden_states = (hidden_states,) if output_hidden_states else None
+        all_attentions = () if output_attentions else None
         for i, layer in enumerate(self.layers):
             layer_prefix = None if prefix is None else prefix[i]
             hidden_states, weights = layer(hidden_states, prefix=layer_prefix, **kwargs)
             if output_hidden_states:
-                all_hidden_states.append(hidden_states)
+                all_hidden_states += (hidden_states,)
             if output_attentions:
-                all_attentions.append(weights)
-        return self.normalize(hidden_states), tuple(all_hidden_states), tuple(all_attentions)
+                all_attentions += (weights,)
+        return self.normalize(hidden_states), all_hidden_states, all_attentions
 
     def normalize(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if not hasattr(self, "final_layernorm"):
@@ -332,6 +336,11 @@ class Embedding(nn.Module):
     def __init__(self, config: ChatGLMConfig):
         super().__init__()
         self.word_embeddings = nn.Embedding(config.padded_vocab_size, config.hidden_size)
+
+
+def default(value, fallback):
+    """Return a value, or what replaces it if it is `None`."""
+    return fallback if value is None else value
 
 
 def creation(empty_init: bool, device):
@@ -527,6 +536,25 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             layer.training and layer.gradient_checkpointing for layer in self.encoder.layers
         )
 
+    def choose_cache(
+        self, cache: Cache | None, use_cache: bool | None
+    ) -> tuple[Cache | None, bool]:
+        """Return the cache to read and extend, and whether the outputs contain it."""
+        if self.is_checkpointing():
+            if cache is not None:
+                logger.warning_once("The cache is ignored: gradient checkpointing is enabled.")
+            return None, False
+        use_cache = default(use_cache, self.config.use_cache)
+        return (ChatGLMCache() if use_cache and cache is None else cache), use_cache
+
+    def embed(
+        self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Return the embeddings [b, s, h] that were given, or those of the ids [b, s]."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        return self.embedding.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+
     def prepend_ones(self, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
         """Let a mask [b, k] also show the P-Tuning v2 prefix."""
         if attention_mask is None:
@@ -534,22 +562,31 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         ones = attention_mask.new_ones(len(attention_mask), self.config.pre_seq_len)
         return torch.cat((ones, attention_mask), dim=-1)
 
+    def begin_with_prefix(self, inputs_embeds: torch.Tensor, cache: Cache | None):
+        """Return the P-Tuning v2 prefix of all layers, and a cache of it for `create_mask`."""
+        prefix = self.prefix_encoder(len(inputs_embeds), inputs_embeds.dtype)
+        mask_cache = DynamicCache()
+        mask_cache.update(*prefix[0], layer_idx=0)
+        if isinstance(cache, ChatGLMCache):
+            cache.prefix_length = self.config.pre_seq_len
+        return prefix, mask_cache
+
     def telling_role(self, num_prompt_tokens: int):
         """Return the context in which quantized layers know which tokens are a prompt's."""
         if not num_prompt_tokens or self.exact_prefill or self.backend is None:
             return nullcontext()
         return self.backend.computing_prompt(num_prompt_tokens)
 
-    def create_mask(self, inputs_embeds, attention_mask, past_key_values, position_ids):
+    def create_mask(self, inputs_embeds, attention_mask, cache, position_ids):
         """Return what the attention implementation takes as mask; `None` where it needs none."""
         mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            **{CACHE_NAME: past_key_values},
+            **{CACHE_NAME: cache},
         )
-        has_past = past_key_values is not None and past_key_values.get_query_offset(0) > 0
+        has_past = cache is not None and cache.get_query_offset(0) > 0
         is_padded = attention_mask is not None and attention_mask.ndim == 2
         if not is_padded or has_past or mask is None or mask.ndim != 4:
             return mask
@@ -557,13 +594,40 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         is_padding = attention_mask[:, None, :, None] == 0
         return mask | is_padding if mask.dtype == torch.bool else mask * ~is_padding
 
-    def encode(self, inputs: dict, attention_mask, mask_cache, position_ids):
-        """Call the encoder; or the backend of quantized layers, if it can compute all blocks."""
+    def encode(self, inputs_embeds, attention_mask, position_ids, cache, **kwargs):
+        """Compute all layers from the embeddings; return what `GLMTransformer.forward` returns."""
+        device = inputs_embeds.device  # of a model on several devices, the embedding's
+        attention_mask = None if attention_mask is None else attention_mask.to(device)
+        offset = 0 if cache is None else cache.get_query_offset(0)
+        prefix, mask_cache = None, cache
+        if self.config.pre_seq_len is not None:
+            attention_mask = self.prepend_ones(attention_mask)
+            if offset == 0:
+                prefix, mask_cache = self.begin_with_prefix(inputs_embeds, cache)
+            else:
+                offset -= self.config.pre_seq_len  # the first token after the prefix has position 0
+        if position_ids is None:
+            length = inputs_embeds.shape[1]
+            position_ids = torch.arange(offset, offset + length, device=device)[None]  # [1, s]
+        position_ids = position_ids.to(device)
+        is_wide = self.config.fp32_residual_connection
+        inputs = {
+            "hidden_states": inputs_embeds.float() if is_wide else inputs_embeds,
+            "rotary": self.rotary_pos_emb(inputs_embeds, position_ids),
+            "kv_cache": cache,
+            "cache_dtype": self.cache_dtype,
+            "prefix": prefix,
+            **kwargs,
+        }
+        return self.call_layers(inputs, attention_mask, position_ids, mask_cache)
+
+    def call_layers(self, inputs: dict, attention_mask, position_ids, mask_cache):
+        """Call the encoder, or the backend of the quantized layers if it can compute all layers."""
         if self.backend is not None:
             tokens = {"attention_mask": attention_mask, "position_ids": position_ids}
             hidden_states = self.backend.encode(self, {**inputs, **tokens})
             if hidden_states is not None:
-                return self.encoder.normalize(hidden_states), (), ()
+                return self.encoder.normalize(hidden_states), None, None
         states = inputs["hidden_states"]
         mask = self.create_mask(states, attention_mask, mask_cache, position_ids)
         return self.encoder(attention_mask=mask, **inputs)
@@ -583,78 +647,36 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         cache: Cache | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
-        """Compute the hidden states.
-
-        Shapes: input_ids and position_ids [b, s]; attention_mask [b, k], 0 for padding, or [b, 1,
-        s, k]; inputs_embeds [b, s, h]; last_hidden_state [b, s, h].
+        """Compute the hidden states [b, s, h].
 
         Args:
-            num_prompt_tokens: So many of the s tokens, from the first on, are a prompt's: unless
-                `exact_prefill`, a quantized model may compute them faster and less exactly.
+            attention_mask: [b, k], 0 for padding, or [b, 1, s, k].
+            num_prompt_tokens: How many tokens, from the first on, belong to a prompt. A quantized
+                model may use the faster, rounded product for them, unless `exact_prefill` is set.
             cache: The name of `past_key_values` since transformers 5.24.
 
         Raises:
             ValueError: Not exactly one of `input_ids` and `inputs_embeds` is given.
         """
-        past_key_values = pick_cache(past_key_values, cache)
-        if past_key_values is not None and not isinstance(past_key_values, Cache):
+        cache = pick_cache(past_key_values, cache)
+        if cache is not None and not isinstance(cache, Cache):
             # Continuous batching of transformers: the attention layers update its paged cache.
-            past_key_values, kwargs["cache"] = None, past_key_values
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
-        if inputs_embeds is None:
-            inputs_embeds = self.embedding.word_embeddings(input_ids)
-        device = inputs_embeds.device  # of several the one of the embedding
-        position_ids = None if position_ids is None else position_ids.to(device)
-        attention_mask = None if attention_mask is None else attention_mask.to(device)
-        use_cache = self.config.use_cache if use_cache is None else use_cache
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
-        if output_attentions is None:
-            output_attentions = self.config.output_attentions
-        if self.is_checkpointing():
-            if past_key_values is not None:
-                logger.warning_once("The cache is ignored: gradient checkpointing is enabled.")
-            use_cache, past_key_values = False, None
-        if use_cache and past_key_values is None:
-            past_key_values = ChatGLMCache()
-        offset = 0 if past_key_values is None else past_key_values.get_query_offset(0)
-        prefix, mask_cache = None, past_key_values
-        if self.config.pre_seq_len is not None:
-            attention_mask = self.prepend_ones(attention_mask)
-            if offset == 0:
-                prefix = self.prefix_encoder(len(inputs_embeds), inputs_embeds.dtype)
-                mask_cache = DynamicCache()
-                mask_cache.update(*prefix[0], layer_idx=0)
-                if isinstance(past_key_values, ChatGLMCache):
-                    past_key_values.prefix_length = self.config.pre_seq_len
-            else:
-                offset -= self.config.pre_seq_len  # the first token after the prefix has position 0
-        if position_ids is None:
-            length = inputs_embeds.shape[1]
-            position_ids = torch.arange(offset, offset + length, device=device)[None]
-        hidden_states = inputs_embeds
-        if self.config.fp32_residual_connection:
-            hidden_states = hidden_states.float()
-        inputs = {
-            "hidden_states": hidden_states,
-            "rotary": self.rotary_pos_emb(inputs_embeds, position_ids),
-            "kv_cache": past_key_values,
-            "cache_dtype": self.cache_dtype,
-            "prefix": prefix,
-            "output_hidden_states": output_hidden_states,
-            "output_attentions": output_attentions,
-            **kwargs,
-        }
+            cache, kwargs["cache"] = None, cache
+        kwargs["output_hidden_states"] = default(
+            output_hidden_states, self.config.output_hidden_states
+        )
+        kwargs["output_attentions"] = default(output_attentions, self.config.output_attentions)
+        inputs_embeds = self.embed(input_ids, inputs_embeds)
+        cache, use_cache = self.choose_cache(cache, use_cache)
         with self.telling_role(num_prompt_tokens):
-            hidden_states, all_hidden_states, all_attentions = self.encode(
-                inputs, attention_mask, mask_cache, position_ids
+            hidden_states, all_hidden_states, attentions = self.encode(
+                inputs_embeds, attention_mask, position_ids, cache, **kwargs
             )
         return BaseModelOutputWithPast(
             last_hidden_state=hidden_states,
-            hidden_states=all_hidden_states if output_hidden_states else None,
-            attentions=all_attentions if output_attentions else None,
-            **{CACHE_NAME: past_key_values if use_cache else None},
+            hidden_states=all_hidden_states,
+            attentions=attentions,
+            **{CACHE_NAME: cache if use_cache else None},
         )
 
 
