@@ -95,8 +95,8 @@ def create_app(model, tokenizer, args) -> FastAPI:
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    utils.add_server_arguments(parser)
     utils.add_model_arguments(parser)
-    server.add_server_arguments(parser)
     args = parser.parse_args(argv)
     listener = server.bind(args)
     tokenizer, model = utils.load_model(args)

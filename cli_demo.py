@@ -2,7 +2,7 @@
 
     python cli_demo.py --model resources/chatglm2-tiny
     python cli_demo.py -p "你好"            # ask once, print the answer
-    python cli_demo.py < questions.txt      # one question a line
+    python cli_demo.py < questions.txt      # one question per line
 
 Ctrl-C ends an answer and keeps the conversation; Ctrl-D leaves.
 """
@@ -15,12 +15,7 @@ import sys
 import threading
 from contextlib import closing, contextmanager, suppress
 
-import torch
-
 import utils
-from chatglm2 import CHAT_DEFAULTS
-from chatglm2.chat.conversation import DROPPED, STOPPED, Conversation
-from chatglm2.command_line import number
 
 WELCOME = (
     "欢迎使用 ChatGLM2-6B 模型，输入内容即可进行对话，clear 清空对话历史，stop 终止程序\n"
@@ -29,23 +24,73 @@ WELCOME = (
 CLEAR_SCREEN = "\033[2J\033[3J\033[H"
 
 
+def parse_args(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    chat = parser.add_argument_group("conversation")
+    chat.add_argument("-p", "--prompt", metavar="TEXT", help="ask once, print the answer and leave")
+    chat.add_argument(
+        "--max-length",
+        type=utils.number(int, 1),
+        metavar="N",
+        help="tokens of a conversation; the oldest rounds are dropped first (default: 8192)",
+    )
+    chat.add_argument(
+        "--top-p",
+        type=utils.number(float, 0, 1),
+        metavar="P",
+        help="sample from the likeliest tokens of this total probability (default: 0.8)",
+    )
+    chat.add_argument(
+        "--temperature",
+        type=utils.number(float, 0),
+        metavar="T",
+        help="0 always takes the likeliest token (default: 0.8)",
+    )
+    chat.add_argument(
+        "--seed",
+        type=utils.number(int, 0, 2**64 - 1),
+        metavar="N",
+        help="repeat the answers of an earlier run with this seed (default: random)",
+    )
+    advanced = utils.add_model_arguments(parser)
+    advanced.add_argument(
+        "--prompt-lookup",
+        type=utils.number(int, 1),
+        metavar="N",
+        help="with --temperature 0: where the answer repeats a part of the conversation, try its "
+        "next N tokens in one step; faster for answers that quote (default: off)",
+    )
+    args = parser.parse_args(argv)
+    if args.prompt_lookup and args.temperature != 0:
+        parser.error(f"--prompt-lookup {args.prompt_lookup} needs --temperature 0")
+    return args
+
+
+def read_settings(args: argparse.Namespace) -> dict:
+    """Return the arguments of `Conversation.stream`; it has the defaults of all others."""
+    settings = {
+        "max_length": args.max_length,
+        "top_p": args.top_p,
+        "temperature": args.temperature,
+        "prompt_lookup_num_tokens": args.prompt_lookup,
+    }
+    return {name: value for name, value in settings.items() if value is not None}
+
+
 def notice(text: str):
     print(f"[{text}]", file=sys.stderr, flush=True)
 
 
-def make_room(conversation: Conversation, query: str, args) -> int:
-    room, dropped = conversation.make_room(query, args.max_length)
-    if dropped:
-        notice(DROPPED.format(dropped))
-    return room
+def start_answer(conversation, query: str, settings: dict):
+    answers = conversation.stream(query, **settings)
+    if conversation.num_dropped:
+        notice(conversation.DROPPED.format(conversation.num_dropped))
+    return answers
 
 
-def ask(conversation: Conversation, query: str, room: int, args, stop: threading.Event):
-    """Print the answer as it grows, until it ends, has `room` tokens, or `stop` is set."""
-    shown, settings = "", {"top_p": args.top_p, "temperature": args.temperature}
-    if args.prompt_lookup:
-        settings["prompt_lookup_num_tokens"] = args.prompt_lookup
-    answers = conversation.stream(query, room, **settings)
+def print_answer(conversation, answers, stop: threading.Event):
+    """Print an answer of `conversation.stream` as it grows, until it ends or `stop` is set."""
+    shown = ""
     with closing(answers):
         for answer in answers:
             if not answer.startswith(shown):  # a placeholder was filled in: print it anew
@@ -57,14 +102,14 @@ def ask(conversation: Conversation, query: str, room: int, args, stop: threading
                 break
     print(flush=True)
     if stop.is_set():
-        notice(STOPPED)
+        notice(conversation.STOPPED)
     elif conversation.was_cut:
         notice("回答达到长度上限，已截断 / the answer was cut: --max-length is reached")
 
 
 @contextmanager
 def ctrl_c_event(is_interactive: bool):
-    """Turn Ctrl-C into an event, which strikes between two tokens; without a terminal, do not."""
+    """Turn Ctrl-C into an event, which is read between two tokens; only in a terminal."""
     event = threading.Event()
     if not is_interactive:
         yield event
@@ -92,22 +137,21 @@ def read_queries(is_interactive: bool):
             return
 
 
-def respond(conversation: Conversation, query: str, args, is_interactive: bool):
+def respond(conversation, query: str, settings: dict, is_interactive: bool):
     try:
-        room = make_room(conversation, query, args)
-    except ValueError as error:
+        answers = start_answer(conversation, query, settings)
+    except ValueError as error:  # the question is too long
         print(error, file=sys.stderr)
         return
     if is_interactive:
         print("\nChatGLM：", end="", flush=True)
     with ctrl_c_event(is_interactive) as stop:
-        ask(conversation, query, room, args, stop)
+        print_answer(conversation, answers, stop)
 
 
-def chat_loop(model, tokenizer, args):
+def chat_loop(conversation, settings: dict):
     """Answer line after line of the terminal or of a pipe, until `stop` or the end of the input."""
     is_interactive = sys.stdin.isatty()
-    conversation = Conversation(model, tokenizer)
     if is_interactive:
         print(WELCOME)
     for query in read_queries(is_interactive):
@@ -121,17 +165,16 @@ def chat_loop(model, tokenizer, args):
                 if is_interactive:
                     print(CLEAR_SCREEN if sys.stdout.isatty() else "", WELCOME, sep="")
             case _:
-                respond(conversation, query, args, is_interactive)
+                respond(conversation, query, settings, is_interactive)
 
 
-def ask_once(model, tokenizer, args):
-    conversation = Conversation(model, tokenizer)
-    query = os.fsencode(args.prompt).decode("utf-8", "replace")  # its bytes, whatever the locale
+def ask_once(conversation, prompt: str, settings: dict):
+    query = os.fsencode(prompt).decode("utf-8", "replace")  # its bytes, whatever the locale
     try:
-        room = make_room(conversation, query, args)
+        answers = start_answer(conversation, query, settings)
     except ValueError as error:
         raise SystemExit(str(error)) from error
-    ask(conversation, query, room, args, threading.Event())
+    print_answer(conversation, answers, threading.Event())
 
 
 def use_utf8():
@@ -145,55 +188,21 @@ def use_utf8():
             import readline  # noqa: F401
 
 
-def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    utils.add_model_arguments(parser)
-    parser.add_argument("-p", "--prompt", help="ask this once, print the answer and leave")
-    parser.add_argument(
-        "--max-length",
-        type=number(int, 1),
-        default=CHAT_DEFAULTS["max_length"],
-        help="tokens of a conversation; the oldest rounds go first (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--top-p",
-        type=number(float, 0, 1),
-        default=CHAT_DEFAULTS["top_p"],
-        help="sample from the likeliest tokens of this total probability (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--temperature",
-        type=number(float, 0),
-        default=CHAT_DEFAULTS["temperature"],
-        help="0 takes the likeliest token always (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--seed", type=number(int, 0, 2**64 - 1), help="the same seed, the same answers"
-    )
-    parser.add_argument(
-        "--prompt-lookup",
-        type=number(int, 1),
-        metavar="N",
-        help="with --temperature 0: where the answer repeats something of the conversation, try "
-        "its next N tokens in one step; faster for answers that quote",
-    )
-    args = parser.parse_args(argv)
-    if args.prompt_lookup and args.temperature:
-        parser.error(
-            f"--prompt-lookup {args.prompt_lookup} needs --temperature 0, not {args.temperature}: "
-            "it is made for greedy answers"
-        )
-    return args
-
-
 def main(argv=None):
     use_utf8()
     args = parse_args(argv)
     tokenizer, model = utils.load_model(args)
+    import torch  # as in utils.py: not before the arguments are known to be right
+
+    from chatglm2.chat.conversation import Conversation
+
     if args.seed is not None:
         torch.manual_seed(args.seed)
-    run = chat_loop if args.prompt is None else ask_once
-    run(model, tokenizer, args)
+    conversation, settings = Conversation(model, tokenizer), read_settings(args)
+    if args.prompt is None:
+        chat_loop(conversation, settings)
+    else:
+        ask_once(conversation, args.prompt, settings)
 
 
 if __name__ == "__main__":

@@ -14,8 +14,9 @@ import gradio as gr
 import utils
 from chatglm2.chat.markdown import to_markdown
 from chatglm2.chat.shared_model import EXAMPLES, WELCOME, Chat, SharedModel, sampling_sliders
-from chatglm2.command_line import number, one_line
+from chatglm2.errors import one_line
 from chatglm2.hardware import listen
+from chatglm2.loading import describe
 
 MAX_WAITING = 16  # questions that wait, each in a thread; further ones wait in Gradio's queue
 FONTS = ["Segoe UI", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", "sans-serif"]
@@ -25,7 +26,7 @@ LATEX = [
 ]
 HEAD = """
 <style>.katex-display {overflow-x: auto; overflow-y: hidden}</style>
-<!-- Whatever a text makes the browser show, it asks no other host. -->
+<!-- No text can make the browser send a request to another host. -->
 <meta http-equiv="Content-Security-Policy"
     content="default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:">"""
 LOOK = {
@@ -47,11 +48,11 @@ def draw(chat: Chat) -> tuple[list[dict], str]:
 
 
 class Handlers:
-    """What the page's events do. Each browser tab has a chat of its own."""
+    """The handlers of the page's events. Each browser tab has its own chat."""
 
     def __init__(self, model, tokenizer):
         self.shared = SharedModel(model, tokenizer)
-        self.chats = weakref.WeakValueDictionary()  # by Gradio's session, which is a tab's
+        self.chats = weakref.WeakValueDictionary()  # by session hash: one for each browser tab
 
     def respond(self, query, chat, max_length, top_p, temperature, draft, request: gr.Request):
         """Answer: yield messages, notice, text box, chat, and a question to give back."""
@@ -61,7 +62,7 @@ class Handlers:
         chat.end_answer()
         self.chats[request.session_hash] = chat
         settings = {"max_length": max_length, "top_p": top_p, "temperature": temperature}
-        emptied = {"value": ""} if draft == query else {}  # not of a retry or an example
+        emptied = {"value": ""} if draft == query else {}  # a retry or an example keeps the draft
         box, waiting = gr.Textbox(submit_btn=False, stop_btn=True, **emptied), ""
         with chat.busy(self.shared.answer(chat, query, **settings)) as steps:
             for _ in steps:
@@ -95,10 +96,10 @@ class Handlers:
 
 
 def build_demo(model, tokenizer, name: str) -> gr.Blocks:
-    """Return the page; `name` is the model's."""
+    """Return the page; `name` is the name of the model."""
     with gr.Blocks(title="ChatGLM2-6B", fill_height=True, analytics_enabled=False) as demo:
         with gr.Row():
-            gr.Markdown(f"## ChatGLM2-6B\n{utils.describe(name, model)}")
+            gr.Markdown(f"## ChatGLM2-6B\n{describe(name, model)}")
             clear = gr.Button("清空对话 Clear history", size="sm", scale=0, min_width=150)
         chatbot = gr.Chatbot(
             show_label=False,
@@ -123,7 +124,7 @@ def build_demo(model, tokenizer, name: str) -> gr.Blocks:
 
 
 def connect(demo, handlers, chatbot, notice, box, clear, settings):
-    """Tell what each event of the page does."""
+    """Connect each event of the page with its handler."""
     chat, query, unanswered = gr.State(), gr.State(), gr.State()
     quick = {"show_progress": "hidden", "api_visibility": "private"}
     slow = {**quick, "concurrency_id": "answer", "concurrency_limit": MAX_WAITING}
@@ -140,7 +141,7 @@ def connect(demo, handlers, chatbot, notice, box, clear, settings):
 
 
 def check_address(host: str, port: int | None):
-    """Exit if nothing can listen there; let this process ask its own server without a proxy."""
+    """Exit if the address cannot be used; let this process reach its own server without a proxy."""
     try:
         listen(host, port or 0).close()
     except OSError as error:
@@ -158,11 +159,19 @@ def cannot_serve(host: str, port: int | None, error: Exception) -> str:
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    server = parser.add_argument_group("server")
+    server.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="address to listen on; 0.0.0.0 lets other machines in (default: %(default)s)",
+    )
+    server.add_argument(
+        "--port", type=utils.number(int, 1, 65535), help="default: the first free one from 7860 on"
+    )
+    server.add_argument(
+        "--share", action="store_true", help="make a public link through Gradio's site"
+    )
     utils.add_model_arguments(parser)
-    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in")
-    port = number(int, 1, 65535)
-    parser.add_argument("--port", type=port, help="default: the first free one from 7860 on")
-    parser.add_argument("--share", action="store_true", help="make a public link, by Gradio's site")
     args = parser.parse_args(argv)
     check_address(args.host, args.port)
     tokenizer, model = utils.load_model(args)

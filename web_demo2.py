@@ -14,16 +14,17 @@ import streamlit as st
 from streamlit import runtime
 
 import utils
-from chatglm2.chat.conversation import DROPPED
 from chatglm2.chat.markdown import to_markdown
 from chatglm2.chat.shared_model import EXAMPLES, WELCOME, Chat, SharedModel, sampling_sliders
+from chatglm2.loading import describe
 
 TITLE = "ChatGLM2-6b 演示"
-COMMAND = "streamlit run web_demo2.py -- --model resources/chatglm2-tiny"
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="streamlit run web_demo2.py --")
+    parser = argparse.ArgumentParser(
+        prog="streamlit run web_demo2.py --", description=__doc__.partition("\n")[0]
+    )
     utils.add_model_arguments(parser)
     return parser.parse_args(argv)
 
@@ -33,16 +34,16 @@ def load(argv: tuple[str, ...]) -> tuple[SharedModel, str]:
     """Load the model, once for all browsers; return it and a line that describes it."""
     args = parse_args(argv)
     tokenizer, model = utils.load_model(args)
-    return SharedModel(model, tokenizer), utils.describe(args.model, model)
+    return SharedModel(model, tokenizer), describe(args.model, model)
 
 
 def leave(chat: Chat):
-    threading.Thread(target=chat.leave).start()  # to wait here would keep the server waiting
+    threading.Thread(target=chat.leave).start()  # waiting here would block the server
 
 
 @st.cache_resource(scope="session", show_spinner=False, on_release=leave)
 def leave_with_session(_chat: Chat) -> Chat:
-    """Have `leave` called when the browser's tab is closed; its session stays a while longer."""
+    """Make Streamlit call `leave` when the tab is closed; it drops the session itself later."""
     return _chat
 
 
@@ -59,7 +60,7 @@ def draw_chat(chat: Chat, is_answering: bool):
         draw("user", query)
         draw("assistant", answer)
         if number == chat.first_round:
-            st.caption(DROPPED.format(number))
+            st.caption(chat.DROPPED.format(number))
     if chat.query and not is_answering:
         draw("user", chat.query)
     if chat.notice:
@@ -73,7 +74,7 @@ def draw_welcome():
 
 
 def draw_sidebar(chat: Chat, description: str, is_answering: bool) -> dict:
-    """Draw title and settings; return the settings. To change one would end an answer."""
+    """Draw title and settings; return the settings, which cannot be changed during an answer."""
     with st.sidebar:
         st.title(TITLE)
         st.caption(description)
@@ -88,7 +89,7 @@ def draw_sidebar(chat: Chat, description: str, is_answering: bool) -> dict:
 def answer(shared: SharedModel, chat: Chat, query: str, settings: dict):
     """Draw a question and its growing answer, until it ends or another run of the script ends it.
 
-    Whatever the user clicks on starts another run, beside this one.
+    Each click of the user starts another run while this one goes on.
     """
     draw("user", query)
     place = draw("assistant", "…")
@@ -96,13 +97,14 @@ def answer(shared: SharedModel, chat: Chat, query: str, settings: dict):
     with chat.busy(shared.answer(chat, query, **settings)) as steps:
         for _ in steps:
             text = chat.notice if chat.query else chat.rounds[-1][1]
-            # Not st.write_stream: a piece may change how the text before it is drawn.
+            # Not st.write_stream: new text may change how the text before it is drawn.
             place.markdown(to_markdown(text or "…", "streamlit"))
 
 
 def main():
     if not runtime.exists():
-        raise SystemExit(f"请用 streamlit 启动 / start it with streamlit:\n\n    {COMMAND}\n")
+        command = __doc__.splitlines()[2]
+        raise SystemExit(f"请用 streamlit 启动 / start it with streamlit:\n\n{command}\n")
     st.set_page_config(page_title=TITLE, page_icon="💬")
     try:
         shared, description = load(tuple(sys.argv[1:]))
@@ -116,14 +118,14 @@ def main():
         st.session_state.chat = shared.start_chat()
     chat = st.session_state.chat
     leave_with_session(chat)
-    chat.end_answer()  # of the run before, which goes on for a moment
+    chat.end_answer()  # the previous run may still be drawing one
     example = st.session_state.pop("example", None)
     query = st.chat_input("请在这儿输入您的命令 / Type a message") or example
     settings = draw_sidebar(chat, description, is_answering=bool(query))
     if query:
-        chat.query, chat.notice = query, ""  # also if this run is ended before it answers
+        chat.query, chat.notice = query, ""  # kept even if this run ends before it answers
     draw_chat(chat, is_answering=bool(query))
-    if chat.query and not query:  # it waited and was stopped, was too long or failed
+    if chat.query and not query:  # stopped while it waited, too long, or failed
         st.button(
             "再问一次 Ask again", on_click=st.session_state.update, kwargs={"example": chat.query}
         )

@@ -17,8 +17,8 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 from safetensors.torch import load_file
 
-from .command_line import one_line
 from .configuration_chatglm import ChatGLMConfig
+from .errors import one_line
 from .hardware import get_free_space, gigabytes
 from .modeling_chatglm import check_weight_file, find_weight_files
 

@@ -501,6 +501,7 @@ class ChatGLMGenerationMixin(GenerationMixin):
         temperature: float = CHAT_DEFAULTS["temperature"],
         logits_processor: list | None = None,
         return_past_key_values: bool = False,
+        prompt: tuple[list[int], int] | None = None,
         **kwargs,
     ):
         """Answer a question token by token: yield (answer so far, history[, cache]).
@@ -510,6 +511,8 @@ class ChatGLMGenerationMixin(GenerationMixin):
                 only the new round is computed and `max_length` counts only that; if not, what both
                 have in common is kept and the rest computed anew.
             return_past_key_values: Also yield the cache, for the next round.
+            prompt: The result of `past_key_values.continue_with` for this question, from a caller
+                that has counted its ids; `max_length` then counts them all.
 
         The other arguments are those of `chat`. Closing the generator ends the generation, and the
         cache then stands for the history yielded last. A partial answer never ends in half a
@@ -520,8 +523,8 @@ class ChatGLMGenerationMixin(GenerationMixin):
         """
         history = read_history(history)
         cache = past_key_values if isinstance(past_key_values, ChatGLMCache) else ChatGLMCache()
-        ids, num_kept = cache.continue_with(tokenizer, query, history)
-        num_free = num_kept if cache.stands_for(history) else 0
+        ids, num_kept = prompt or cache.continue_with(tokenizer, query, history)
+        num_free = num_kept if prompt is None and cache.stands_for(history) else 0
         settings = self._chat_settings(
             tokenizer, len(ids), num_free, max_length, do_sample, temperature, top_p, kwargs
         )

@@ -27,9 +27,9 @@ from benchmark_report import CHARACTERS_PER_TOKEN, draw_plot, print_report, summ
 from benchmark_worker import Worker, WorkerError
 
 import utils
-from chatglm2 import ChatGLMConfig, hardware
-from chatglm2.command_line import number, one_line
-from chatglm2.placement import MEMORY_MARGIN
+from chatglm2 import ChatGLMConfig, hardware, loading
+from chatglm2.errors import one_line
+from chatglm2.placement import MEMORY_MARGIN, count_weight_bytes
 
 MODEL_WORKER = Path(__file__).with_name("benchmark_model.py")
 LLAMA_WORKER = Path(__file__).with_name("benchmark_llama.py")
@@ -111,19 +111,20 @@ def plan_own(words: str, args: argparse.Namespace, config: ChatGLMConfig, cases)
     utils.add_model_arguments(parser)
     wanted = argparse.Namespace(**vars(args) | OWN_ENGINES.get(name, {}))
     parser.parse_args(flags, wanted)
-    bits = utils.choose_bits(args.model or args.config, wanted.quantize, config)
-    if name and bits and not wanted.quantize:
-        raise SystemExit(f"--compare {words}: the weights have {bits} bits already: leave it out.")
+    quantization = loading.choose_quantization(wanted, config)
+    if name and quantization and not wanted.quantize:
+        raise SystemExit(
+            f"--compare {words}: the weights have {quantization.bits} bits already: leave it out."
+        )
     own = config.dtype or torch.float16
-    device, dtype, _ = utils.choose_device_and_dtype(wanted.device, wanted.dtype, own)
-    output_bits = utils.choose_output_bits(wanted.quantize_output, bits, config)
-    needed = utils.count_weight_bytes(config, dtype, bits, output_bits) * MEMORY_MARGIN
+    device, dtype, _ = loading.choose_device_and_dtype(wanted.device, wanted.dtype, own)
+    needed = count_weight_bytes(config, dtype, quantization) * MEMORY_MARGIN
     longest = max(sum(case.values()) for case in cases)
-    cache_dtype = utils.DTYPES.get(wanted.kv_cache_dtype, dtype)
+    cache_dtype = loading.DTYPES.get(wanted.kv_cache_dtype, dtype)
     heads = config.num_key_value_heads * config.kv_channels
     needed += 2 * config.num_layers * heads * longest * cache_dtype.itemsize
     needed += PROCESS_BYTES if device.type == "cpu" else 0
-    label = f"int{bits}" if bits else str(dtype).removeprefix("torch.")
+    label = f"int{quantization.bits}" if quantization else str(dtype).removeprefix("torch.")
     needs = [*vars(parser.parse_args([])), "random_weights", "config", "layers"]
     settings = {key: value for key, value in vars(wanted).items() if key in needs}
     command = [sys.executable, str(MODEL_WORKER)]
@@ -309,7 +310,7 @@ def measure_original_tables(args: argparse.Namespace, config: ChatGLMConfig) -> 
     generate_case = make_case(0, FIRST_LENGTH, GENERATED_LENGTH - FIRST_LENGTH)
     if args.random_weights:
         generate_case = make_case(GENERATED_LENGTH - LAST_TOKENS - 1, 1, LAST_TOKENS)
-    device, _ = utils.choose_device(args.device)
+    device, _ = loading.choose_device(args.device)
     names = ["bfloat16" if device.type == "cpu" else "float16", "int8", "int4"]
     if config.quantization_bit:
         names = [f"int{config.quantization_bit}"]
@@ -368,7 +369,7 @@ def describe_machine(args: argparse.Namespace) -> dict:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    device, _ = utils.choose_device(args.device)
+    device, _ = loading.choose_device(args.device)
     return {
         "processor": (names or [platform.processor() or platform.machine()])[0],
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
@@ -384,25 +385,25 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.set_defaults(model=None)
     parser.add_argument("--random-weights", action="store_true", help="of the 6B model's shape")
     parser.add_argument("--config", help="of random weights: a config.json, or its folder")
-    parser.add_argument("--layers", type=number(int, 1), help="of random weights")
+    parser.add_argument("--layers", type=utils.number(int, 1), help="of random weights")
     parser.add_argument(
         "--prompt-tokens",
-        type=number(int, 1),
+        type=utils.number(int, 1),
         nargs="+",
         default=[512],
         metavar="N",
         help="of a prompt, or of several (default: 512)",
     )
     parser.add_argument(
-        "--new-tokens", type=number(int, 2), default=64, help="of an answer (default: 64)"
+        "--new-tokens", type=utils.number(int, 2), default=64, help="of an answer (default: 64)"
     )
     parser.add_argument(
         "--random-context",
-        type=number(int, 1),
+        type=utils.number(int, 1),
         metavar="N",
         help="also generate behind N random keys and values, without computing a prompt of N",
     )
-    parser.add_argument("--rounds", type=number(int, 0), default=3, help="(default: 3)")
+    parser.add_argument("--rounds", type=utils.number(int, 0), default=3, help="(default: 3)")
     parser.add_argument(
         "--compare",
         nargs="+",
@@ -465,7 +466,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict:
         "rounds": args.rounds,
     }
     if args.rounds:
-        device, _ = utils.choose_device(args.device)
+        device, _ = loading.choose_device(args.device)
         free = hardware.get_free_memory(device)
         free = None if free is None else free - READER_BYTES
         groups, left_out = group_engines(plan_engines(args, config, folder), free)

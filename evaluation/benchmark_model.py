@@ -9,7 +9,6 @@ import math
 import statistics
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -28,11 +27,12 @@ from chatglm2 import (  # noqa: E402
     ChatGLMForConditionalGeneration,
     ChatGLMTokenizer,
     generation_chatglm,
+    loading,
 )
 from chatglm2.checkpoint import locate_checkpoint, read_config  # noqa: E402
-from chatglm2.command_line import one_line  # noqa: E402
+from chatglm2.errors import one_line  # noqa: E402
 from chatglm2.kernels.cpu_backend import allocate  # noqa: E402
-from chatglm2.quantization import ChatGLMQuantizationConfig, QuantizedLinear, get_quantization  # noqa: E402
+from chatglm2.quantization import ChatGLMQuantizationConfig, QuantizedLinear  # noqa: E402
 
 SHAPE_6B = {  # where the checkpoint's config.json differs from the class's defaults
     "seq_length": 32768,
@@ -79,17 +79,15 @@ def create_random_model(
     config: ChatGLMConfig,
     device: torch.device,
     dtype: torch.dtype,
-    bits: int,
-    output_bits: int | None = None,
+    quantization: ChatGLMQuantizationConfig | None = None,
 ) -> ChatGLMForConditionalGeneration:
     """Return a model of random weights, made in the form in which they are stored.
 
     Each output of a layer has the variance of its inputs, so that nothing overflows.
     """
-    if bits:
-        quantization = get_quantization(config) or ChatGLMQuantizationConfig(bits=bits)
-        fields = replace(quantization, output_bits=output_bits).to_dict()
-        config = ChatGLMConfig.from_dict({**config.to_dict(), "quantization_config": fields})
+    if quantization is not None:
+        fields = {"quantization_config": quantization.to_dict()}
+        config = ChatGLMConfig.from_dict(config.to_dict() | fields)
     with torch.device("meta"):
         model = ChatGLMForConditionalGeneration(config)
     model = model.to(dtype).eval()
@@ -150,7 +148,7 @@ class ModelWorker:
             self.tokenizer, self.model = utils.load_model(args)
         else:
             self.model = self.load_random(args)
-        description = f"{self.model.device}, {utils.name_precision(self.model)}"
+        description = f"{self.model.device}, {loading.name_precision(self.model)}"
         if args.exact_prefill:
             description += ", exact prefill"
         if args.kv_cache_dtype != "auto":
@@ -165,14 +163,13 @@ class ModelWorker:
         if args.threads:
             torch.set_num_threads(args.threads)
         config = read_shape(args)
-        bits = utils.choose_bits("--config", args.quantize, config)
-        output_bits = utils.choose_output_bits(args.quantize_output, bits, config)
+        quantization = loading.choose_quantization(args, config)
         own = config.dtype or torch.float16
-        device, dtype, _ = utils.choose_device_and_dtype(args.device, args.dtype, own)
-        utils.check_memory("this shape", config, device, dtype, bits, output_bits)
-        model = create_random_model(config, device, dtype, bits, output_bits)
+        device, dtype, _ = loading.choose_device_and_dtype(args.device, args.dtype, own)
+        loading.check_memory("this shape", config, device, dtype, quantization)
+        model = create_random_model(config, device, dtype, quantization)
         model.base_model.exact_prefill = args.exact_prefill
-        model.base_model.cache_dtype = utils.DTYPES.get(args.kv_cache_dtype)
+        model.base_model.cache_dtype = loading.DTYPES.get(args.kv_cache_dtype)
         return model
 
     def draw_prompt(self, length: int) -> torch.Tensor:
@@ -245,7 +242,7 @@ class BandwidthWorker:
         args = argparse.Namespace(**settings)
         if args.threads:
             torch.set_num_threads(args.threads)
-        device, _ = utils.choose_device(args.device)
+        device, _ = loading.choose_device(args.device)
         if device.type == "cpu":
             self.buffer = allocate(READ_BYTES).zero_()
         else:

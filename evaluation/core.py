@@ -37,7 +37,8 @@ from reading import (  # also makes utils and chatglm2 importable
 from tqdm import tqdm
 
 import utils
-from chatglm2.command_line import number, one_line
+from chatglm2.errors import one_line
+from chatglm2.loading import name_precision
 
 MAX_PROMPT_TOKENS = 2048  # of zero-shot prompts, as the original
 MAX_NEW_TOKENS = 512  # as the original
@@ -102,7 +103,7 @@ def parse_args(benchmark: Benchmark, argv: list[str] | None = None) -> argparse.
         help="chat: prompts in the chat format; base: plain text for a base model "
         "(default: %(default)s)",
     )
-    positive = number(int, 1)
+    positive = utils.number(int, 1)
     parser.add_argument("--limit", type=positive, help="only the first LIMIT items of each subject")
     parser.add_argument("--subjects", nargs="+", metavar="NAME", help="only these subjects")
     parser.add_argument(
@@ -287,7 +288,7 @@ def name_model(model: str, adapter: str | None = None) -> str:
 
 
 def locate_output(benchmark: str, model, args: argparse.Namespace) -> Path:
-    precision = utils.name_precision(model).replace(" with ", "-").replace(" weights", "").lower()
+    precision = name_precision(model).replace(" with ", "-").replace(" weights", "").lower()
     precision = precision.replace(", ", "-").replace(" ", "-")
     name = f"{benchmark}-{name_model(args.model, args.adapter)}-{args.mode}-{precision}"
     return args.output or Path("results", name)
@@ -307,7 +308,7 @@ def describe_run(benchmark: str, all_items: list[Item], model, args: argparse.Na
         "model": args.model,
         "revision": args.revision,
         "adapter": args.adapter,
-        "precision": utils.name_precision(model),
+        "precision": name_precision(model),
         "exact_prefill": args.exact_prefill,
         "kv_cache_dtype": args.kv_cache_dtype,
         "weights": weights.hexdigest()[:16],  # of the first values of each floating-point tensor

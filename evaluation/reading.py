@@ -11,7 +11,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from chatglm2.command_line import one_line  # noqa: E402
+from chatglm2.errors import one_line  # noqa: E402
 
 LETTERS = "ABCD"
 NUM_EXAMPLES = 5  # of a few-shot prompt, answer only

@@ -12,7 +12,7 @@ import httpx2 as httpx
 from conftest import ROOT
 
 import utils
-from chatglm2.serving.server import Server, add_server_arguments, bind
+from chatglm2.serving.server import Server, bind
 
 TIMEOUT_S = 60
 
@@ -20,7 +20,7 @@ TIMEOUT_S = 60
 def parse(*flags: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     utils.add_model_arguments(parser)
-    add_server_arguments(parser)
+    utils.add_server_arguments(parser)
     return parser.parse_args(["--port", "0", "--model", "resources/chatglm2-tiny", *flags])
 
 

@@ -405,7 +405,7 @@ def test_kept_caches_and_batches(adapter, bits, request, tiny_checkpoint, tiny_t
         prompts.append(ids)
         settings = {"do_sample": False, "max_new_tokens": 40}
         expected.append(adapted.generate(torch.tensor([ids]), **settings)[0].tolist())
-        for _ in conversation.stream(query, 40, do_sample=False):
+        for _ in conversation.stream(query, do_sample=False, max_new_tokens=40):
             pass
         assert cache.input_ids + cache.pending_ids == [i for i in expected[-1] if i != EOS]
     assert conversation.rounds[0][1] == TAUGHT["你好"]

@@ -17,7 +17,7 @@ from conftest import ROOT
 from memory import PeakMemory, read_memory
 
 import utils
-from chatglm2 import ChatGLMConfig, ChatGLMForConditionalGeneration
+from chatglm2 import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMQuantizationConfig
 from chatglm2.quantization import QuantizedLinear
 
 TINY = ["--config", str(ROOT / "resources" / "chatglm2-tiny"), "--threads", "1"]
@@ -101,7 +101,7 @@ def test_no_float_model_is_made_on_the_way():
     config = ChatGLMConfig(**shape, padded_vocab_size=4096, num_layers=16)
     before = read_memory("RssAnon")
     with PeakMemory() as memory:
-        create_random_model(config, CPU, torch.float32, 4)
+        create_random_model(config, CPU, torch.float32, ChatGLMQuantizationConfig(bits=4))
     weights = 16 * 1024 * (4 * 1024 + 3 * 4096)  # 268 million, 1.1 GB in float32
     assert memory.peak - before < 0.75 * weights  # half a byte each
 

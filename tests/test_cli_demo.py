@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,6 +18,7 @@ import torch
 
 import cli_demo
 from chatglm2 import CHAT_DEFAULTS
+from chatglm2.chat.conversation import Conversation
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "cli_demo.py"
@@ -40,7 +42,8 @@ class EchoModel:
 
 
 def run_loop(model, tokenizer, *argv):
-    cli_demo.chat_loop(model, tokenizer, cli_demo.parse_args([*argv]))
+    settings = cli_demo.read_settings(cli_demo.parse_args([*argv]))
+    cli_demo.chat_loop(Conversation(model, tokenizer), settings)
 
 
 @pytest.fixture
@@ -66,13 +69,15 @@ def terminal(monkeypatch):
 # Arguments.
 
 
-def test_defaults_are_the_chat_defaults():
-    args = cli_demo.parse_args([])
-    names = ("max_length", "top_p", "temperature")
-    assert {name: getattr(args, name) for name in names} == {
-        name: CHAT_DEFAULTS[name] for name in names
-    }
-    assert args.seed is None and args.prompt is None
+def test_defaults_are_those_of_chat(capsys):
+    """Flags that are not given are not passed on; `--help` shows what chat then uses."""
+    assert cli_demo.read_settings(cli_demo.parse_args([])) == {}
+    with pytest.raises(SystemExit):
+        cli_demo.parse_args(["--help"])
+    text = " ".join(capsys.readouterr().out.partition("conversation:")[2].split())
+    for flag, name in (("max-length", "max_length"), ("top-p", "top_p"), ("temperature",) * 2):
+        shown = re.search(rf"--{flag} .*?\(default: (.*?)\)", text)
+        assert float(shown[1]) == CHAT_DEFAULTS[name]
 
 
 @pytest.mark.parametrize(
@@ -194,17 +199,7 @@ def test_oldest_rounds_are_dropped_with_a_notice(terminal, tiny_tokenizer, capsy
     assert 0 < len(last["history"]) < 11
     assert last["history"][-1] == ("question 10", "<question 10>")
     for call in model.calls:
-        prompt = tiny_tokenizer.build_prompt(call["query"], call["history"])
-        assert len(tiny_tokenizer.encode(prompt)) + call["max_new_tokens"] == 160
-        assert call["max_new_tokens"] >= 40
-
-
-def test_the_context_bounds_max_length(terminal, tiny_tokenizer):
-    terminal("你好")
-    model = EchoModel(seq_length=100)
-    run_loop(model, tiny_tokenizer)
-    prompt = tiny_tokenizer.encode(tiny_tokenizer.build_prompt("你好"))
-    assert model.calls[0]["max_new_tokens"] == 100 - len(prompt)
+        assert len(call["prompt"][0]) <= 120 and call["max_length"] == 160
 
 
 def test_too_long_a_question_keeps_the_conversation(terminal, tiny_tokenizer, capsys):
@@ -222,12 +217,12 @@ def test_too_long_a_question_keeps_the_conversation(terminal, tiny_tokenizer, ca
 
 def start_conversation(model, tokenizer, *argv):
     """Return a function that asks and returns the answer, and the conversation."""
-    args = cli_demo.parse_args(["--temperature", "0", *argv])
-    conversation = cli_demo.Conversation(model, tokenizer)
+    settings = cli_demo.read_settings(cli_demo.parse_args(["--temperature", "0", *argv]))
+    conversation = Conversation(model, tokenizer)
 
     def ask(query: str, stop=None) -> str:
-        room = cli_demo.make_room(conversation, query, args)
-        cli_demo.ask(conversation, query, room, args, stop or threading.Event())
+        answers = cli_demo.start_answer(conversation, query, settings)
+        cli_demo.print_answer(conversation, answers, stop or threading.Event())
         return conversation.history[-1][1]
 
     return ask, conversation
@@ -268,6 +263,7 @@ import json, sys, time
 sys.path.insert(0, {str(ROOT)!r})
 import cli_demo
 from chatglm2 import ChatGLMForConditionalGeneration
+from chatglm2.chat import conversation
 
 stream_chat = ChatGLMForConditionalGeneration.stream_chat
 conversations = []
@@ -280,13 +276,13 @@ def stream_slowly(self, tokenizer, query, *args, **kwargs):
     processors = [pause] if "故事" in query else []
     return stream_chat(self, tokenizer, query, *args, logits_processor=processors, **kwargs)
 
-class Conversation(cli_demo.Conversation):
+class Conversation(conversation.Conversation):
     def __init__(self, *args):
         super().__init__(*args)
         conversations.append(self)
 
 ChatGLMForConditionalGeneration.stream_chat = stream_slowly
-cli_demo.Conversation = Conversation
+conversation.Conversation = Conversation
 cli_demo.main(sys.argv[1:])
 print("HISTORY" + json.dumps(conversations[0].history) + "END")
 """
@@ -296,11 +292,12 @@ import sys
 sys.path[:0] = [{str(ROOT)!r}, {str(Path(__file__).parent)!r}]
 import cli_demo
 from chatglm2 import ChatGLMTokenizer
+from chatglm2.chat.conversation import Conversation
 from test_cli_demo import EchoModel
 
 cli_demo.use_utf8()
-args = cli_demo.parse_args([])
-cli_demo.chat_loop(EchoModel(), ChatGLMTokenizer.from_pretrained(sys.argv[1]), args)
+tokenizer = ChatGLMTokenizer.from_pretrained(sys.argv[1])
+cli_demo.chat_loop(Conversation(EchoModel(), tokenizer), settings={{}})
 print("LEFT")
 """
 
@@ -421,7 +418,7 @@ def test_prompt_argument_in_another_locale(tiny_checkpoint, tmp_path):
     assert "ChatGLM2-tiny" in result.stdout.decode("utf-8")
     assert result.stdout.decode("utf-8").count("\n") == 1
     assert b"bfloat16 with INT4 weights: " in result.stderr
-    assert b"bfloat16 was asked for" in result.stderr
+    assert b"bfloat16 was requested" in result.stderr
 
 
 def test_no_network_and_the_default_model(tmp_path):

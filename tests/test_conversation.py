@@ -7,12 +7,11 @@ import pytest
 import torch
 
 from chatglm2 import ChatGLMForConditionalGeneration
-from chatglm2.chat.conversation import Conversation, fit_history
+from chatglm2.chat.conversation import Conversation
 
 
 def ask(conversation: Conversation, query: str, max_length=1000) -> str:
-    room, _ = conversation.make_room(query, max_length)
-    for _ in conversation.stream(query, room, do_sample=False):
+    for _ in conversation.stream(query, max_length, do_sample=False):
         pass
     return conversation.rounds[-1][1]
 
@@ -42,7 +41,7 @@ def test_each_round_computes_only_its_own_ids(conversation):
 def test_a_closed_stream_leaves_what_was_yielded(conversation):
     whole = ask(conversation, "讲个故事")
     conversation.clear()
-    answers = conversation.stream("讲个故事", 100, do_sample=False)
+    answers = conversation.stream("讲个故事", do_sample=False)
     next(answers)
     partial = next(answers)
     answers.close()
@@ -77,23 +76,37 @@ def test_the_oldest_rounds_are_dropped_but_not_forgotten_by_the_page(conversatio
     assert ask(conversation, "你好") and len(conversation.history) == 1
 
 
-def test_room_and_number_of_dropped_rounds(tiny_tokenizer):
-    model = SimpleNamespace(config=SimpleNamespace(seq_length=100))
+class Recorder:
+    """A model that answers nothing and keeps the arguments of `stream_chat`."""
+
+    def __init__(self, seq_length=100):
+        self.config = SimpleNamespace(seq_length=seq_length)
+
+    def stream_chat(self, tokenizer, query, history, **settings):
+        self.history, self.settings = history, settings
+        yield from ()
+
+
+def test_the_oldest_rounds_make_room(tiny_tokenizer):
+    """The limit is the context's; the prompt fills at most three quarters of it."""
+    model = Recorder()
     conversation = Conversation(model, tiny_tokenizer)
-    ids = tiny_tokenizer.encode(tiny_tokenizer.build_prompt("你好"))
-    assert conversation.make_room("你好", 1000) == (100 - len(ids), 0)  # the context's limit
-    conversation.rounds = [(f"question {i}", f"answer {i}") for i in range(9)]
-    room, dropped = conversation.make_room("你好", 1000)
-    assert 0 < dropped == conversation.first_round < 9
-    prompt = tiny_tokenizer.build_prompt("你好", conversation.history)
-    assert room == 100 - len(tiny_tokenizer.encode(prompt)) >= 25
+    conversation.rounds = rounds = [(f"question {i}", f"answer {i}") for i in range(9)]
+    list(conversation.stream("你好", 1000))
+    assert 0 < conversation.num_dropped == conversation.first_round < 9
+    assert model.history == rounds[conversation.num_dropped :] == conversation.history
+    ids = tiny_tokenizer.encode(tiny_tokenizer.build_prompt("你好", model.history))
+    assert model.settings["prompt"] == (ids, 0) and len(ids) <= 75
+    assert model.settings["max_length"] == 100
+    list(conversation.stream("你好", 1000))
+    assert conversation.num_dropped == 0
 
 
 def test_too_long_a_question_changes_nothing(conversation):
     ask(conversation, "你好")
     rounds, cache = list(conversation.rounds), conversation.cache
-    with pytest.raises(ValueError, match="at most 150 fit"):
-        conversation.make_room("很长" * 500, 200)
+    with pytest.raises(ValueError, match=r"The question has .* tokens, at most 150 fit"):
+        conversation.stream("很长" * 500, 200)
     assert (conversation.rounds, conversation.first_round) == (rounds, 0)
     assert conversation.cache is cache and cache.history == rounds
 
@@ -103,10 +116,8 @@ def test_a_cache_with_more_ids_than_its_text(conversation):
     cache = conversation.cache
     cache.input_ids = cache.input_ids + [cache.input_ids[-1]] * 100  # as if spelt in bytes
     prompt = conversation.tokenizer.build_prompt("你好", conversation.history)
-    assert conversation.make_room("你好", 100) == (
-        100 - len(conversation.tokenizer(prompt)["input_ids"]),
-        0,
-    )
+    assert conversation.fit("你好", 75) == (conversation.tokenizer.encode(prompt), 0)
+    assert conversation.num_dropped == 0 and conversation.cache is not cache
 
 
 @pytest.mark.parametrize("bits", [0, 4])
@@ -119,8 +130,7 @@ def test_prompt_lookup_changes_no_answer(tiny_checkpoint, tiny_tokenizer, bits):
         conversation = conversations[lookup] = Conversation(model.eval(), tiny_tokenizer)
         settings = {"do_sample": False, "prompt_lookup_num_tokens": lookup}
         for query in ("讲个故事", "讲个故事", "你好"):
-            room, _ = conversation.make_room(query, 2048)
-            for answer in conversation.stream(query, room, **settings):
+            for answer in conversation.stream(query, 2048, **settings):
                 if query == "你好" and len(answer) > 5:
                     break
     plain, other = conversations.values()
@@ -130,7 +140,8 @@ def test_prompt_lookup_changes_no_answer(tiny_checkpoint, tiny_tokenizer, bits):
     assert other.cache.history == other.rounds and len(other.cache.input_ids) == held
     ids, _ = other.cache.continue_with(tiny_tokenizer, "谢谢", other.history)
     expected = model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=30)
-    *_, answer = other.stream("谢谢", 30, do_sample=False, prompt_lookup_num_tokens=5)
+    settings = {"do_sample": False, "prompt_lookup_num_tokens": 5, "max_new_tokens": 30}
+    *_, answer = other.stream("谢谢", **settings)
     assert answer == tiny_tokenizer.decode(expected[0, len(ids) :].tolist())
 
 
@@ -145,13 +156,10 @@ class CharTokenizer:
 
 
 @pytest.mark.parametrize(("limit", "num_kept"), [(100, 9), (99, 6), (40, 2), (20, 0), (10, 0)])
-def test_fit_history_drops_the_oldest_rounds(limit, num_kept):
-    history = [(f"{i}" * 5, "a" * 5) for i in range(9)]
-    fitted = fit_history(CharTokenizer(), "x" * 10, history, limit)
-    assert fitted == history[9 - num_kept :]
-    assert len(history) == 9  # the given list is not changed
-
-
-def test_fit_history_refuses_a_question_that_cannot_fit():
-    with pytest.raises(ValueError, match="The question has 11 tokens, at most 10 fit"):
-        fit_history(CharTokenizer(), "x" * 11, [], 10)
+def test_the_history_is_cut_to_three_quarters_of_the_limit(limit, num_kept):
+    conversation = Conversation(None, CharTokenizer())
+    conversation.rounds = [(f"{i}" * 5, "a" * 5) for i in range(9)]
+    ids, _ = conversation.fit("x" * 10, limit)
+    assert len(ids) == 10 + 10 * num_kept
+    assert conversation.num_dropped == conversation.first_round == 9 - num_kept
+    assert len(conversation.rounds) == 9  # the page still shows them

@@ -1,5 +1,6 @@
 """Apple GPUs (mps), pretended: the CPU's answers, and nothing that Metal cannot compute."""
 
+import argparse
 import asyncio
 from contextlib import ExitStack
 from itertools import islice
@@ -11,7 +12,7 @@ from fake_devices import pretend_gpus
 import chatglm2.modeling_chatglm as modeling
 import chatglm2.quantization as quantization
 import utils
-from chatglm2 import ChatGLMConfig, ChatGLMForConditionalGeneration
+from chatglm2 import ChatGLMConfig, ChatGLMForConditionalGeneration, loading
 from chatglm2.serving.batching import Batcher, Request
 
 OPTIONS = {"do_sample": False, "return_past_key_values": True}
@@ -133,8 +134,8 @@ def test_other_configurations(fields):
 def test_load_model(tiny_checkpoint, tiny_tokenizer, monkeypatch, capsys, bits):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(utils, "get_free_memory", lambda device: 10**8)
-    parser = utils.argparse.ArgumentParser()
+    monkeypatch.setattr(loading, "get_free_memory", lambda device: 10**8)
+    parser = argparse.ArgumentParser()
     utils.add_model_arguments(parser)
     argv = ["--model", str(tiny_checkpoint), "--quantize", str(bits)]
     _, model = utils.load_model(parser.parse_args(argv))

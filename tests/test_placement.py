@@ -84,7 +84,7 @@ def test_more_gpus_than_blocks(num_gpus):
 @pytest.mark.parametrize("fields", [{}, {"pre_seq_len": 3}, {"post_layer_norm": False}])
 def test_maps_are_whole(num_gpus, fields):
     config = ChatGLMConfig.from_dict({**CONFIG.to_dict(), **fields})
-    device_map = utils.create_device_map(config, num_gpus)
+    device_map = placement.create_device_map(config, num_gpus)
     resolved = placement.resolve_device_map(device_map, config)
     assert {device.index for device in resolved.values()} == set(range(num_gpus))
 
@@ -114,7 +114,7 @@ def test_names_of_devices():
         ({"transformer.final_layernorm": 0}, "final_layernorm, which is a name of the first"),
         ({f"{BLOCK}4": 0}, f"'{BLOCK}4', which the model does not have: the parts are transf"),
         ({"model.embed_tokens": 0}, "'model.embed_tokens', which the model does not have"),
-        ({f"{BLOCK}1.mlp": 0}, f"divides a block ({BLOCK}1.mlp), .* the whole of {BLOCK}1 one"),
+        ({f"{BLOCK}1.mlp": 0}, f"divides a layer ({BLOCK}1.mlp), .* the whole of {BLOCK}1 one"),
         ({"transformer.output_layer": None}, "no device for 1 of the model's 27 tensors, the "),
         ({"transformer.encoder.layers": None, f"{BLOCK}0": 1}, f"for 18 .* {BLOCK}1.input_layer"),
         ({"transformer.embedding": "disk"}, "transformer.embedding on 'disk', but the ids are"),
@@ -144,7 +144,7 @@ def test_absent_gpus(tiny_checkpoint, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(ValueError, match="num_gpus is 2, but the GPUs here are cuda:0"):
         utils.load_model_on_gpus(tiny_checkpoint)
-    with pytest.raises(ValueError, match="num_gpus is 5, and the model has 4 blocks"):
+    with pytest.raises(ValueError, match="num_gpus is 5, and the model has 4 layers"):
         utils.load_model_on_gpus(tiny_checkpoint, num_gpus=5)
     with pytest.raises(OSError):
         utils.load_model_on_gpus("nowhere")
@@ -310,13 +310,14 @@ def test_quantizing_onto_the_disk(tiny_checkpoint):
 
 
 def test_parts_are_measured(tiny_model):
-    sizes = placement.measure_parts(tiny_model.config, torch.float16, 0)
+    sizes = placement.measure_parts(tiny_model.config, torch.float16, None)
     assert sum(sizes.values()) == 2 * sum(p.numel() for p in tiny_model.parameters())
     block = 2 * sum(p.numel() for p in tiny_model.transformer.encoder.layers[2].parameters())
     assert sizes[f"{BLOCK}2"] == block
     config = ChatGLMConfig.from_dict({**CONFIG.to_dict(), "pre_seq_len": 3})
-    assert placement.measure_parts(config, torch.float16, 0)["transformer.prefix_encoder"] > 0
-    assert placement.measure_parts(CONFIG, torch.float16, 4)[f"{BLOCK}0"] < block
+    assert placement.measure_parts(config, torch.float16, None)["transformer.prefix_encoder"] > 0
+    int4 = ChatGLMQuantizationConfig(bits=4)
+    assert placement.measure_parts(CONFIG, torch.float16, int4)[f"{BLOCK}0"] < block
 
 
 SIZES = {"transformer.embedding.word_embeddings": 5, "transformer.output_layer": 5}

@@ -7,7 +7,6 @@ import pytest
 from page_models import SlowModel
 
 from chatglm2 import CHAT_DEFAULTS
-from chatglm2.chat.conversation import STOPPED
 from chatglm2.chat.shared_model import MAX_CACHES, SharedModel, sampling_sliders
 
 
@@ -85,7 +84,7 @@ def test_stopping_a_question_that_waits(shared):
     next(second)
     chats[1].is_stopped = True
     assert list(second) == []
-    assert (chats[1].query, chats[1].notice, len(shared.queue)) == ("你好", STOPPED, 1)
+    assert (chats[1].query, chats[1].notice, len(shared.queue)) == ("你好", chats[1].STOPPED, 1)
     first.close()
 
 

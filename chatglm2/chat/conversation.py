@@ -2,38 +2,9 @@
 
 from contextlib import closing
 
-from chatglm2 import ChatGLMCache
+from chatglm2 import CHAT_DEFAULTS, ChatGLMCache
 
 MAX_ANSWER_ROOM = 512  # tokens kept free for an answer; a quarter of the limit if that is less
-DROPPED = (
-    "对话过长，已忘记最早的 {0} 轮 / too long a conversation: the oldest {0} rounds are dropped"
-)
-STOPPED = "已停止，对话保留 / stopped, the conversation is kept"
-
-
-def count_prompt(tokenizer, query: str, history) -> int:
-    return len(tokenizer.encode(tokenizer.build_prompt(query, history)))
-
-
-def fit_history(tokenizer, query: str, history: list, limit: int) -> list:
-    """Return `history` if its prompt has at most `limit` ids, else without its oldest rounds.
-
-    Then it is cut to three quarters of `limit`, so that the prompt, which has to be computed anew,
-    can be continued for some rounds with a kept cache.
-
-    Raises:
-        ValueError: The question alone is longer than `limit`.
-    """
-    if (length := count_prompt(tokenizer, query, [])) > limit:
-        raise ValueError(
-            f"问题有 {length} 个 token，最多 {limit} 个，请缩短。"
-            f"The question has {length} tokens, at most {limit} fit: shorten it."
-        )
-    if count_prompt(tokenizer, query, history) <= limit:
-        return history
-    while history and count_prompt(tokenizer, query, history) > limit * 3 // 4:
-        history = history[1:]
-    return history
 
 
 class Conversation:
@@ -41,19 +12,26 @@ class Conversation:
 
     Attributes:
         rounds: All rounds, a list of (question, answer).
-        first_round: Index of the first one that the model still sees; there was no room for more.
+        first_round: Index of the first round that the model still sees; the older ones were
+            dropped.
+        num_dropped: Number of rounds that the last question dropped.
     """
+
+    DROPPED = (
+        "对话过长，已忘记最早的 {0} 轮 / too long a conversation: the oldest {0} rounds are dropped"
+    )
+    STOPPED = "已停止，对话保留 / stopped, the conversation is kept"
 
     def __init__(self, model, tokenizer):
         self.model, self.tokenizer = model, tokenizer
         self.clear()
 
     def clear(self):
-        self.rounds, self.first_round = [], 0
+        self.rounds, self.first_round, self.num_dropped = [], 0, 0
         self.free_cache()
 
     def free_cache(self):
-        """Give the memory back; the next answer computes its whole prompt."""
+        """Release the memory of the cache; the next answer computes its whole prompt."""
         self.cache = ChatGLMCache()
 
     @property
@@ -61,55 +39,75 @@ class Conversation:
         """The rounds that the model sees."""
         return self.rounds[self.first_round :]
 
+    @property
+    def was_cut(self) -> bool:
+        """True if the last answer reached the length limit: its last id is no end of an answer."""
+        return bool(self.cache.pending_ids)
+
     def pop(self) -> str:
-        """Take the last round back and return its question; "" if there is none."""
+        """Remove the last round and return its question; "" if there is none."""
         query, _ = self.rounds.pop() if self.rounds else ("", "")
         if self.first_round >= len(self.rounds):
             self.first_round = 0
         return query
 
-    def make_room(self, query: str, max_length: int) -> tuple[int, int]:
-        """Drop the oldest rounds if they leave too little room for an answer.
+    def stream(self, query: str, max_length: int = CHAT_DEFAULTS["max_length"], **sampling):
+        """Answer a question; the oldest rounds are dropped if they leave too little room for that.
+
+        Args:
+            max_length: Number of tokens of the conversation, bounded by the model's context.
+            sampling: Further arguments of `stream_chat`.
 
         Returns:
-            The room within `max_length` tokens, and how many rounds were dropped now.
+            A generator of the answer so far. Rounds and cache grow with it; closing it ends the
+            generation within a token.
 
         Raises:
             ValueError: The question alone is too long; the conversation is unchanged.
         """
-        limit = min(max_length, self.model.config.seq_length)
-        prompt_limit = limit - min(limit // 4, MAX_ANSWER_ROOM)
-        ids, _ = self.cache.continue_with(self.tokenizer, query, self.history)
-        dropped = 0
-        if len(ids) > prompt_limit:
-            history = fit_history(self.tokenizer, query, self.history, prompt_limit)
-            dropped = len(self.history) - len(history)
-            self.first_round += dropped
-            # A new cache even if none is dropped: an answer may be spelt with more ids than needed.
-            self.free_cache()
-            ids, _ = self.cache.continue_with(self.tokenizer, query, history)
-        return limit - len(ids), dropped
-
-    def stream(self, query: str, room: int, **sampling):
-        """Yield the answer as it grows, up to `room` tokens; rounds and cache grow with it.
-
-        Closing the generator ends the generation within a token.
-        """
+        max_length = min(max_length, self.model.config.seq_length)
+        prompt = self.fit(query, max_length - min(max_length // 4, MAX_ANSWER_ROOM))
         answers = self.model.stream_chat(
             self.tokenizer,
             query,
             self.history,
             past_key_values=self.cache,
             return_past_key_values=True,
-            max_new_tokens=room,
+            max_length=max_length,
+            prompt=prompt,
             **sampling,
         )
+        return self.follow(answers)
+
+    def follow(self, answers):
         with closing(answers):
             for answer, history, self.cache in answers:
                 self.rounds[self.first_round :] = history
                 yield answer
 
-    @property
-    def was_cut(self) -> bool:
-        """Whether the last answer ended for want of room: its last id is no end of an answer."""
-        return bool(self.cache.pending_ids)
+    def fit(self, query: str, limit: int) -> tuple[list[int], int]:
+        """Return the prompt, as `continue_with`; drop the oldest rounds if it exceeds `limit` ids.
+
+        Then the prompt is cut to three quarters of `limit`: all of it has to be computed anew, and
+        some rounds should be able to continue with its cache.
+        """
+        prompt = self.cache.continue_with(self.tokenizer, query, self.history)
+        if len(prompt[0]) <= limit:
+            self.num_dropped = 0
+            return prompt
+        # A generated answer may have more ids than its text needs: count those of the texts.
+        cache, history = ChatGLMCache(), self.history
+        prompt = cache.continue_with(self.tokenizer, query, history)
+        target = limit if len(prompt[0]) <= limit else limit * 3 // 4
+        while history and len(prompt[0]) > target:
+            history = history[1:]
+            prompt = cache.continue_with(self.tokenizer, query, history)
+        if (length := len(prompt[0])) > limit:
+            raise ValueError(
+                f"问题有 {length} 个 token，最多 {limit} 个，请缩短。"
+                f"The question has {length} tokens, at most {limit} fit: shorten it."
+            )
+        self.num_dropped = len(self.history) - len(history)
+        self.first_round += self.num_dropped
+        self.cache = cache
+        return prompt

@@ -1,4 +1,4 @@
-"""What the two web pages share: one model that answers in turn, and words."""
+"""What the two web pages share: one model for all chats, example questions, sliders."""
 
 import logging
 import time
@@ -6,13 +6,13 @@ import weakref
 from contextlib import closing, contextmanager
 
 from chatglm2 import CHAT_DEFAULTS
-from chatglm2.command_line import one_line
+from chatglm2.errors import one_line
 
-from .conversation import DROPPED, STOPPED, Conversation
+from .conversation import Conversation
 
-MAX_CACHES = 4  # one of 8192 tokens of the 6B model in float16 has 0.24 GB
+MAX_CACHES = 4  # 8192 tokens of the 6B model in float16 need 0.24 GB
 POLL_S = 0.1
-MIN_INTERVAL_S = 0.05  # between two steps that a page draws: drawing takes time from computing
+MIN_INTERVAL_S = 0.05  # between two drawn steps: drawing takes time from computing
 WELCOME = "你好 👋 有什么可以帮你？\n\nHello! How can I help you?"
 EXAMPLES = ("你好", "晚上睡不着应该怎么办", "Tell me a joke")
 
@@ -24,7 +24,7 @@ class Chat(Conversation):
 
     Attributes:
         query: The question that has no answer yet, or "".
-        notice: What is to be told of the last answer, or "".
+        notice: A remark on the last answer, or "".
         is_stopped: Set this to end the answer.
     """
 
@@ -42,7 +42,7 @@ class Chat(Conversation):
 
     @contextmanager
     def busy(self, steps):
-        """Close the generator of an answer in the end; meanwhile `end_answer` waits."""
+        """Close the generator of an answer at the end; until then `end_answer` waits."""
         self.is_busy = True
         try:
             with closing(steps):
@@ -51,24 +51,24 @@ class Chat(Conversation):
             self.is_busy = False
 
     def end_answer(self):
-        """End the answer that another thread draws, if any, and wait for it."""
+        """End the answer that another thread draws, if there is one, and wait for its end."""
         while self.is_busy:
             self.is_stopped = True
             time.sleep(POLL_S)
 
     def leave(self):
-        """End the answer and free the cache: nobody looks any more."""
+        """End the answer and free the cache: the tab was closed."""
         self.end_answer()
         self.free_cache()
 
     @property
     def notices(self) -> list[str]:
-        dropped = DROPPED.format(self.first_round) if self.first_round else ""
+        dropped = self.DROPPED.format(self.first_round) if self.first_round else ""
         return [notice for notice in (dropped, self.notice) if notice]
 
 
 class SharedModel:
-    """One model for several chats: it answers them in turn, and the latest caches are kept."""
+    """One model for several chats: it answers one at a time and keeps the latest caches."""
 
     def __init__(self, model, tokenizer):
         self.model, self.tokenizer = model, tokenizer
@@ -81,8 +81,8 @@ class SharedModel:
     def answer(self, chat: Chat, query: str, max_length: int, **sampling):
         """Answer a question: a generator that yields whenever a page has something new to draw.
 
-        Closing it or setting `chat.is_stopped` ends the answer; what there is of it is kept. A
-        failure becomes the chat's notice.
+        Closing it or setting `chat.is_stopped` ends the answer; the text so far is kept. A failure
+        becomes the chat's notice.
         """
         chat.query, chat.notice, chat.is_stopped = query, "", False
         ticket = object()
@@ -93,13 +93,13 @@ class SharedModel:
                 chat.notice = f"排队中，前面还有 {ahead} 个问题 / waiting: {questions} first"
                 yield
                 time.sleep(POLL_S)
-            chat.notice = STOPPED if chat.is_stopped else ""
+            chat.notice = chat.STOPPED if chat.is_stopped else ""
             if not chat.is_stopped:
                 yield from self.answer_now(chat, max_length, sampling)
         except GeneratorExit:
-            chat.notice = STOPPED
+            chat.notice = chat.STOPPED
             raise
-        except ValueError as error:  # too long a question
+        except ValueError as error:  # the question is too long
             chat.notice = str(error)
         except Exception as error:
             logger.exception("an answer failed")
@@ -108,15 +108,15 @@ class SharedModel:
             self.queue.remove(ticket)
 
     def answer_now(self, chat: Chat, max_length: int, sampling: dict):
-        room, _ = chat.make_room(chat.query, max_length)
+        answers = chat.stream(chat.query, max_length, **sampling)
         self.keep_cache(chat)
         yield
         drawn = 0
-        with closing(chat.stream(chat.query, room, **sampling)) as answers:
+        with closing(answers):
             for _ in answers:
                 chat.query = ""
                 if chat.is_stopped:
-                    chat.notice = STOPPED
+                    chat.notice = chat.STOPPED
                     return
                 if time.monotonic() - drawn >= MIN_INTERVAL_S:
                     yield
@@ -136,7 +136,7 @@ class SharedModel:
 
 
 def sampling_sliders(model) -> dict[str, dict]:
-    """Return a slider's label, bounds, default and step for each setting of an answer."""
+    """Return label, bounds, default and step of the slider of each sampling setting."""
     context = model.config.seq_length
     sliders = {
         "max_length": ("最大长度 Maximum length", min(64, context), context, 1),

@@ -3,13 +3,11 @@
 Every error is an OpenAI error object: {"error": {"message", "type", "param", "code"}}.
 """
 
-import argparse
 import asyncio
 import gc
 import hmac
 import ipaddress
 import json
-import os
 import reprlib
 import signal
 import socket
@@ -24,7 +22,6 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
-from chatglm2.command_line import number
 from chatglm2.hardware import listen
 
 from .batching import Batcher, Chunk, Generation, Unavailable
@@ -35,42 +32,6 @@ RETRY_AFTER_S = 1
 FLUSH_S = 5  # for clients to read their last chunk
 SHOWN_VALUE_LENGTH = 80  # of a wrong value in an error message
 EVENT_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-
-
-def read_key(text: str) -> str:
-    if not text:
-        raise argparse.ArgumentTypeError("'' is no key: give one, or leave the flag out")
-    return text
-
-
-def add_server_arguments(parser: argparse.ArgumentParser):
-    """Add what `create_app`, `bind` and `run` read."""
-    whole, positive = number(int, 1), number(float, 0)
-    for flag, kind, default, text in (
-        ("--host", str, "127.0.0.1", "address to listen on; 0.0.0.0 is every one of this machine"),
-        ("--port", number(int, 0, 65535), 8000, "0 takes a free one"),
-        ("--max-batch", whole, 8, "answers generated at a time"),
-        ("--max-queue", number(int, 0), 64, "requests that wait for a place"),
-        ("--context", whole, 8192, "tokens of a prompt and its answer"),
-        ("--kept-tokens", number(int, 0), 16384, "tokens kept for later rounds"),
-        ("--max-body", positive, 4.0, "megabytes of a request"),
-        ("--grace", positive, 5.0, "seconds that running answers have when the server is stopped"),
-    ):
-        parser.add_argument(flag, type=kind, default=default, help=f"{text} (default: {default})")
-    parser.add_argument(
-        "--api-key",
-        type=read_key,
-        default=os.environ.get("CHATGLM_API_KEY") or None,
-        help="ask clients for this key (default: $CHATGLM_API_KEY, else none)",
-    )
-    parser.add_argument(
-        "--cors",
-        type=lambda origin: origin.rstrip("/"),  # browsers send it without
-        action="append",
-        default=[],
-        metavar="ORIGIN",
-        help="let pages of this origin call the server; may be repeated",
-    )
 
 
 # Requests.

@@ -1,0 +1,282 @@
+"""Load a model as the command line describes it: device, dtype, quantization, memory, adapter.
+
+The only place that chooses device and dtype. A mistake that the user can correct raises
+`SystemExit` with one line. The code of a checkpoint folder is never executed.
+"""
+
+import argparse
+import re
+import sys
+from dataclasses import replace
+
+import torch
+from huggingface_hub.errors import HTTPError
+
+from .adapters import read_adapter
+from .checkpoint import check_disk, locate_checkpoint, read_config
+from .configuration_chatglm import ChatGLMConfig
+from .errors import one_line
+from .hardware import choose_threads, get_free_memory, gigabytes
+from .modeling_chatglm import ChatGLMForConditionalGeneration
+from .placement import MEMORY_MARGIN, count_weight_bytes, place_model
+from .quantization import ChatGLMQuantizationConfig, get_quantization, prepare_layers
+from .tokenization_chatglm import ChatGLMTokenizer
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def load_model(args: argparse.Namespace):
+    """Load the model that `utils.add_model_arguments` describes.
+
+    Prints one line on stderr: device, precision, and the reason for both.
+
+    Returns:
+        Tokenizer and model.
+
+    Raises:
+        SystemExit: The checkpoint is missing, damaged or of another kind, the device is absent, or
+            memory or disk is too small.
+    """
+    threads = args.threads or choose_threads()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    try:
+        folder, hub_info = locate_checkpoint(args.model, args.revision)
+        source = args.model if folder is None else folder
+        revision = {} if hub_info is None else {"revision": args.revision or "main"}
+        config = read_config(source, **revision)
+        quantization = choose_quantization(args, config)
+        device, dtype, reason = choose_device_and_dtype(args.device, args.dtype, config.dtype)
+        placement, where = place_model(args, config, quantization, device, dtype, source)
+        adapter = choose_adapter(
+            args.adapter, config, quantization, is_offloaded="offload_folder" in placement
+        )
+        reason = ", ".join(filter(None, (reason, where)))
+        print(f"{args.model}: {device}, {name_of(dtype, quantization)}: {reason}", file=sys.stderr)
+        if not placement:
+            check_memory(args.model, config, device, dtype, quantization)
+        if hub_info is not None:
+            check_disk(args.model, hub_info)
+        tokenizer = ChatGLMTokenizer.from_pretrained(source, **revision)
+        model = load_weights(
+            source, config, device, dtype, quantization, adapter, **revision, **placement
+        )
+    except (OSError, ValueError, HTTPError, RuntimeError) as error:
+        raise SystemExit(f"{args.model}: {one_line(error)}") from error
+    model.base_model.exact_prefill = args.exact_prefill
+    model.base_model.cache_dtype = DTYPES.get(args.kv_cache_dtype)
+    return tokenizer, model
+
+
+def load_weights(
+    source,
+    config: ChatGLMConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    quantization: ChatGLMQuantizationConfig | None,
+    adapter=None,
+    **options,
+) -> ChatGLMForConditionalGeneration:
+    """Load the model, quantize it if its checkpoint is not, and add the adapter.
+
+    A quantized model is loaded in the checkpoint's dtype: levels and scales are then the official
+    ones, and on a CPU embedding and output layer stay mapped from the file. Layers on the disk
+    cannot be converted later, so an offloaded model is loaded in `dtype`.
+
+    Args:
+        adapter: From `choose_adapter`.
+        options: Arguments of `from_pretrained`: revision, device_map, offload_folder.
+    """
+    is_convertible = quantization is not None and "offload_folder" not in options
+    if quantization is not None and not config.quantization_bit:
+        options["quantization_config"] = quantization
+    model, loading = ChatGLMForConditionalGeneration.from_pretrained(
+        source,
+        config=config,
+        dtype=(config.dtype or torch.float16) if is_convertible else dtype,
+        device=None if device.type == "cpu" else device,
+        ignore_mismatched_sizes=True,  # refused below, with a tensor's name
+        output_loading_info=True,
+        **options,
+    )
+    unusable = {*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])}
+    unusable |= {key for key in loading["unexpected_keys"] if key.endswith("weight_scale")}
+    if unusable:
+        raise SystemExit(
+            f"{source}: the weights do not belong to config.json: {len(unusable)} tensors are "
+            f"missing, unknown or of another shape, among them {min(unusable)}; download both "
+            "again."
+        )
+    if quantization is not None:  # the checkpoint's output layer may still be of 16 bits
+        model.quantize(quantization.bits, quantization.group_size, quantization.output_bits)
+    if is_convertible:
+        model = model.to(dtype)
+    if adapter is not None:
+        adapter.add_to(model)
+    if quantization is not None:
+        prepare_layers(model)  # prints the backend, or why a faster one cannot be used
+    return model
+
+
+def name_of(dtype: torch.dtype, quantization: ChatGLMQuantizationConfig | None = None) -> str:
+    name = str(dtype).removeprefix("torch.")
+    if quantization is not None:
+        name += f" with INT{quantization.bits} weights"
+        if quantization.output_bits:
+            name += f", INT{quantization.output_bits} output layer"
+    return name
+
+
+def name_precision(model) -> str:
+    """Return dtype and quantization of a loaded model."""
+    return name_of(model.dtype, get_quantization(model.config))
+
+
+def describe(name: str, model) -> str:
+    """Return a line with the model's name, its device and precision."""
+    return f"{name}, {model.device}, {name_precision(model)}"
+
+
+# Quantization and adapter.
+
+
+def choose_quantization(
+    args: argparse.Namespace, config: ChatGLMConfig
+) -> ChatGLMQuantizationConfig | None:
+    """Return how the loaded model is to be quantized: as the checkpoint is, else as requested.
+
+    Raises:
+        SystemExit: The checkpoint is quantized to other bits than requested, or only the output
+            layer is to be quantized.
+        ValueError: The checkpoint is quantized by another library.
+    """
+    chosen = get_quantization(config)
+    if chosen is None and args.quantize:
+        chosen = ChatGLMQuantizationConfig(bits=args.quantize)
+    if args.quantize and args.quantize != chosen.bits:
+        raise SystemExit(
+            f"--quantize {args.quantize}: {args.model} is quantized to {chosen.bits} bits already: "
+            "leave it out, or choose a checkpoint that is not quantized (THUDM/chatglm2-6b)."
+        )
+    if not args.quantize_output:
+        return chosen
+    if chosen is None:
+        raise SystemExit(
+            "--quantize-output rounds the output layer of a quantized model: add --quantize 4 or "
+            "--quantize 8."
+        )
+    return replace(chosen, output_bits=8)
+
+
+def choose_adapter(
+    folder: str | None,
+    config: ChatGLMConfig,
+    quantization: ChatGLMQuantizationConfig | None,
+    is_offloaded: bool,
+):
+    """Read the adapter, or return `None`; before the weights, because they take longer."""
+    if folder is None:
+        return None
+    try:
+        adapter = read_adapter(folder, config, quantization is not None, is_offloaded)
+    except (OSError, ValueError, ImportError) as error:
+        raise SystemExit(f"--adapter {one_line(error)}") from error
+    print(f"{folder}: {adapter}", file=sys.stderr)
+    return adapter
+
+
+# Device and dtype.
+
+
+def choose_device_and_dtype(
+    device: str, dtype: str, checkpoint_dtype: torch.dtype | None
+) -> tuple[torch.device, torch.dtype, str]:
+    """Resolve `--device` and `--dtype`; the last item of the result is the reason."""
+    chosen, reason = choose_device(device)
+    if dtype == "bfloat16" and not has_bfloat16(chosen):
+        raise SystemExit(f"--dtype bfloat16: {chosen} does not support it: use --dtype float16.")
+    if dtype != "auto":
+        reason += f", {dtype} was requested"
+        if chosen.type == "cpu" and dtype == "float16":
+            reason += " (slow on a CPU: float32 or bfloat16 is faster)"
+        return chosen, DTYPES[dtype], reason
+    if chosen.type == "cpu":
+        return chosen, torch.float32, f"{reason}, float32 is exact and fast on a CPU"
+    own = checkpoint_dtype or torch.float16
+    if own == torch.bfloat16 and not has_bfloat16(chosen):
+        return chosen, torch.float16, f"{reason}, float16 because the GPU has no bfloat16"
+    return chosen, own, f"{reason}, {name_of(own)} is the checkpoint's own"
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    if device.type == "mps":
+        return torch.backends.mps.is_macos_or_newer(14, 0)
+    return device.type != "cuda" or torch.cuda.is_bf16_supported()
+
+
+def choose_device(device: str) -> tuple[torch.device, str]:
+    """Resolve `--device`; the second item of the result is the reason."""
+    if device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda:0"), "there is a CUDA GPU"
+        if torch.backends.mps.is_available():
+            return torch.device("mps"), "there is an Apple GPU"
+        return torch.device("cpu"), "no GPU was found"
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", device):
+        raise SystemExit(f"--device {device}: allowed are auto, cpu, cuda, cuda:N and mps.")
+    chosen = torch.device("cuda:0" if device == "cuda" else device)
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        cause = "finds no CUDA GPU" if torch.version.cuda else "was built without CUDA"
+        raise SystemExit(
+            f"--device {device}: the installed PyTorch {torch.__version__} {cause}: use "
+            "--device cpu, or install PyTorch's CUDA build and the GPU's driver."
+        )
+    if chosen.type == "cuda" and chosen.index >= torch.cuda.device_count():
+        raise SystemExit(
+            f"--device {device}: the last GPU here is cuda:{torch.cuda.device_count() - 1}."
+        )
+    if chosen.type == "mps" and not torch.backends.mps.is_available():
+        raise SystemExit(f"--device {device}: PyTorch finds no Apple GPU here: use --device cpu.")
+    return chosen, "the device was requested"
+
+
+# Memory.
+
+
+def check_memory(
+    model: str,
+    config: ChatGLMConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    quantization: ChatGLMQuantizationConfig | None,
+):
+    """Check that the model fits into the free memory, if that can be read.
+
+    Raises:
+        SystemExit: It does not fit; the line lists what would.
+    """
+
+    def need(dtype, quantization):
+        return count_weight_bytes(config, dtype, quantization) * MEMORY_MARGIN
+
+    free, needed = get_free_memory(device), need(dtype, quantization)
+    if free is None or needed <= free:
+        return
+    smaller = {}
+    if dtype == torch.float32 and quantization is None:
+        smaller["--dtype bfloat16"] = need(torch.bfloat16, None)
+    if not config.quantization_bit and (quantization is None or quantization.bits != 4):
+        int4 = replace(quantization or ChatGLMQuantizationConfig(bits=4), bits=4)
+        smaller["--quantize 4"] = need(dtype, int4)
+    fitting = {option: size for option, size in smaller.items() if size <= free}
+    steps = [f"{option} (needs {gigabytes(size)})" for option, size in fitting.items()]
+    steps += ["a machine with more memory"]
+    if quantization is None or config.quantization_bit:
+        steps += ["--offload-folder FOLDER (the disk holds the rest: slow)"]
+    if device.type == "cuda" and torch.cuda.device_count() > 1:
+        steps += [f"--num-gpus (there are {torch.cuda.device_count()})"]
+    steps += ["the bundled checkpoint (--model resources/chatglm2-tiny)"]
+    raise SystemExit(
+        f"{model} needs {gigabytes(needed)} for {name_of(dtype, quantization)} on {device}, "
+        f"{gigabytes(free)} free: use {', or '.join(steps)}."
+    )
