@@ -17,7 +17,12 @@ from conftest import ROOT
 from memory import PeakMemory, read_memory
 
 import utils
-from chatglm2 import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMQuantizationConfig
+from chatglm2 import (
+    ChatGLMConfig,
+    ChatGLMForConditionalGeneration,
+    ChatGLMQuantizationConfig,
+    loading,
+)
 from chatglm2.quantization import QuantizedLinear
 
 TINY = ["--config", str(ROOT / "resources" / "chatglm2-tiny"), "--threads", "1"]
@@ -376,7 +381,7 @@ def test_llama_is_missing():
 
 
 def test_no_memory(monkeypatch):
-    monkeypatch.setattr(utils, "get_free_memory", lambda device: 1_000_000)
+    monkeypatch.setattr(loading, "get_free_memory", lambda device: 1_000_000)
     with pytest.raises(SystemExit, match=r"needs 0.0 GB for float32 on cpu, 0.0 GB free"):
         load_tiny()
 
