@@ -1,11 +1,11 @@
-"""Compile the C kernels with the system's C compiler, once on each machine, and load it.
+"""Compile the C kernels with the system's C compiler, once on each machine, and load them.
 
     python -m chatglm2.kernels.build_cpu
 
-does that now and tells what was built; otherwise the first use does. The compiler is $CC, else the
-first of cc, gcc and clang that can. Environment variables: CHATGLM_CPU_ISA (avx512, avx2 or
-portable) compiles for these instructions instead of for all that this CPU has; CHATGLM_CACHE names
-the folder of the compiled files instead of the user's cache.
+compiles now and prints the result; otherwise the first use compiles. The compiler is $CC, or else
+the first of cc, gcc and clang that works. Environment variables: CHATGLM_CPU_ISA (avx512, avx2 or
+portable) chooses these instructions instead of all that this CPU has; CHATGLM_CACHE names the
+folder of the compiled files instead of the user's cache.
 """
 
 import ctypes
@@ -40,10 +40,10 @@ TIMEOUT_S = 300
 
 
 def run(command: list[str]) -> str:
-    """Return what a command prints.
+    """Run a command and return its output.
 
     Raises:
-        RuntimeError: It fails; with its last message.
+        RuntimeError: The command failed; the error has its last message.
     """
     try:
         done = subprocess.run(
@@ -53,32 +53,32 @@ def run(command: list[str]) -> str:
         raise RuntimeError(f"{command[0]} cannot run: {error}") from None
     if done.returncode:
         messages = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-        errors = [line for line in messages if "error" in line]  # others quote the source
+        errors = [line for line in messages if "error" in line]  # other lines quote the source
         last = (errors or messages or [f"exit code {done.returncode}"])[-1]
         raise RuntimeError(f"{command[0]} failed: {last}")
     return done.stdout
 
 
 def find_compilers() -> list[list[str]]:
-    """Return the commands to try: $CC alone if it is set.
+    """Return the compilers to try: only $CC if it is set.
 
     Raises:
-        RuntimeError: There is none.
+        RuntimeError: There is no compiler.
     """
     if named := os.environ.get("CC"):
         return [shlex.split(named)]
     paths = [path for path in map(shutil.which, COMPILERS) if path]
     if not paths:
         raise RuntimeError(f"no C compiler ({', '.join(COMPILERS)}) in PATH")
-    programs = {os.path.realpath(path): [path] for path in reversed(paths)}  # cc is one of them
+    programs = {os.path.realpath(path): [path] for path in reversed(paths)}  # cc is often a link
     return list(programs.values())[::-1]
 
 
 def choose_isa_flags(is_clang: bool) -> list[str]:
-    """Return the flags for $CHATGLM_CPU_ISA, or for all that this CPU has.
+    """Return the flags for $CHATGLM_CPU_ISA, or for all instructions of this CPU.
 
     Raises:
-        RuntimeError: There is no such ISA.
+        RuntimeError: $CHATGLM_CPU_ISA has an unknown value.
     """
     if name := os.environ.get(ISA_VARIABLE):
         if name not in ISA_FLAGS:
@@ -93,7 +93,7 @@ def choose_isa_flags(is_clang: bool) -> list[str]:
 
 
 def describe_cpu() -> str:
-    """Return what -march=native depends on, for home folders that machines share."""
+    """Return what -march=native depends on, because several machines may share a home folder."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().split("\n") if cpuinfo.exists() else []
     known = [line for line in lines if line.startswith(("flags", "model"))]
@@ -101,9 +101,9 @@ def describe_cpu() -> str:
 
 
 def compile_into(folder: Path, name: str, command: list[str]) -> Path:
-    """Run the compiler unless the folder has its result already.
+    """Run the compiler unless the folder already has its result.
 
-    Each process writes a file of its own; the last one is kept, and all are alike.
+    Each process writes its own file and renames it. All files are equal, and the last one stays.
     """
     library = folder / name
     if not library.exists():
@@ -122,12 +122,12 @@ def compile_into(folder: Path, name: str, command: list[str]) -> Path:
 
 
 def choose_thread_flags(is_clang: bool) -> list[list[str]]:
-    """Return what to try: OpenMP where the compiler's is torch's own, that of gcc on Linux.
+    """Return the flags to try: OpenMP only for gcc on Linux, whose OpenMP is also torch's.
 
-    A second OpenMP would keep the CPUs busy with threads that wait.
+    The waiting threads of a second OpenMP would keep the CPUs busy.
     """
     if sys.platform == "win32":
-        return [["-pthread", "-static"]]  # a DLL's own DLLs are not looked for in PATH
+        return [["-pthread", "-static"]]  # Windows does not search PATH for the DLLs of a DLL
     if sys.platform == "linux" and not is_clang:
         return [["-fopenmp"], ["-pthread"]]
     return [["-pthread"]]
@@ -151,10 +151,10 @@ def build_with(compiler: list[str], folder: Path) -> Path:
 
 
 def build(folder: Path) -> Path:
-    """Return the compiled library, made by the first compiler that can.
+    """Compile with the first compiler that works, and return the library.
 
     Raises:
-        RuntimeError: None can.
+        RuntimeError: No compiler works.
         OSError: The folder cannot be written.
     """
     problems = []
@@ -167,7 +167,7 @@ def build(folder: Path) -> Path:
 
 
 class Linear(ctypes.Structure):
-    """A quantized layer; see cpu.h."""
+    """A linear layer; see cpu.h."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("weight", "scale", "bias")),
@@ -176,7 +176,7 @@ class Linear(ctypes.Structure):
 
 
 class Layer(ctypes.Structure):
-    """A block; see layer.c."""
+    """A transformer layer; see layer.c."""
 
     _fields_ = [
         *((name, Linear) for name in ("qkv", "dense", "h_to_4h", "h4_to_h")),
@@ -215,20 +215,15 @@ def load(library: Path) -> ctypes.CDLL:
     loaded.chatglm_multiply.argtypes = [*3 * [pointer], size, *2 * [number]]
     loaded.chatglm_size_layer.argtypes = [*2 * [pointer], *2 * [size]]
     loaded.chatglm_size_layer.restype = size
-    loaded.chatglm_compute_layer.argtypes = [
-        *5 * [pointer],
-        *2 * [size],
-        *2 * [number],
-        pointer,
-        number,
-    ]
+    types = [*5 * [pointer], *2 * [size], *2 * [number], pointer, number]
+    loaded.chatglm_compute_layer.argtypes = types
     loaded.chatglm_multiply_stored.argtypes = [*3 * [pointer], *3 * [size], *2 * [number]]
     return loaded
 
 
 @cache
 def get_library() -> tuple[ctypes.CDLL | None, str | None]:
-    """Return the library, built if need be, and None; or None and why there is none."""
+    """Return the library, compiled if necessary, and None; or None and the reason."""
     try:
         try:
             return load(build(get_cache_folder())), None

@@ -1,12 +1,12 @@
-"""Compile quantization.cu for GPUs, once on each machine; no GPU is needed for that.
+"""Compile quantization.cu for GPUs, once on each machine. This needs no GPU.
 
     python -m chatglm2.kernels.build_cuda
     python -m chatglm2.kernels.build_cuda --arch 80 90
 
-The compiler is nvcc if it is in PATH, else the NVRTC that pip installs with PyTorch for CUDA. Into
-the folder of `get_cache_folder` go a cubin for each architecture that the compiler knows, and PTX
-of the oldest of them, from which the driver makes code for GPUs without a cubin. Another compiler
-may add to what is there: CUDA 13 has no sm_70 (V100), CUDA 12 has.
+The compiler is nvcc if it is in PATH, or else the NVRTC that pip installs with PyTorch for CUDA. It
+writes a cubin for each architecture that it knows, and PTX for the oldest of them, from which the
+driver makes code for GPUs without a cubin. A second compiler may add files for more architectures:
+CUDA 12 has sm_70 (V100), CUDA 13 does not.
 """
 
 import argparse
@@ -52,7 +52,7 @@ class NVCC:
         return [int(line.rpartition("_")[2]) for line in self.run("--list-gpu-arch").split()]
 
     def compile(self, target: str) -> bytes:
-        """Return the cubin of a target like sm_80, the PTX of one like compute_80."""
+        """Return a cubin for a target such as sm_80, PTX for a target such as compute_80."""
         kind = "-cubin" if target.startswith("sm_") else "-ptx"
         with tempfile.TemporaryDirectory() as folder:
             result = Path(folder) / target
@@ -68,7 +68,7 @@ def find_in_wheels(patterns: list[str]) -> list[Path]:
 
 
 class NVRTC:
-    """The compiler library of CUDA, from pip."""
+    """CUDA's runtime compiler, installed by pip."""
 
     def __init__(self):
         libraries = find_in_wheels(["*/lib/libnvrtc.so.[0-9]*"])
@@ -100,7 +100,7 @@ class NVRTC:
         return buffer.raw
 
     def compile(self, target: str) -> bytes:
-        """Return the cubin of a target like sm_80, the PTX of one like compute_80."""
+        """Return a cubin for a target such as sm_80, PTX for a target such as compute_80."""
         program, code = ctypes.c_void_p(), SOURCE.read_bytes()
         self.call("nvrtcCreateProgram", ctypes.byref(program), code, None, 0, None, None)
         flags = [*FLAGS, f"--gpu-architecture={target}", f"--include-path={self.include}"]
@@ -116,10 +116,10 @@ class NVRTC:
 
 
 def find_compiler():
-    """Return nvcc, or NVRTC.
+    """Return nvcc or NVRTC.
 
     Raises:
-        RuntimeError: There is neither.
+        RuntimeError: Neither is installed.
     """
     problems = []
     for compiler in (NVCC, NVRTC):

@@ -1,9 +1,9 @@
-// Products with INT8 and INT4 weights, and with float16 or bfloat16 ones, for CPUs.
+// Products with INT8, INT4, float16 and bfloat16 weights, for CPUs.
 //
 //   y[r, o] = sum over c of x[r, c] * W[o, c],   W[o, c] = level(o, c) * scale[o, c / group_size]
 //
-// The order of the weights in memory: 16 outputs, a *block*, are lanes side by side; a lane has 32
-// bits: 8 columns of INT4, or 4 of INT8. With o = 16 * block + lane,
+// Order of the weights in memory: a *block* is 16 outputs, which are lanes side by side. A lane has
+// 32 bits: 8 columns of INT4, or 4 of INT8. With o = 16 * block + lane,
 //
 //   INT4: byte ((block * ceil(in / 8) + c / 8) * 16 + lane) * 4 + c % 4
 //         holds level + 8, in its low four bits if c % 8 < 4, else in the high ones
@@ -11,24 +11,23 @@
 //   scale: float ((block * in / group_size) + c / group_size) * 16 + lane
 //
 // Example, INT4, in = 16, level(17, 13) = -3: block 1, lane 1, c / 8 = 1, c % 8 = 5, so the high
-// bits of byte ((1 * 2 + 1) * 16 + 1) * 4 + 1 = 197 are -3 + 8 = 5. Outputs and columns that fill
-// the last block and the last lane have level 0.
+// bits of byte ((1 * 2 + 1) * 16 + 1) * 4 + 1 = 197 are -3 + 8 = 5. The last block and the last
+// lane are filled up with level 0.
 //
-// **A row's result depends on no other row, and not on how many there are**: sums are of integers,
-// which are exact in any order, and groups of columns are added in one order in every tile of rows
-// and blocks below.
+// The result of a row depends neither on the other rows nor on their number: integer sums are exact
+// in any order, and all tiles below add groups of columns in the same order.
 #include "cpu.h"
 
 #define BLOCK 16                // outputs
-#define BLOCK_STEP (4 * BLOCK)  // bytes: 32 bits of each
+#define BLOCK_STEP (4 * BLOCK)  // bytes: 32 bits of each output
 #define PARTS (BLOCK / LANES)   // vectors of a block
 #define UNIT (4 * PARTS)        // vectors that a thread takes at a time
 #define GROUP 128               // columns of x that share a scale
-#define TINY 1e-30f             // a group of smaller numbers is taken for zeros
+#define TINY 1e-30f             // a group of smaller numbers becomes zeros
 #define STORED_UNIT 32          // outputs that a thread takes at a time
 #define PREFETCH 2048           // bytes ahead
 
-// Tiles, such that their sums fill most of the registers: rows, and vectors of outputs.
+// Rows and vectors of outputs of a tile, whose sums fill most of the registers.
 #if LANES == 16
 #define EXACT_ROWS 8
 #define EXACT_VECTORS(rows) ((rows) <= 2 ? 4 : 8 / (rows))
@@ -39,16 +38,16 @@
 #define INT8_ROWS 4
 #endif
 #define INT8_VECTORS 2
-#define PANEL 1024  // columns of which the levels are unpacked into the first cache
+#define PANEL 1024  // columns whose levels are unpacked into the first cache
 
 typedef int8_t Bytes __attribute__((vector_size(LANES)));
 typedef int16_t Shorts __attribute__((vector_size(4 * LANES)));
 
-// sum + the four unsigned bytes of each lane times the four signed ones of x; nothing saturates.
+// Adds to each lane its four unsigned bytes times the four signed bytes of x. Nothing saturates.
 INLINE Ints add_dot4(Ints sum, Bits v, int32_t x, int bits) {
     (void)bits;
 #if LANES == 16
-    // in this order of instructions, not in the compiler's (gcc 12), which halves the speed
+    // Assembly keeps the instructions in order: as gcc 12 orders them, they run at half the speed.
     __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(v), "v"(spread_int(x)));
     return sum;
 #elif LANES == 8
@@ -61,11 +60,11 @@ INLINE Ints add_dot4(Ints sum, Bits v, int32_t x, int bits) {
     const __m256i even = _mm256_and_si256(bytes, _mm256_set1_epi16(255));
     const __m256i odd = _mm256_srli_epi16(bytes, 8);
     return sum + (Ints)_mm256_madd_epi16(even, x_even) + (Ints)_mm256_madd_epi16(odd, x_odd);
-#else  // in halves of lanes, which hold each product
+#else  // each half of a lane holds a product
     const Shorts all = (Shorts)spread_int(x);
     const Shorts even = (Shorts)(v & 0x00ff00ffu) * (all << 8 >> 8);
     const Shorts odd = (Shorts)(v >> 8 & 0x00ff00ffu) * (all >> 8);
-    const Shorts both = even + odd;  // of 4 bits
+    const Shorts both = even + odd;  // 16 bits hold it if the levels have 4 bits
     if (bits == 4) return sum + ((Ints)both << 16 >> 16) + ((Ints)both >> 16);
     return sum + ((Ints)even << 16 >> 16) + ((Ints)even >> 16) + ((Ints)odd << 16 >> 16) +
            ((Ints)odd >> 16);
@@ -83,8 +82,8 @@ typedef struct {
 
 static int64_t count_steps(const Packing *t) { return divide_up(t->row_bytes, 4); }
 
-// A lane's columns from low to high bits: INT4 1 0 3 2 5 4 7 6 become 0 4 1 5 2 6 3 7; the sign
-// bit, turned over, adds 8 (or 128) to a level.
+// Reorders the INT4 columns of a lane: 1 0 3 2 5 4 7 6, from low to high bits, become
+// 0 4 1 5 2 6 3 7. Inverting the sign bit adds 8 to an INT4 level, or 128 to an INT8 level.
 static uint32_t pack_lane(uint32_t v, int bits) {
     if (bits == 8) return v ^ 0x80808080u;
     const uint32_t even = v >> 4 & 0x0f0f0f0fu, odd = v & 0x0f0f0f0fu;  // columns 0 2 4 6, 1 3 5 7
@@ -135,34 +134,35 @@ static void restore_block(const void *task, int64_t block) {
     }
 }
 
-// A product. x is rounded in groups of GROUP columns to integers, a group's scale times an integer
-// of one signed byte or of three (digits of base 256):
+// Products with INT8 and INT4 weights. Each group of GROUP columns of x is converted to integers
+// that share a scale, of one signed byte or of three (digits of base 256):
 //
 //   1 digit   scale = largest |x| / 127
-//   3 digits  scale = a power of 2, such that the largest |x| is 2^22 to 2^23 of them: what float32
-//             knows of it, and the products and sums of integers that follow lose nothing ("exact"
-//             in the names below). The error is 0.64 to 0.76 of that of float32 arithmetic; where
-//             columns are 20 to 1000 times the others, whose last bits are lost then, 1.0 to 2.3
-//             times it, and at most 6e-7 of the result (norms of the vectors of outputs)
+//   3 digits  scale = the power of 2 for which the largest integer is 2^22 to 2^23. These integers
+//             have as many bits as float32, and their products and sums are exact, hence "exact" in
+//             the names below. The error of the result is 0.64 to 0.76 times that of float32
+//             arithmetic. If some columns are 20 to 1000 times larger than the others, which then
+//             lose their last bits, it is 1.0 to 2.3 times that, at most 6e-7 of the result (norms
+//             of the vectors of outputs).
 //
-// It is copied into tiles of rows: [column / 4][digit, the lowest first][row of the tile][column %
-// 4], so that one instruction multiplies four columns of a lane by four bytes of a row.
+// The digits are stored in tiles of rows: [column / 4][digit, lowest first][row of the tile]
+// [column % 4], so that one instruction multiplies four columns of a lane by four bytes of a row.
 
 typedef struct {
-    const Linear *layer;
+    const Linear *linear;
     const float *x;
     float *y;
     int64_t num_rows, tile_rows;
     int digits;
-    // what follows is made
+    // The caller leaves the rest empty.
     int64_t columns;  // `in`, rounded up to whole lanes
     int64_t groups, x_groups;
     int32_t *tiles;
     float *x_scale;  // [tile][group][row]
-    int32_t *x_start;  // [tile][group][digit][row]: minus what 8 or 128 more of each level gives
+    int32_t *x_start;  // [tile][group][digit][row]: makes up for the 8 or 128 added to each level
 } Product;
 
-// 1, 2, 4 or 8: rows that fill the last tile are zeros.
+// Returns the rows of a tile, 1, 2, 4 or 8. Zeros fill up the last tile.
 static int64_t fill_tile(int64_t rows_left) {
     int64_t rows = 1;
     while (rows < rows_left && rows < EXACT_ROWS) rows *= 2;
@@ -173,19 +173,19 @@ static int64_t count_vectors(int64_t out) { return divide_up(out, BLOCK) * PARTS
 
 // Vector v of the outputs is part v % PARTS of block v / PARTS.
 INLINE const uint8_t *find_weight(const Product *t, int64_t v) {
-    return t->layer->weight + v / PARTS * BLOCK * t->columns * t->layer->bits / 8 +
+    return t->linear->weight + v / PARTS * BLOCK * t->columns * t->linear->bits / 8 +
            v % PARTS * 4 * LANES;
 }
 
 INLINE Floats find_scale(const Product *t, int64_t v, int64_t group) {
-    return load(t->layer->scale + (v / PARTS * t->groups + group) * BLOCK + v % PARTS * LANES);
+    return load(t->linear->scale + (v / PARTS * t->groups + group) * BLOCK + v % PARTS * LANES);
 }
 
 static int64_t count_tile_rows(const Product *t, int64_t first) {
     return t->digits == 1 ? INT8_ROWS : fill_tile(t->num_rows - first);
 }
 
-// Vector v of LANES outputs, of which the last may have fewer.
+// Reads vector v of the outputs; the last one may have fewer than LANES.
 INLINE Floats read_outputs(const float *from, int64_t v, int64_t out) {
     const int64_t left = out - v * LANES;
     if (left >= LANES) return load(from + v * LANES);
@@ -200,32 +200,33 @@ INLINE void write_outputs(float *to, int64_t v, int64_t out, Floats value) {
     else if (left > 0) memcpy(to + v * LANES, &value, 4 * left);
 }
 
-// Scale of a group of columns; where a whole row has one, 1: the last panel multiplies by that.
+// Returns the scale of a group of columns, or 1 if each row of W has a single scale, which
+// `write_total` applies.
 INLINE Floats find_group_scale(const Product *t, int64_t v, int64_t group) {
     return t->groups == 1 ? spread(1) : find_scale(t, v, group);
 }
 
-// A result before the columns from `column` on; a panel of columns leaves it in y.
+// Returns the sum over the columns before `column`, which the previous panel has left in y.
 INLINE Floats read_total(const Product *t, int64_t row, int64_t v, int64_t column) {
     if (column == 0 || row >= t->num_rows) return spread(0);
-    return read_outputs(t->y + row * t->layer->out, v, t->layer->out);
+    return read_outputs(t->y + row * t->linear->out, v, t->linear->out);
 }
 
-// `column` is where the next panel begins.
+// Stores the sum over the columns before `column`, which is the result after the last column.
 INLINE void write_total(const Product *t, int64_t row, int64_t v, int64_t column, Floats total) {
-    const Linear *layer = t->layer;
+    const Linear *linear = t->linear;
     if (row >= t->num_rows) return;
     if (column == t->columns) {
         if (t->groups == 1) total *= find_scale(t, v, 0);
-        if (layer->bias) total += read_outputs(layer->bias, v, layer->out);
+        if (linear->bias) total += read_outputs(linear->bias, v, linear->out);
     }
-    write_outputs(t->y + row * layer->out, v, layer->out, total);
+    write_outputs(t->y + row * linear->out, v, linear->out, total);
 }
 
-// A group with infinities or NaNs gets the scale NaN, so that the results are NaN too; one of tiny
-// numbers, which have fewer bits, is 0.
+// Returns NaN for a group with infinities or NaNs, so that its results are NaN, and 0 for a group
+// of tiny numbers, which have fewer bits.
 static float choose_scale(const float *x, int digits) {
-    Ints largest = {0};  // float32 numbers without signs are in the order of their bits
+    Ints largest = {0};  // float32 numbers without sign can be compared as integers
     for (int c = 0; c < GROUP; c += LANES) {
         const Ints size = (Ints)(load_bits(x + c) & 0x7fffffffu);
         largest = choose(size > largest, size, largest);
@@ -242,16 +243,16 @@ static float choose_scale(const float *x, int digits) {
     return max;
 }
 
-// x of a row becomes digits, in place `row` of a tile.
+// Converts a group of a row of x to digits, which become row `row` of a tile.
 INLINE void quantize_group(const Product *t, int64_t tile, int64_t group, int64_t row, int64_t rows,
                            const int digits) {
-    const int64_t first = group * GROUP, width = smaller(GROUP, t->layer->in - first);
+    const int64_t first = group * GROUP, width = smaller(GROUP, t->linear->in - first);
     const int64_t place = tile * t->tile_rows * t->x_groups + group * rows;
     const int64_t x_row = tile * t->tile_rows + row;
     float x[GROUP] = {0};
     int8_t bytes[3][GROUP];
     Ints sum[3] = {{0}};
-    if (x_row < t->num_rows) memcpy(x, t->x + x_row * t->layer->in + first, 4 * width);
+    if (x_row < t->num_rows) memcpy(x, t->x + x_row * t->linear->in + first, 4 * width);
     const float scale = choose_scale(x, digits), inverse = scale != 0 ? 1 / scale : 0;
     for (int c = 0; c < GROUP; c += LANES) {
         Ints value = round_to_ints(load(x + c) * inverse);
@@ -268,13 +269,13 @@ INLINE void quantize_group(const Product *t, int64_t tile, int64_t group, int64_
     for (int d = 0; d < digits; d++) {
         int32_t all = 0;
         for (int i = 0; i < LANES; i++) all += sum[d][i];
-        t->x_start[place * digits + d * rows + row] = -all * (t->layer->bits == 4 ? 8 : 128);
+        t->x_start[place * digits + d * rows + row] = -all * (t->linear->bits == 4 ? 8 : 128);
         for (int64_t c = 0; c < smaller(GROUP, t->columns - first); c += 4)
             memcpy(to + (c / 4 * digits + d) * rows, bytes[d] + c, 4);
     }
 }
 
-// A unit is a group of all rows of a tile.
+// A unit is a group of columns of a tile.
 static void quantize_x(const void *task, int64_t unit) {
     const Product *t = task;
     const int64_t tile = unit / t->x_groups, group = unit % t->x_groups;
@@ -284,8 +285,8 @@ static void quantize_x(const void *task, int64_t unit) {
         else quantize_group(t, tile, group, row, rows, 3);
 }
 
-// Columns from `column` to `end`. `vectors` and `rows` are constants where this is inlined; the
-// sums are in registers.
+// Multiplies the columns from `column` to `end`. `vectors` and `rows` are constants after inlining,
+// so that the sums are in registers.
 INLINE void multiply_exact_tile(const Product *t, int64_t first, int64_t row, int64_t column,
                                 int64_t end, int bits, const int vectors, const int rows) {
     const int32_t *x = t->tiles + (row * t->columns + column * rows) / 4 * 3;
@@ -336,7 +337,7 @@ INLINE void multiply_exact_tile(const Product *t, int64_t first, int64_t row, in
             write_total(t, row + r, first + v, end, total[v * rows + r]);
 }
 
-// In panels of columns whose x stays in the first cache.
+// Multiplies in panels of columns, whose x stays in the first cache.
 INLINE void multiply_exact_rows(const Product *t, int64_t first, int64_t last, int64_t row,
                                 int bits, const int rows) {
     const int64_t panel = 8 * PANEL / rows;
@@ -350,7 +351,7 @@ INLINE void multiply_exact_rows(const Product *t, int64_t first, int64_t last, i
 }
 
 INLINE void multiply_exact_unit(const Product *t, int64_t unit, int bits) {
-    const int64_t first = unit * UNIT, last = smaller(first + UNIT, count_vectors(t->layer->out));
+    const int64_t first = unit * UNIT, last = smaller(first + UNIT, count_vectors(t->linear->out));
     for (int64_t row = 0; row < t->num_rows; row += EXACT_ROWS)
         switch (count_tile_rows(t, row)) {
             case 1: multiply_exact_rows(t, first, last, row, bits, 1); break;
@@ -364,12 +365,12 @@ INLINE void multiply_exact_unit(const Product *t, int64_t unit, int bits) {
 
 static void multiply_exact(const void *task, int64_t unit) {
     const Product *t = task;
-    if (t->layer->bits == 4) multiply_exact_unit(t, unit, 4);
+    if (t->linear->bits == 4) multiply_exact_unit(t, unit, 4);
     else multiply_exact_unit(t, unit, 8);
 }
 
-// The levels of a panel of columns: [column / 4][vector][lane][column % 4]. Meanwhile the weights of
-// the panel after it, whose first vector and column are given, begin to come from memory.
+// Unpacks the levels of a panel of columns: [column / 4][vector][lane][column % 4]. Meanwhile the
+// weights of the next panel, which begins at `next_first` and `next_column`, are prefetched.
 INLINE void unpack_panel(const Product *t, int64_t first, int64_t column, int64_t width,
                          int64_t next_first, int64_t next_column, int bits, uint8_t *levels) {
     UNROLL for (int v = 0; v < INT8_VECTORS; v++) {
@@ -387,7 +388,7 @@ INLINE void unpack_panel(const Product *t, int64_t first, int64_t column, int64_
     }
 }
 
-// Columns from `column` to `end`, of which `levels` are unpacked.
+// Multiplies the columns from `column` to `end`, whose unpacked levels are given.
 INLINE void multiply_int8_tile(const Product *t, int64_t first, int64_t row, int64_t column,
                                int64_t end, int bits, const uint8_t *levels) {
     const int rows = INT8_ROWS, vectors = INT8_VECTORS;
@@ -424,7 +425,7 @@ INLINE void multiply_int8_tile(const Product *t, int64_t first, int64_t row, int
 }
 
 INLINE void multiply_int8_unit(const Product *t, int64_t unit, int bits) {
-    const int64_t begin = unit * UNIT, last = smaller(begin + UNIT, count_vectors(t->layer->out));
+    const int64_t begin = unit * UNIT, last = smaller(begin + UNIT, count_vectors(t->linear->out));
     uint8_t levels[PANEL * INT8_VECTORS * LANES] __attribute__((aligned(ALIGNMENT)));
     for (int64_t column = 0; column < t->columns; column += PANEL) {
         const int64_t end = smaller(column + PANEL, t->columns);
@@ -440,12 +441,12 @@ INLINE void multiply_int8_unit(const Product *t, int64_t unit, int bits) {
 
 static void multiply_int8(const void *task, int64_t unit) {
     const Product *t = task;
-    if (t->layer->bits == 4) multiply_int8_unit(t, unit, 4);
+    if (t->linear->bits == 4) multiply_int8_unit(t, unit, 4);
     else multiply_int8_unit(t, unit, 8);
 }
 
-// Weights of 16 bits, [out, in] as they are stored; here the lanes of a vector are columns, and x
-// is copied with its rows filled up to whole vectors.
+// Products with weights of 16 bits, which are read as they are stored, [out, in]. The lanes of a
+// vector are columns here, and x is copied so that zeros fill up its rows to whole vectors.
 
 typedef struct {
     const uint16_t *weight;
@@ -455,7 +456,7 @@ typedef struct {
     int is_bfloat16;
 } StoredProduct;
 
-// LANES columns from c on; of the last ones, those beyond `in` are zeros.
+// Adds the products of LANES columns from c on; the last ones are filled up with zeros.
 INLINE void add_columns(const StoredProduct *t, const uint16_t *const *w, const float *x,
                         const int is_bfloat16, const int outputs, const int rows, int64_t c,
                         const int is_last, Floats *sum) {
@@ -472,7 +473,7 @@ INLINE void add_columns(const StoredProduct *t, const uint16_t *const *w, const 
     }
 }
 
-// Columns from `column` to `end`; `sum` has a vector for each output and row.
+// Multiplies the columns from `column` to `end`. `sum` has a vector for each output and row.
 INLINE void multiply_stored_tile(const StoredProduct *t, int64_t output, int64_t row,
                                  int64_t column, int64_t end, const int is_bfloat16,
                                  const int outputs, const int rows, Floats *sum) {
@@ -488,7 +489,7 @@ INLINE void multiply_stored_tile(const StoredProduct *t, int64_t output, int64_t
     UNROLL for (int i = 0; i < outputs * rows; i++) sum[i] = part[i];
 }
 
-// In panels of columns whose x stays in the first cache.
+// Multiplies in panels of columns, whose x stays in the first cache.
 INLINE void multiply_stored_rows(const StoredProduct *t, int64_t first, int64_t last, int64_t row,
                                  const int is_bfloat16, const int outputs, const int rows) {
     Floats sum[STORED_UNIT * EXACT_ROWS] = {{0}};
@@ -527,7 +528,7 @@ static void multiply_stored(const void *task, int64_t unit) {
     else multiply_stored_unit(t, unit, 0);
 }
 
-// What Python calls. Those that return an int return 0, or -1 if there is no memory.
+// Functions for Python. Those that compute return 0, or -1 if there is no memory.
 
 const char *chatglm_isa(void) { return ISA; }
 
@@ -553,14 +554,14 @@ void chatglm_restore(const uint8_t *packed, uint8_t *restored, int64_t out, int6
     run(restore_block, &task, divide_up(out, BLOCK), num_threads);
 }
 
-int chatglm_multiply(const Linear *layer, const float *x, float *y, int64_t num_rows, int is_exact,
+int chatglm_multiply(const Linear *linear, const float *x, float *y, int64_t num_rows, int is_exact,
                      int num_threads) {
-    Product task = {layer, x, y, num_rows};
+    Product task = {linear, x, y, num_rows};
     task.digits = is_exact ? 3 : 1;
     task.tile_rows = is_exact ? EXACT_ROWS : INT8_ROWS;
-    task.columns = divide_up(layer->in, 32 / layer->bits) * (32 / layer->bits);
-    task.groups = layer->in / layer->group_size;
-    task.x_groups = divide_up(layer->in, GROUP);
+    task.columns = divide_up(linear->in, 32 / linear->bits) * (32 / linear->bits);
+    task.groups = linear->in / linear->group_size;
+    task.x_groups = divide_up(linear->in, GROUP);
     const int64_t num_tiles = divide_up(num_rows, task.tile_rows);
     const int64_t filled = num_tiles * task.tile_rows;  // rows
     task.tiles = allocate(filled * (task.digits * (task.columns + 4 * task.x_groups) +
@@ -570,7 +571,7 @@ int chatglm_multiply(const Linear *layer, const float *x, float *y, int64_t num_
     task.x_scale = (float *)(task.x_start + filled * task.x_groups * task.digits);
     run(quantize_x, &task, num_tiles * task.x_groups, num_threads);
     run(is_exact ? multiply_exact : multiply_int8, &task,
-        divide_up(count_vectors(layer->out), UNIT), num_threads);
+        divide_up(count_vectors(linear->out), UNIT), num_threads);
     release(task.tiles);
     return 0;
 }

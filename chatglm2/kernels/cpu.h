@@ -1,10 +1,11 @@
-// What the C kernels share: vectors as long as the CPU's, threads, memory, and products.
+// Vectors of the CPU's length, threads, memory and products, which the C kernels share.
 //
-// All is compiled without arithmetic that the compiler fuses or reorders (-ffp-contract=off, no
-// -ffast-math), and `multiply_add` alone decides between one rounding and two: so a result depends
-// neither on the number of threads nor on what is computed beside it.
+// The compiler neither fuses nor reorders arithmetic (-ffp-contract=off, no -ffast-math), and only
+// `multiply_add` decides between one rounding and two. So a result depends neither on the number of
+// threads nor on what is computed beside it.
 //
-// The C is GNU C (gcc, clang), for little-endian machines. What differs between CPUs is here.
+// The language is GNU C (gcc, clang), for little-endian machines. Only this file and `add_dot4` in
+// cpu.c differ between CPUs.
 #pragma once
 
 #include <float.h>
@@ -19,7 +20,7 @@
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VNNI__)
 #define ISA "avx512"
-#define LANES 16  // of a vector
+#define LANES 16  // numbers of 32 bits in a vector
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #define ISA "avx2"
 #define LANES 8
@@ -74,14 +75,14 @@ INLINE Floats multiply_add(Floats a, Floats b, Floats sum) {
 #endif
 }
 
-// Where `where` is -1, not 0, a; elsewhere b.
+// Each lane is a where `where` is -1, and b where it is 0.
 INLINE Ints choose(Ints where, Ints a, Ints b) { return (where & a) | (~where & b); }
 
 INLINE Floats max_of(Floats a, Floats b) {
     return (Floats)choose((Ints)(a > b), (Ints)a, (Ints)b);
 }
 
-// The integers of least distance; of two, the one farther from 0.
+// Rounds to the nearest integer, halves away from 0.
 INLINE Ints round_to_ints(Floats v) {
     const Bits half = ((Bits)v & 0x80000000u) | 0x3f000000u;
     return __builtin_convertvector(v + (Floats)half, Ints);
@@ -95,7 +96,7 @@ INLINE float add_lanes(Floats v) {
     return lane[0];
 }
 
-// LANES numbers of 16 bits: float16 or bfloat16.
+// Returns LANES numbers of 16 bits, float16 or bfloat16, as float32.
 INLINE Floats load_stored(const uint16_t *from, int is_bfloat16) {
 #if LANES == 16
     const __m256i stored = _mm256_loadu_si256((const void *)from);
@@ -108,7 +109,7 @@ INLINE Floats load_stored(const uint16_t *from, int is_bfloat16) {
 #else
     Bits h = {0};
     UNROLL for (int i = 0; i < LANES; i++) h[i] = from[i];
-    if (!is_bfloat16) {  // exponent and mantissa where float32 has them, then the exponent's bias
+    if (!is_bfloat16) {  // shifts exponent and mantissa to float32's place, and corrects the bias
         const Floats number = (Floats)((h & 0x7fff) << 13) * 0x1p112f;
         const Bits is_special = (Bits)((h & 0x7c00) == 0x7c00);  // infinity, NaN
         return (Floats)((Bits)number | (is_special & 0x7f800000) | (h & 0x8000) << 16);
@@ -122,8 +123,8 @@ INLINE Floats load_stored(const uint16_t *from, int is_bfloat16) {
 typedef void (*Work)(const void *task, int64_t unit);
 
 #ifdef _OPENMP
-// With gcc this is the libgomp that torch has loaded (they share the name libgomp.so.1), so both
-// use the same threads, one after the other.
+// With gcc this is the libgomp that torch has loaded (they share the name libgomp.so.1). So torch
+// and the kernels use the same threads, one after the other.
 static void run(Work work, const void *task, int64_t num_units, int num_threads) {
 #pragma omp parallel for schedule(dynamic) num_threads(num_threads) if (num_units > 1)
     for (int64_t unit = 0; unit < num_units; unit++) work(task, unit);
@@ -183,12 +184,12 @@ static inline void release(void *memory) {
 
 typedef struct {
     const uint8_t *weight;  // in the order of cpu.c
-    const float *scale;
-    const float *bias;  // or NULL
+    const float *scale;     // in the order of cpu.c
+    const float *bias;      // or NULL
     int64_t in, out, group_size;
     int64_t bits;
 } Linear;
 
-// y[r, o] = sum over c of x[r, c] * W[o, c] + bias[o]; returns 0, or -1 if there is no memory.
-int chatglm_multiply(const Linear *layer, const float *x, float *y, int64_t num_rows, int is_exact,
+// y[r, o] = sum over c of x[r, c] * W[o, c] + bias[o]. Returns 0, or -1 if there is no memory.
+int chatglm_multiply(const Linear *linear, const float *x, float *y, int64_t num_rows, int is_exact,
                      int num_threads);

@@ -5,68 +5,69 @@
 //   hidden += dense(attention(query, cached keys, cached values))
 //   gate, up = h_to_4h(RMSNorm(hidden)); hidden += 4h_to_h(SiLU(gate) * up)
 //
-// Heads are the lanes of a vector: the query heads that share a key/value head, LANES at a time, a
-// *bundle*, are multiplied by the same number of a key or value, and so nothing is ever added up
-// across lanes. With H query heads and G key/value heads of d numbers, query head g * H / G + i is
-// lane i % LANES of bundle g * bundles + i / LANES, where bundles = ceil(H / G / LANES).
+// The lanes of a vector are heads. A *bundle* is LANES query heads that share a key/value head.
+// They are multiplied by the same number of a key or value, so nothing is added up across lanes.
+// With H query heads and G key/value heads of d numbers, query head g * H / G + i is lane i % LANES
+// of bundle g * bundles + i / LANES, where bundles = ceil(H / G / LANES).
 //
-// The cache of a conversation has G x capacity x d numbers, of float32, float16 or bfloat16. Its
-// keys are taken in chunks, each with a softmax of its own (FlashAttention, arXiv 2205.14135,
-// section 3.1), which are then weighed against each other. Chunks begin at multiples of CHUNK, so
-// a row (a token of a conversation) is computed alike whatever other rows there are.
+// The cache of a conversation has G x capacity x d numbers, of float32, float16 or bfloat16. Each
+// block of KEY_BLOCK keys has its own softmax (FlashAttention, arXiv 2205.14135, section 3.1), and
+// the blocks are weighed against each other afterwards. Blocks begin at multiples of KEY_BLOCK, so
+// a row (a token of a conversation) is computed in the same way whatever other rows there are.
 #include "cpu.h"
 
-#define ROWS 256      // computed at a time
-#define QUERIES 32    // of them, whose partial results are held
-#define CHUNK 512     // keys that a thread takes at a time
-#define KEYS 64       // keys whose scores are held
-#define TILE 8        // sums in registers
+#define ROWS 256       // rows that are computed at a time
+#define QUERIES 32     // rows whose partial results are held
+#define KEY_BLOCK 512  // keys that a thread takes at a time
+#define KEYS 64        // keys whose scores are held
+#define TILE 8         // sums in registers
 #define MAX_HEAD_DIM 256
-#define COLUMNS 1024  // of an activation, that a thread takes at a time
+#define COLUMNS 1024   // numbers of an activation that a thread takes at a time
 
 typedef struct {
     Linear qkv, dense, h_to_4h, h4_to_h;
     const float *input_norm, *post_norm;  // weights
     double epsilon;
     int64_t num_heads, num_kv_heads, head_dim, rotated_dim;
-    int64_t adds_to_normed;  // the residual is the output of the norm
+    int64_t adds_to_normed;  // 1 if the residual is the output of the norm, 0 if it is its input
 } Layer;
 
 typedef struct {
     uint8_t *keys, *values;
-    int64_t length, capacity;  // tokens; the new ones come at `length`
+    int64_t length, capacity;  // tokens; new tokens are written at `length`
 } Conversation;
 
-enum { FLOAT32, FLOAT16, BFLOAT16 };  // of the cache
+enum { FLOAT32, FLOAT16, BFLOAT16 };  // types of the cache
 
 typedef struct {
     const Layer *layer;
     const Conversation *conversations;
-    int64_t num_new, num_rows;  // tokens of each conversation, and of all
+    int64_t num_new, num_rows;  // new tokens of each conversation, and of all together
     const float *cos, *sin;     // [row][rotated_dim / 2]
     float *hidden;              // [row][hidden size]
     int cache_type, is_exact;
-    // what follows is made; rows are counted from `first` on
-    int64_t first, rows, first_query, queries, num_bundles, max_chunks;
+    // The caller leaves the rest empty. Rows are counted from row `first` of `hidden`.
+    int64_t first, rows, first_query, queries, num_bundles, max_blocks;
     float *normed, *qkv, *attended, *inner, *activated;  // [row][...]
     float *query;    // [row][bundle][d][LANES], divided by sqrt(d)
-    float *partial;  // [chunk][bundle][query]: greatest score, sum of exponentials, [d] of values;
-                     // each [LANES]
-    const float *norm;  // weight of the norm that is computed now
+    float *partial;  // [block][bundle][query]: vectors of the greatest score, of the sum of
+                     // exponentials, and [d] of values
+    const float *norm;  // weight of the current norm
 } Task;
 
 static const Conversation *find_conversation(const Task *t, int64_t row) {
     return t->conversations + (t->first + row) / t->num_new;
 }
 
-// Where a row's token is in its conversation.
+// Returns the position of a row's token in its conversation.
 static int64_t find_position(const Task *t, int64_t row) {
     return find_conversation(t, row)->length + (t->first + row) % t->num_new;
 }
 
-// e^x from its Taylor series around the nearest multiple of ln 2; 0 < e^x < infinity is kept.
+// e^x from the Taylor series around the nearest multiple of ln 2. x is clamped, so that the result
+// is neither 0 nor infinite.
 INLINE Floats exponential(Floats x) {
-    x = max_of(spread(-87), x);  // in this order, NaN stays NaN
+    x = max_of(spread(-87), x);  // in this order of the arguments, NaN stays NaN
     x = -max_of(spread(-88), -x);
     const Ints power = round_to_ints(x * 1.44269504f);
     const Floats n = to_floats(power);
@@ -77,7 +78,7 @@ INLINE Floats exponential(Floats x) {
     return sum * (Floats)((power + 127) << 23);
 }
 
-// normed = weight * hidden / sqrt(mean(hidden^2) + epsilon); a unit is a row.
+// normed = weight * hidden / sqrt(mean(hidden^2) + epsilon). A unit is a row.
 static void normalize(const void *task, int64_t row) {
     const Task *t = task;
     const int64_t size = t->layer->qkv.in, whole = size / LANES * LANES;
@@ -103,7 +104,7 @@ static void add(const void *task, int64_t unit) {
     for (int64_t i = unit * COLUMNS; i < end; i++) t->to[i] = t->residual[i] + t->output[i];
 }
 
-// activated = SiLU(gate) * up, SiLU(x) = x / (1 + e^-x); a unit is a part of a row.
+// activated = SiLU(gate) * up, where SiLU(x) = x / (1 + e^-x). A unit is COLUMNS numbers of a row.
 static void activate(const void *task, int64_t unit) {
     const Task *t = task;
     const int64_t size = t->layer->h4_to_h.in, parts = divide_up(size, COLUMNS);
@@ -119,7 +120,7 @@ static void activate(const void *task, int64_t unit) {
     }
 }
 
-// Rotary embedding of the first `rotated_dim` numbers of a head, in neighbouring pairs.
+// Applies the rotary embedding to neighbouring pairs of the first `rotated_dim` numbers of a head.
 static void rotate(const Task *t, int64_t row, float *head) {
     const int64_t pairs = t->layer->rotated_dim / 2;
     const float *cos = t->cos + (t->first + row) * pairs, *sin = t->sin + (t->first + row) * pairs;
@@ -130,7 +131,7 @@ static void rotate(const Task *t, int64_t row, float *head) {
     }
 }
 
-// The nearest number; of two, the one with the last bit 0.
+// Rounds to the nearest number, halves to the number whose last bit is 0; so does `to_float16`.
 static uint16_t to_bfloat16(float value) {
     uint32_t bits;
     memcpy(&bits, &value, 4);
@@ -145,8 +146,8 @@ static uint16_t to_float16(float value) {
     const float size = fabsf(value);
     if (value != value) return sign | 0x7e00;
     if (size >= 65520) return sign | 0x7c00;  // infinity
-    if (size < 0x1p-14f) return sign | (uint16_t)rintf(size * 0x1p24f);  // with fewer bits
-    bits = (bits & 0x7fffffff) - (112 << 23);  // the exponent's bias is 15, not 127
+    if (size < 0x1p-14f) return sign | (uint16_t)rintf(size * 0x1p24f);  // subnormal
+    bits = (bits & 0x7fffffff) - (112 << 23);  // the bias of the exponent is 15 instead of 127
     return sign | (bits + 0xfff + (bits >> 13 & 1)) >> 13;
 }
 
@@ -159,7 +160,7 @@ static void append(const Task *t, uint8_t *cache, int64_t token, const float *he
             to[i] = t->cache_type == FLOAT16 ? to_float16(head[i]) : to_bfloat16(head[i]);
 }
 
-// Rotate, spread the query heads over the lanes, and write key and value; a unit is a row.
+// Rotates a row, spreads its query heads over the lanes, and writes key and value to the cache.
 static void place_heads(const void *task, int64_t row) {
     const Task *t = task;
     const Layer *layer = t->layer;
@@ -184,7 +185,7 @@ static void place_heads(const void *task, int64_t row) {
     }
 }
 
-// `count` cached tokens from `token` on, as float32: as they are, or copied to `copy`.
+// Returns `count` cached tokens from `token` on as float32: in place, or converted into `copy`.
 INLINE const float *read_cache(const Task *t, const uint8_t *cache, int64_t token, int64_t count,
                                float *copy) {
     const int64_t d = t->layer->head_dim;
@@ -204,8 +205,8 @@ INLINE void score_column(const float *query, const float *const *key, int64_t c,
     UNROLL for (int i = 0; i < TILE; i++) sum[i] = multiply_add(spread(key[i][c]), q, sum[i]);
 }
 
-// scores[k] of each lane = query . key k, for `count` keys, computed TILE at a time. Meanwhile what
-// is needed after them begins to come from memory, `size` bytes of each for a key.
+// scores[k] of each lane = query . key k, for `count` keys, TILE at a time. Meanwhile the next keys
+// and the values are prefetched, `size` bytes of each for each key.
 INLINE void score_keys(const float *query, const float *keys, int64_t d, int64_t count,
                        const uint8_t *next_keys, const uint8_t *values, int64_t size,
                        Floats *scores) {
@@ -229,7 +230,7 @@ INLINE void score_keys(const float *query, const float *keys, int64_t d, int64_t
     }
 }
 
-// output[c] = output[c] * factor + sum over k of weight[k] * value[k][c], `columns` of them.
+// output[c] = output[c] * factor + sum over k of weight[k] * value[k][c], for `columns` columns.
 INLINE void add_values(const Floats *weights, const float *values, int64_t d, int64_t count,
                        Floats factor, float *output, const int columns) {
     Floats sum[TILE];
@@ -242,28 +243,28 @@ INLINE void add_values(const Floats *weights, const float *values, int64_t d, in
 
 static int64_t size_partial(const Task *t) { return (2 + t->layer->head_dim) * LANES; }
 
-static float *find_partial(const Task *t, int64_t chunk, int64_t bundle, int64_t query) {
-    return t->partial + ((chunk * t->num_bundles + bundle) * t->queries + query) * size_partial(t);
+static float *find_partial(const Task *t, int64_t block, int64_t bundle, int64_t query) {
+    return t->partial + ((block * t->num_bundles + bundle) * t->queries + query) * size_partial(t);
 }
 
-// The softmax over a chunk of keys, and the values weighted by it, for a bundle of a row. Units that
-// follow each other are queries of the same chunk, which then is in the cache of the CPU.
-static void attend_chunk(const void *task, int64_t unit) {
+// Computes the softmax over a block of keys and the values weighted by it, for a bundle of a row.
+// Consecutive units are queries for the same block, which is then in the CPU's cache.
+static void attend_block(const void *task, int64_t unit) {
     const Task *t = task;
     const int64_t queries = smaller(t->queries, t->rows - t->first_query);
-    const int64_t chunk = unit / queries / t->num_bundles;
+    const int64_t block = unit / queries / t->num_bundles;
     const int64_t bundle = unit / queries % t->num_bundles, row = t->first_query + unit % queries;
     const int64_t d = t->layer->head_dim, bundles = t->num_bundles / t->layer->num_kv_heads;
     const Conversation *at = find_conversation(t, row);
-    const int64_t end = smaller((chunk + 1) * CHUNK, find_position(t, row) + 1);
+    const int64_t end = smaller((block + 1) * KEY_BLOCK, find_position(t, row) + 1);
     const float *query = t->query + (row * t->num_bundles + bundle) * d * LANES;
-    float *partial = find_partial(t, chunk, bundle, unit % queries), *output = partial + 2 * LANES;
+    float *partial = find_partial(t, block, bundle, unit % queries), *output = partial + 2 * LANES;
     const int64_t first_token = bundle / bundles * at->capacity;
     const int64_t token_size = d * (t->cache_type == FLOAT32 ? 4 : 2);
     float copy[(KEYS * MAX_HEAD_DIM + LANES)];
     Floats scores[KEYS], greatest = spread(-INFINITY), sum = spread(0);
     memset(output, 0, 4 * d * LANES);
-    for (int64_t begin = chunk * CHUNK; begin < end; begin += KEYS) {
+    for (int64_t begin = block * KEY_BLOCK; begin < end; begin += KEYS) {
         const int64_t count = smaller(KEYS, end - begin), token = first_token + begin;
         const float *keys = read_cache(t, at->keys, token, count, copy);
         score_keys(query, keys, d, count, at->keys + (token + KEYS) * token_size,
@@ -286,27 +287,27 @@ static void attend_chunk(const void *task, int64_t unit) {
     store(partial + LANES, sum);
 }
 
-// Weigh the chunks of a bundle of a row, and write its heads one after the other.
-static void join_chunks(const void *task, int64_t unit) {
+// Weighs the blocks of a bundle of a row against each other, and writes its heads in order.
+static void join_blocks(const void *task, int64_t unit) {
     const Task *t = task;
     const Layer *layer = t->layer;
     const int64_t query = unit / t->num_bundles, bundle = unit % t->num_bundles;
     const int64_t row = t->first_query + query, d = layer->head_dim;
     const int64_t group = layer->num_heads / layer->num_kv_heads;
     const int64_t bundles = t->num_bundles / layer->num_kv_heads;
-    const int64_t num_chunks = find_position(t, row) / CHUNK + 1;
+    const int64_t num_blocks = find_position(t, row) / KEY_BLOCK + 1;
     Floats greatest = spread(-INFINITY), sum = spread(0), output[MAX_HEAD_DIM];
-    for (int64_t i = 0; i < num_chunks; i++)
+    for (int64_t i = 0; i < num_blocks; i++)
         greatest = max_of(greatest, load(find_partial(t, i, bundle, query)));
     for (int64_t c = 0; c < d; c++) output[c] = spread(0);
-    for (int64_t i = 0; i < num_chunks; i++) {
+    for (int64_t i = 0; i < num_blocks; i++) {
         const float *partial = find_partial(t, i, bundle, query);
         const Floats weight = exponential(load(partial) - greatest);
         sum = multiply_add(weight, load(partial + LANES), sum);
         for (int64_t c = 0; c < d; c++)
             output[c] = multiply_add(weight, load(partial + (2 + c) * LANES), output[c]);
     }
-    const int64_t first = bundle % bundles * LANES;  // of the heads that share a key/value head
+    const int64_t first = bundle % bundles * LANES;  // first head of those that share a key
     float *to = t->attended + (row * layer->num_heads + bundle / bundles * group + first) * d;
     for (int64_t lane = 0; lane < smaller(LANES, group - first); lane++)
         for (int64_t c = 0; c < d; c++) to[lane * d + c] = output[c][lane] / sum[lane];
@@ -315,8 +316,8 @@ static void join_chunks(const void *task, int64_t unit) {
 static void attend(Task *t, int num_threads) {
     for (t->first_query = 0; t->first_query < t->rows; t->first_query += t->queries) {
         const int64_t units = smaller(t->queries, t->rows - t->first_query) * t->num_bundles;
-        run(attend_chunk, t, units * t->max_chunks, num_threads);
-        run(join_chunks, t, units, num_threads);
+        run(attend_block, t, units * t->max_blocks, num_threads);
+        run(join_blocks, t, units, num_threads);
     }
 }
 
@@ -351,7 +352,7 @@ static int compute_rows(Task *t, int num_threads) {
     return 0;
 }
 
-// Set the pointers to parts of `memory`, and return how many numbers they need.
+// Sets the pointers to parts of `memory`, and returns how many numbers they need.
 static int64_t lay_out(Task *t, float *memory) {
     const Layer *layer = t->layer;
     const int64_t d = layer->head_dim, group = layer->num_heads / layer->num_kv_heads;
@@ -361,7 +362,7 @@ static int64_t lay_out(Task *t, float *memory) {
     int64_t longest = 0;
     for (int64_t i = 0; i * t->num_new < t->num_rows; i++)
         if (t->conversations[i].length > longest) longest = t->conversations[i].length;
-    t->max_chunks = (longest + t->num_new - 1) / CHUNK + 1;
+    t->max_blocks = (longest + t->num_new - 1) / KEY_BLOCK + 1;
     t->num_bundles = divide_up(group, LANES) * layer->num_kv_heads;
     struct {
         float **part;
@@ -373,7 +374,7 @@ static int64_t lay_out(Task *t, float *memory) {
         {&t->inner, rows * (inner > hidden ? inner : hidden)},
         {&t->activated, rows * layer->h4_to_h.in},
         {&t->query, rows * t->num_bundles * d * LANES},
-        {&t->partial, t->max_chunks * t->num_bundles * t->queries * size_partial(t)},
+        {&t->partial, t->max_blocks * t->num_bundles * t->queries * size_partial(t)},
     };
     int64_t total = 0;
     for (int i = 0; i < 7; total += divide_up(parts[i++].size, LANES) * LANES)
@@ -381,7 +382,7 @@ static int64_t lay_out(Task *t, float *memory) {
     return total;
 }
 
-// What a call of the next function needs at `memory`, in bytes.
+// Returns the bytes of `memory` that a call of `chatglm_compute_layer` needs.
 int64_t chatglm_size_layer(const Layer *layer, const Conversation *conversations, int64_t num_new,
                            int64_t num_rows) {
     Task task = {.layer = layer, .conversations = conversations};
@@ -389,8 +390,8 @@ int64_t chatglm_size_layer(const Layer *layer, const Conversation *conversations
     return 4 * lay_out(&task, NULL) + ALIGNMENT;
 }
 
-// Compute a layer: hidden [row][hidden size] becomes its output, and the caches have `num_new` tokens
-// more. Returns 0, or -1 if there is no memory.
+// Computes a layer: replaces hidden [row][hidden size] by the output, and writes `num_new` tokens
+// to the caches. Returns 0, or -1 if there is no memory.
 int chatglm_compute_layer(const Layer *layer, float *hidden, const float *cos, const float *sin,
                           const Conversation *conversations, int64_t num_new, int64_t num_rows,
                           int cache_type, int is_exact, void *memory, int num_threads) {

@@ -2,10 +2,10 @@
 //   INT8: level(r, c) = weight[r, c]
 //   INT4: level(r, c) = the high four bits, with sign, of the byte weight[r, c / 2] for even c,
 //         the low four for odd c
-// All matrices are row-major; scale has columns / group_size entries for each row of W (so one,
-// if group_size = columns). A block writes one row. The product is rounded once, from float32 to
-// the type of W, as torch does; so the result equals plain torch bit for bit.
-// No shared memory and nothing between threads: the same file compiles for a CPU in the tests.
+// All matrices are row-major. scale has columns / group_size entries for each row of W (one entry
+// if group_size = columns). A CUDA block writes one row. The product is rounded once, from float32
+// to the type of W, as in torch, so the result equals plain torch bit for bit. Threads share no
+// memory, so the tests can compile this file for a CPU.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -22,7 +22,7 @@ __device__ void extract_int8(const signed char *weight, const T *scale, T *out, 
     }
 }
 
-// Two columns, a byte, at a time: they share a scale, as group_size is even.
+// A thread reads one byte, two columns, at a time. They share a scale, because group_size is even.
 template <typename T>
 __device__ void extract_int4(const signed char *weight, const T *scale, T *out, int columns,
                              int group_size) {
