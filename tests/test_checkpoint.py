@@ -88,6 +88,7 @@ def use_hub(monkeypatch, tmp_path):
     return use
 
 
+@pytest.mark.slow
 def test_download_and_the_copy_without_a_network(hub_url, use_hub, tmp_path):
     environment = {**os.environ, "HF_ENDPOINT": hub_url, "HF_HOME": str(tmp_path)}
     del environment["HF_HUB_OFFLINE"]

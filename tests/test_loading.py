@@ -66,15 +66,11 @@ def test_load_model(tiny_checkpoint, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("chosen", [3, None])
-def test_threads_without_the_flag(tiny_checkpoint, monkeypatch, capsys, chosen):
+def test_without_flags_for_threads(tiny_checkpoint, monkeypatch, capsys, chosen):
     monkeypatch.setattr(torch, "set_num_threads", lambda n: print("threads", n))
     monkeypatch.setattr(loading, "choose_threads", lambda: chosen)
-    utils.load_model(parse("--model", str(tiny_checkpoint)))
-    assert capsys.readouterr().out == (f"threads {chosen}\n" if chosen else "")
-
-
-def test_dtype_is_honoured(tiny_checkpoint):
     _, model = utils.load_model(parse("--model", str(tiny_checkpoint), "--dtype", "bfloat16"))
+    assert capsys.readouterr().out == (f"threads {chosen}\n" if chosen else "")
     assert model.dtype == torch.bfloat16
 
 
@@ -91,9 +87,8 @@ def test_quantize_while_loading(tiny_checkpoint, capsys, bits):
         assert torch.equal(model.get_parameter(name), value), name
 
 
-@pytest.mark.parametrize("argv", [[], ["--quantize", "4"]])
-def test_quantized_checkpoint(int4_checkpoint, capsys, argv):
-    argv = ["--model", str(int4_checkpoint), "--dtype", "bfloat16", *argv]
+def test_quantized_checkpoint(int4_checkpoint, capsys):
+    argv = ["--model", str(int4_checkpoint), "--dtype", "bfloat16", "--quantize", "4"]
     tokenizer, model = utils.load_model(parse(*argv))
     assert "cpu, bfloat16 with INT4 weights: " in capsys.readouterr().err
     assert (model.dtype, get_quantization(model.config).bits) == (torch.bfloat16, 4)
@@ -126,32 +121,22 @@ def test_no_code_of_a_checkpoint_is_executed(checkpoint, keep_auto_map):
     [
         ("config.json", b"{", "not a valid JSON file"),
         ("tokenizer.model", b"no tokenizer", "tokenizer"),
-        (
-            "tokenizer.model",
-            LFS_POINTER,
-            f"tokenizer.model ({len(LFS_POINTER)} bytes) is a Git LFS",
-        ),
+        ("tokenizer.model", LFS_POINTER, f"tokenizer.model ({len(LFS_POINTER)} bytes) is a Git L"),
         ("model.safetensors", LFS_POINTER, f"safetensors ({len(LFS_POINTER)} bytes) is a Git LFS"),
+        ("model.safetensors", 5000, "model.safetensors (5000 bytes) is truncated or damaged"),
+        ("config.json", None, "it has no config.json"),
+        ("tokenizer.model", None, "it has no tokenizer.model"),
+        ("model.safetensors", None, "it has no weights"),
     ],
 )
-def test_damaged_file(checkpoint, name, content, expected):
-    (checkpoint / name).write_bytes(content)
+def test_damaged_or_missing_file(checkpoint, name, content, expected):
+    if content is None:
+        (checkpoint / name).unlink()
+    elif isinstance(content, int):
+        os.truncate(checkpoint / name, content)
+    else:
+        (checkpoint / name).write_bytes(content)
     assert expected in fail_to_load("--model", str(checkpoint))
-
-
-def test_truncated_weights(checkpoint):
-    os.truncate(checkpoint / "model.safetensors", 5000)
-    line = fail_to_load("--model", str(checkpoint))
-    assert "model.safetensors (5000 bytes) is truncated or damaged" in line
-
-
-@pytest.mark.parametrize(
-    ("name", "what"),
-    [("config.json",) * 2, ("tokenizer.model",) * 2, ("model.safetensors", "weights")],
-)
-def test_missing_file(checkpoint, name, what):
-    (checkpoint / name).unlink()
-    assert f"it has no {what}" in fail_to_load("--model", str(checkpoint))
 
 
 def test_missing_shard(checkpoint):
@@ -308,16 +293,13 @@ def test_output_layer_alone_is_not_quantized():
     assert line.startswith("--quantize-output rounds") and "add --quantize 4 or" in line
 
 
-def test_dtype_of_the_cache_arrives(tiny_checkpoint):
-    for flags, expected in (([], None), (["--kv-cache-dtype", "float16"], torch.float16)):
-        _, model = utils.load_model(parse("--model", str(tiny_checkpoint), *flags))
-        assert model.base_model.cache_dtype == expected
-
-
-def test_exact_prefill_arrives(int4_checkpoint):
-    for flags, expected in (([], False), (["--exact-prefill"], True)):
-        _, model = utils.load_model(parse("--model", str(int4_checkpoint), *flags))
-        assert model.base_model.exact_prefill is expected
+def test_settings_arrive(int4_checkpoint):
+    for flags, expected in (
+        ([], (None, False)),
+        (["--kv-cache-dtype", "float16", "--exact-prefill"], (torch.float16, True)),
+    ):
+        model = utils.load_model(parse("--model", str(int4_checkpoint), *flags))[1].base_model
+        assert (model.cache_dtype, model.exact_prefill) == expected
 
 
 # Several GPUs, and too small ones.
@@ -351,11 +333,6 @@ def test_num_gpus(load_on_two_gpus, tiny_checkpoint, first_answer, capsys, argv)
     assert answer == first_answer and set(places) == {"cuda:0", "cuda:1"}
     assert ", layers: 1 on cuda:0, 3 on cuda:1\n" in capsys.readouterr().err
     assert not Path("unused").exists()
-
-
-def test_num_gpus_of_a_quantized_checkpoint(load_on_two_gpus, int4_checkpoint):
-    _, places = load_on_two_gpus("--model", str(int4_checkpoint), "--num-gpus", "2")
-    assert set(places) == {"cuda:0", "cuda:1"}
 
 
 def test_num_gpus_while_quantizing(load_on_two_gpus, tiny_checkpoint):
@@ -421,12 +398,6 @@ def test_devices_that_cannot_hold_it(tiny_checkpoint, load_on_two_gpus, argv, fr
     argv = ["--model", str(tiny_checkpoint), *argv]
     line = fail(partial(load_on_two_gpus, gpu=free[0], cpu=free[1]), *argv)
     assert expected in line
-
-
-def test_more_gpus_than_there_are(tiny_checkpoint, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    line = fail_to_load("--model", str(tiny_checkpoint), "--num-gpus", "2")
-    assert "--num-gpus is 2, but PyTorch" in line and "finds no CUDA GPU here" in line
 
 
 def test_copies_that_the_disk_cannot_hold(checkpoint, tiny_model, monkeypatch, tmp_path):

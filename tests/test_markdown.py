@@ -50,8 +50,9 @@ def test_where_code_begins_in_doubt_tags_are_escaped():
     assert to_markdown("a ```<b>``` c", "gradio") == "a ```&lt;b>``` c"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", [r"\[", r"\(", "$$", "$", "`", "[^", "\\[\n", "$$a\n"])
 def test_the_time_grows_with_the_length_only(part):
-    start = time.monotonic()
+    start = time.process_time()
     to_markdown(part * (200_000 // len(part)), "streamlit")
-    assert time.monotonic() - start < 5  # quadratic time would be minutes
+    assert time.process_time() - start < 5  # quadratic time would be minutes
