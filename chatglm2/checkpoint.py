@@ -1,4 +1,4 @@
-"""Which checkpoint: a folder, a copy in the hub's cache, or the hub."""
+"""Find a checkpoint: a folder, a copy in the hub's cache, or a model on the hub."""
 
 import pickle
 import sys
@@ -31,10 +31,16 @@ HUB_TIMEOUT_S = 8
 
 
 def locate_checkpoint(model: str, revision: str | None):
-    """Return the folder of a checkpoint and None, or None and the hub's information about it.
+    """Return the folder of a checkpoint, or the hub's `ModelInfo` if it has to be downloaded.
 
-    A relative path is looked up below the current directory, then below the repository. A complete
-    copy in the hub's cache is taken if the hub has nothing newer, or does not answer.
+    A relative path is looked up in the current directory, then in the repository. A complete copy
+    in the hub's cache is used if the hub has nothing newer, or does not answer.
+
+    Returns:
+        (folder, None) or (None, information).
+
+    Raises:
+        SystemExit: There is no such checkpoint, or it lacks a file.
     """
     for folder in (Path(model).expanduser(), ROOT / model):
         if folder.exists():
@@ -72,10 +78,10 @@ def locate_checkpoint(model: str, revision: str | None):
 def query_hub(model: str, revision: str | None):
     """Return the hub's `ModelInfo`, with the files' sizes, within `HUB_TIMEOUT_S`.
 
-    A thread keeps the time, for a resolver that does not answer knows no time-out.
+    The request runs in a thread, because name resolution has no time-out of its own.
 
     Raises:
-        OSError, HTTPError, ValueError: The hub is out of reach, or has no such model.
+        OSError, HTTPError, ValueError: The hub cannot be reached, or has no such model.
     """
     outcome = []
 
@@ -110,7 +116,7 @@ def find_cached_copy(model: str, revision: str | None) -> Path | None:
 
 
 def check_file_names(model: str, names: set[str]):
-    """Check that what a checkpoint needs is among the names of its files."""
+    """Check that the names of a checkpoint's files include all that loading needs."""
     weights = {"model.safetensors", "pytorch_model.bin"}
     weights |= {f"{name}.index.json" for name in weights}
     for needed, what in (
@@ -119,7 +125,7 @@ def check_file_names(model: str, names: set[str]):
         (weights, "weights (model.safetensors or pytorch_model.bin, or their index)"),
     ):
         if not needed & names:
-            raise SystemExit(f"{model} is no complete checkpoint: it has no {what}; {CURE}.")
+            raise SystemExit(f"{model} is not a complete checkpoint: it has no {what}; {CURE}.")
 
 
 def check_folder(folder: Path):
@@ -129,7 +135,11 @@ def check_folder(folder: Path):
 
 
 def read_config(source, **revision) -> ChatGLMConfig:
-    """Return the configuration of a checkpoint that this version can run."""
+    """Return the configuration of a checkpoint.
+
+    Raises:
+        SystemExit: It is a model of another type.
+    """
     fields, _ = ChatGLMConfig.get_config_dict(source, **revision)
     if fields.get("model_type") != "chatglm":
         raise SystemExit(
@@ -161,7 +171,11 @@ def read_tensors(*files: Path) -> dict[str, torch.Tensor]:
 
 
 def check_disk(model: str, hub_info):
-    """Stop before a download that the disk of the hub's cache cannot hold."""
+    """Check that the disk of the hub's cache can hold the download.
+
+    Raises:
+        SystemExit: It cannot.
+    """
     names = {file.rfilename for file in hub_info.siblings}
     suffix = ".safetensors" if any(name.endswith(".safetensors") for name in names) else ".bin"
     needed = sum(
@@ -176,6 +190,6 @@ def check_disk(model: str, hub_info):
     if needed > free:
         raise SystemExit(
             f"{model}: the download needs {gigabytes(needed)}, {gigabytes(free)} free in "
-            f"{constants.HF_HUB_CACHE}: make room, or name another disk (environment variable "
-            "HF_HOME)."
+            f"{constants.HF_HUB_CACHE}: free some space, or choose another disk (environment "
+            "variable HF_HOME)."
         )

@@ -1,4 +1,4 @@
-"""What the machine has, and what a container leaves of it: memory, disk, processors, addresses."""
+"""Free memory and disk space, processor cores, addresses: of the machine or of its container."""
 
 import os
 import re
@@ -22,7 +22,7 @@ def get_free_memory(device: torch.device) -> int | None:
 
 
 def get_free_space(folder: Path) -> int:
-    """Return the free bytes of the disk that holds a folder, or will."""
+    """Return the free bytes of the disk of a folder, which need not exist yet."""
     folder = folder.absolute()
     while not folder.exists():
         folder = folder.parent
@@ -34,7 +34,7 @@ def gigabytes(size: float) -> str:
 
 
 def find_group_folders(root: Path, controller: str) -> list[tuple[int, Path]]:
-    """Return version (1 or 2) and folder of each control group that this process is in."""
+    """Return version (1 or 2) and folder of each control group of this process."""
     own_groups = root / "proc/self/cgroup"
     folders = []
     for line in own_groups.read_text().splitlines() if own_groups.exists() else ():
@@ -51,7 +51,7 @@ def find_group_folders(root: Path, controller: str) -> list[tuple[int, Path]]:
 
 
 def read_free_memory(root: Path) -> int | None:
-    """Return the bytes that Linux and the control groups of this process leave free."""
+    """Return the bytes that are free in Linux and in the control groups of this process."""
     meminfo, free = root / "proc/meminfo", []
     if meminfo.exists() and (match := re.search(r"MemAvailable:\s+(\d+)", meminfo.read_text())):
         free.append(1024 * int(match[1]))
@@ -65,7 +65,7 @@ def read_free_memory(root: Path) -> int | None:
 
 
 def read_group_memory(folder: Path, limit: str, usage: str, cached: str) -> int | None:
-    """Return the limit of a control group minus its usage without file pages that can go."""
+    """Return the limit of a control group minus its usage; cached file pages are not counted."""
     if (
         not (folder / limit).exists()
         or (bytes_limit := (folder / limit).read_text().strip()) == "max"
@@ -77,12 +77,13 @@ def read_group_memory(folder: Path, limit: str, usage: str, cached: str) -> int 
 
 
 def choose_threads() -> int | None:
-    """Return how many threads the CPU should compute with; `None` leaves it to PyTorch.
+    """Return the number of threads for computing on the CPU; `None` leaves it to PyTorch.
 
-    One for each physical core that this process may run on (two hyperthreads share the arithmetic
-    of a core), and not more than the processors' time that its control groups grant, rounded down:
-    a thread too many is stopped for a part of each period, and the others wait for it. PyTorch
-    knows as much where `OMP_NUM_THREADS` is set, and outside of Linux.
+    One for each physical core that this process may use, because two hyperthreads share the
+    arithmetic units of a core; at most the CPU quota of its control groups, rounded down. A thread
+    beyond the quota is paused for a part of each period, and all others wait for it.
+
+    PyTorch chooses well if `OMP_NUM_THREADS` is set, and on other systems than Linux.
     """
     if sys.platform != "linux" or os.environ.get("OMP_NUM_THREADS"):
         return None
@@ -101,7 +102,7 @@ def count_cores(root: Path, processors: set[int]) -> int:
 
 
 def read_cpu_quota(root: Path) -> float | None:
-    """Return how many processors' time the control groups grant; `None` is no limit."""
+    """Return the CPU quota of the control groups, in processors; `None` is no limit."""
     quotas = []
     for version, folder in find_group_folders(root, "cpu"):
         if version == 2:
@@ -121,7 +122,7 @@ def listen(host: str, port: int) -> socket.socket:
 
     Raises:
         socket.gaierror: The host has no address.
-        OSError: The port is taken, or the address is none of this machine's.
+        OSError: The port is taken, or this machine does not have the address.
     """
     try:
         family, *_, address = socket.getaddrinfo(
@@ -129,13 +130,5 @@ def listen(host: str, port: int) -> socket.socket:
         )[0]
     except UnicodeError as error:  # e.g. a part of more than 63 letters
         raise socket.gaierror(socket.EAI_NONAME, f"no name of a host ({error})") from error
-    listener = socket.socket(family)
-    try:
-        if os.name == "posix":  # elsewhere it would share a taken port
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen()  # two servers started together may both bind
-    except OSError:
-        listener.close()
-        raise
-    return listener
+    is_dual = family == socket.AF_INET6 and socket.has_dualstack_ipv6()
+    return socket.create_server(address, family=family, dualstack_ipv6=is_dual)

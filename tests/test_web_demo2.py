@@ -242,7 +242,7 @@ def test_a_closed_tab_ends_its_answer_and_frees_its_cache(browser, server, tab):
 
 
 @pytest.mark.slow
-def test_dark_and_phone(tab):
+def test_dark_and_phone_and_no_other_address(server, tab):
     tab.page.emulate_media(color_scheme="dark")
     tab.page.set_viewport_size({"width": 360, "height": 640})
     tab.page.reload()

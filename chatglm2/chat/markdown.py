@@ -1,4 +1,4 @@
-"""Text of users and models as Markdown for Gradio and Streamlit."""
+"""Rewrites Markdown of users and models, so that Gradio and Streamlit show it as it is meant."""
 
 import re
 from functools import lru_cache
@@ -9,20 +9,20 @@ PARSER = MarkdownIt("commonmark").disable(["html_block", "html_inline", "referen
 CODE_SPAN = re.compile(r"(?<!`)(``?)(?!`)(.+?)(?<!`)\1(?!`)", re.DOTALL)
 SPECIAL = re.compile(
     r"\\\[(?P<display>(?:[^\\]|\\[^\[\]])+?)\\\]|\$\$(?P<dollars>.+?)\$\$"
-    r"|\\\((?P<inline>(?:[^\\]|\\[^()])+?)\\\)"  # none in another: the time would be quadratic
+    r"|\\\((?P<inline>(?:[^\\]|\\[^()])+?)\\\)"  # not nested: the time would be quadratic
     r"|(?<![a-zA-Z\d$])\$(?P<dollar>[^\s$](?:[^$\n]*[^\s$\\])?)\$(?![a-zA-Z\d$])"  # no prices
     r"|\\?(?P<tag><)|\\(?P<escaped>.)|(?P<image>!\[)|(?P<footnote>\[\^)|(?P<newline>\n)"
     r"|(?P<price>\$)|(?P<colon>:(?=[a-z]))",
     re.DOTALL,
 )
-# A display formula of several lines; Markdown would take some of them for items or headings.
+# A display formula of several lines, some of which Markdown would read as items or headings.
 FORMULA = re.compile(
     r"^ {0,3}(?:\\\[(?:(?!\n[ \t]*\n)(?:[^\\]|\\[^\[\]]))+?\\\]"
     r"|\$\$(?:(?!\n[ \t]*\n)[^$])+\$\$)",
     re.MULTILINE,
 )
 ALONE = re.compile(r"^ {0,3}\$\$([^$\n]+)\$\$ *$", re.MULTILINE)
-# What `SPECIAL` finds, as each library's Markdown writes it.
+# The replacement of each group of `SPECIAL`, in each library's Markdown.
 GRADIO = {
     "display": r"\[{}\]",
     "inline": r"\({}\)",
@@ -42,7 +42,7 @@ STREAMLIT = {
     "footnote": "&#91;^",
     "newline": "  \n",
     "price": r"\$",
-    "colon": "&#58;",  # of `:red[...]`, `:smile:`
+    "colon": "&#58;",  # Streamlit draws `:red[...]` and `:smile:`
     "dollars": r"\\textdollar ",
     "alone": r"$$\n\1\n$$",  # otherwise it would be drawn as in a line of text
     "<": "<",
@@ -51,10 +51,10 @@ STREAMLIT = {
 
 @lru_cache(maxsize=1000)
 def to_markdown(text: str, library: str) -> str:
-    """Return a user's or a model's Markdown so that `library` shows it as it is meant.
+    """Return Markdown for `library` ("gradio" or "streamlit").
 
-    HTML tags and images are shown as they are written: nothing of the text becomes HTML, and it
-    makes no browser ask another host. Formulas get the library's delimiters. Code stays as it is.
+    HTML tags and images are shown literally: no part of the text becomes HTML, and no browser sends
+    a request to another host. Formulas get the library's delimiters. Code is not changed.
     """
     style = {"gradio": GRADIO, "streamlit": STREAMLIT}[library]
     text = join_formulas(text)
@@ -67,12 +67,12 @@ def to_markdown(text: str, library: str) -> str:
             ]
         elif token.type == "fence":
             first = token.map[0]
-            lines[first] = re.sub("[<!]", "", lines[first])  # not part of a language's name
+            lines[first] = re.sub("[<!]", "", lines[first])  # no language has them in its name
     return "\n".join(lines)
 
 
 def join_formulas(text: str) -> str:
-    """Put each display formula on one line, but nothing of code."""
+    """Put each display formula outside of code on one line."""
     if not FORMULA.search(text):
         return text
     lines, result, end = text.split("\n"), [], 0
@@ -89,11 +89,11 @@ def join_lines(formula: str) -> str:
 
 
 def convert(text: str, token, style: dict[str, str]) -> str:
-    """Replace what is special in all of a paragraph but its code spans."""
+    """Replace what `SPECIAL` finds in a paragraph, except in its code spans."""
     spans = list(CODE_SPAN.finditer(text))
     codes = [child.content for child in token.children if child.type == "code_inline"]
     if [span[2].replace("\n", " ").strip() for span in spans] != [code.strip() for code in codes]:
-        spans = []  # in doubt: an entity within code is better than a tag outside of it
+        spans = []  # in doubt, escape all: an entity in code is better than a tag elsewhere
     result, end = "", 0
     for span in spans:
         result += SPECIAL.sub(lambda found: replace(found, style), text[end : span.start()])
@@ -108,7 +108,7 @@ def replace(found: re.Match, style: dict[str, str]) -> str:
             return style["display"].format(formula(body, style))
         case "inline" | "dollar":
             return style["inline"].format(formula(body, style))
-        case "escaped":  # what begins a formula, but does not end, would to Gradio in later code
+        case "escaped":  # Gradio would search the end of an unfinished formula in later code
             return f"&#{ord(body)};" if body in "[]()" else "\\" + body
         case "tag":
             return body
@@ -116,6 +116,6 @@ def replace(found: re.Match, style: dict[str, str]) -> str:
 
 
 def formula(body: str, style: dict[str, str]) -> str:
-    """Return TeX that has no image, footnote or end of a formula to any Markdown parser."""
+    """Return TeX in which no Markdown parser finds an image, a footnote or the end of a formula."""
     body = join_lines(body).replace("![", "! [").replace("[^", "[ ^")
     return re.sub(r"\$+", style["dollars"], body)
