@@ -3,12 +3,14 @@
 import pytest
 import torch
 
+from chatglm2 import ChatGLMForConditionalGeneration
 from chatglm2.kernels import torch_ops_backend
 from chatglm2.kernels.torch_ops_backend import PackedInt4, TorchOpsBackend
 from chatglm2.quantization import QuantizedLinear, torch_matmul
 
 WAYS = [(8, None), (4, None), (4, 128)]
 CPU = torch.device("cpu")
+DTYPE = torch.bfloat16
 BACKEND = TorchOpsBackend()
 can_run = pytest.mark.skipif(
     torch.backends.cpu.get_cpu_capability() == "DEFAULT",
@@ -53,6 +55,18 @@ def test_every_level_and_negative_scales(bits, group_size):
     x = torch.eye(256).bfloat16()
     columns = [BACKEND.matmul(rows, layer) for rows in x.split(torch_ops_backend.MAX_ROWS)]
     assert torch.equal(torch.cat(columns).float(), torch_matmul(x.float(), layer))
+
+
+@can_run
+def test_model(tiny_checkpoint, monkeypatch):
+    logits = {}
+    for name in ("torch_ops", "torch"):
+        monkeypatch.setenv("CHATGLM_BACKEND", name)
+        model = ChatGLMForConditionalGeneration.from_pretrained(tiny_checkpoint, dtype=DTYPE)
+        with torch.no_grad():
+            logits[name] = model.quantize(4)(torch.tensor([[5, 7, 9, 11]])).logits.float()
+    difference = logits["torch_ops"] - logits["torch"]
+    assert 0 < difference.norm() < 0.05 * logits["torch"].norm()
 
 
 @can_run
