@@ -81,6 +81,7 @@ def start_and_build(context, count: int) -> list:
     return outcomes
 
 
+@pytest.mark.slow  # compiles in several processes
 @pytest.mark.skipif(sys.platform != "linux", reason="forks")
 def test_several_processes_at_once(quick):
     sources = sorted(build_cpu.SOURCES[0].parent.iterdir())

@@ -76,6 +76,7 @@ def test_build_without_a_compiler(monkeypatch):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow  # compiles
 @pytest.mark.parametrize("compiler", [NVCC, NVRTC])
 def test_compiler(compiler, monkeypatch, tmp_path):
     try:

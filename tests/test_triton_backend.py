@@ -77,6 +77,7 @@ def test_model(interpreted):
     assert interpreted["model"] < 1e-3
 
 
+@pytest.mark.slow  # compiles
 @pytest.mark.parametrize("name", ["matvec_kernel", "tile_kernel"])
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("capability", [80, 90])
