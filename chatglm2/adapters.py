@@ -14,8 +14,9 @@ from torch import nn
 
 from .checkpoint import read_tensors
 from .configuration_chatglm import ChatGLMConfig
-from .modeling_chatglm import ChatGLMForConditionalGeneration, PrefixEncoder, find_weight_files
+from .modeling_chatglm import ChatGLMForConditionalGeneration, PrefixEncoder
 from .quantization import QuantizedLinear, get_quantization
+from .weights_chatglm import find_weight_files
 
 PEFT_CONFIG = "adapter_config.json"
 PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")

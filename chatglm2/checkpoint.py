@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from .configuration_chatglm import ChatGLMConfig
 from .errors import one_line
 from .hardware import get_free_space, gigabytes
-from .modeling_chatglm import check_weight_file, find_weight_files
+from .weights_chatglm import check_weight_file, find_weight_files
 
 ROOT = Path(__file__).resolve().parent.parent
 CURE = (

@@ -21,10 +21,10 @@ from transformers.convert_slow_tokenizer import generate_merges
 
 from .checkpoint import read_tensors
 from .configuration_chatglm import ChatGLMConfig
-from .modeling_chatglm import find_weight_files
 from .quantization import get_quantization
 from .refresh import check_folder
 from .tokenization_chatglm import ChatGLMTokenizer
+from .weights_chatglm import find_weight_files
 
 MAX_SHARD_SIZE = "5GB"
 GLM_IS = {

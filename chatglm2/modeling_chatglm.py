@@ -1,13 +1,12 @@
 """The ChatGLM2 network for transformers 5; its cache and chat are in generation_chatglm.py.
 
-Module and parameter names are the official checkpoint's, so its `.bin` and safetensors files load
-as they are. Letters in shape comments: b batch, s new tokens, k keys (cached and new), h hidden
-size, H query heads, G key/value heads, d head size. This file is also Hugging Face remote code.
+Module and parameter names are those of the official checkpoint, so its files load unchanged. This
+file is also Hugging Face remote code. Letters in shape comments: b batch, s tokens of this call,
+k keys (cached and new tokens), p length of a P-Tuning v2 prefix, h hidden size, H query heads,
+G key/value heads, d head size, f inner size of the MLP, L layers, V vocabulary size.
 """
 
-import json
-import zipfile
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -40,17 +39,18 @@ from .quantization import (
     quantize_model,
     replace_layers,
 )
+from .weights_chatglm import check_weight_file, find_weight_files
 
 logger = logging.get_logger(__name__)
 
-MAX_GROUPED_TOKENS = 128  # beyond, expanded keys are as fast as grouped queries
+MAX_GROUPED_TOKENS = 128  # with more new tokens, expanded keys are as fast as grouped queries
 
 
 class RotaryEmbedding(nn.Module):
     """Cosine and sine of the rotary angles (RoFormer, arXiv 2104.09864), exact in every dtype.
 
-    The frequencies are float32 whatever the model's dtype (no buffer, so `.half()` leaves them
-    alone), and only the rows of the given positions are computed.
+    The frequencies are no buffer and stay float32 when the model is cast. Only the rows of the
+    given positions are computed.
     """
 
     def __init__(self, config: ChatGLMConfig):
@@ -59,7 +59,7 @@ class RotaryEmbedding(nn.Module):
         self.frequencies = None
 
     def compute_frequencies(self, device, length: int | None = None) -> tuple[torch.Tensor, float]:
-        """Return each pair's angle per position, [d / 4], and yarn's factor of cos and sin."""
+        """Return each pair's angle per position, [d / 4], and the factor for cos and sin (yarn)."""
         rope = self.config.rope_parameters
         if rope["rope_type"] == "default":
             dim = self.config.kv_channels // 2
@@ -82,12 +82,12 @@ class RotaryEmbedding(nn.Module):
             if self.frequencies is None or self.frequencies[0].device != x.device:
                 self.frequencies = self.compute_frequencies(x.device)
             frequencies, scaling = self.frequencies
-        angles = position_ids[:, None, :, None].float() * frequencies
+        angles = position_ids[:, None, :, None].float() * frequencies  # [b, 1, s, d / 4]
         return (angles.cos() * scaling).to(x.dtype), (angles.sin() * scaling).to(x.dtype)
 
 
 def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate the first half of each head, in neighbouring pairs; the second half passes through.
+    """Rotate the neighbouring pairs in the first half of each head; return the second half as is.
 
     With x0, x1 = x[..., 2i], x[..., 2i + 1] and the angle a_i of the position:
     y[..., 2i] = x0 cos a_i - x1 sin a_i, y[..., 2i + 1] = x1 cos a_i + x0 sin a_i.
@@ -95,13 +95,13 @@ def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
     Shapes: x [b, heads, s, d]; cos and sin [b, 1, s, d / 4].
     """
     rotated_size = 2 * cos.shape[-1]
-    x0, x1 = x[..., 0:rotated_size:2], x[..., 1:rotated_size:2]
-    rotated = torch.stack((x0 * cos - x1 * sin, x1 * cos + x0 * sin), dim=-1).flatten(-2)
-    return torch.cat((rotated, x[..., rotated_size:]), dim=-1)
+    x0, x1 = x[..., 0:rotated_size:2], x[..., 1:rotated_size:2]  # [b, heads, s, d / 4]
+    pairs = torch.stack((x0 * cos - x1 * sin, x1 * cos + x0 * sin), dim=-1)  # [..., d / 4, 2]
+    return torch.cat((pairs.flatten(-2), x[..., rotated_size:]), dim=-1)  # [b, heads, s, d]
 
 
 class RMSNorm(nn.Module):
-    """RMS normalization (arXiv 1910.07467): float32 inside, cast to the weight's dtype last."""
+    """RMS normalization (arXiv 1910.07467), computed in float32 and cast to the weight's dtype."""
 
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -120,9 +120,10 @@ def create_norm(config: ChatGLMConfig) -> nn.Module:
 
 
 def group_queries(query: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
-    """View queries that share a key/value head as its rows: [b, H, s, d] -> [b, G, H/G * s, d].
+    """View the queries that share a key/value head as its rows, so that keys are not expanded.
 
-    Row r * s + i of head g is token i of query head g * (H/G) + r. So keys are never expanded.
+    [b, H, s, d] -> [b, G, H/G * s, d]; row r * s + i of head g is token i of query head
+    g * (H/G) + r.
     """
     batch, num_heads, length, head_dim = query.shape
     return query.reshape(batch, num_kv_heads, num_heads // num_kv_heads * length, head_dim)
@@ -131,27 +132,28 @@ def group_queries(query: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
 def eager_attention_forward(
     module, query, key, value, attention_mask, scaling, dropout=0.0, is_causal=None, **kwargs
 ):
-    """Attention (arXiv 1706.03762, 3.2.1) step by step; also returns the weights [b, H, s, k].
+    """Compute attention (arXiv 1706.03762, section 3.2.1) step by step; also return its weights.
 
-    Shapes: query [b, H, s, d]; key and value [b, G, k, d]; attention_mask [b, 1, s, k], added;
-    output [b, s, H, d].
+    Shapes: query [b, H, s, d]; key and value [b, G, k, d]; attention_mask [b, 1, s, k], added to
+    the scores; returns [b, s, H, d] and [b, H, s, k].
     """
     batch, num_heads, length, head_dim = query.shape
     scores = group_queries(query, key.shape[1]) @ key.transpose(-1, -2) * scaling
-    scores = scores.view(batch, num_heads, length, -1)
+    scores = scores.view(batch, num_heads, length, -1)  # [b, G, H/G * s, k] -> [b, H, s, k]
     if attention_mask is not None:
         scores = scores + attention_mask
     weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
     weights = F.dropout(weights, p=dropout, training=module.training)
-    output = group_queries(weights, key.shape[1]) @ value
-    return output.view(batch, num_heads, length, head_dim).transpose(1, 2), weights
+    output = group_queries(weights, key.shape[1]) @ value  # [b, G, H/G * s, d]
+    output = output.view(batch, num_heads, length, head_dim).transpose(1, 2)  # [b, s, H, d]
+    return output, weights
 
 
 class SelfAttention(nn.Module):
     """Multi-query attention (arXiv 1911.02150): H query heads share G key/value heads.
 
-    `query_key_value` gives, with multi-query attention, all query rows, then all key rows, then all
-    value rows; without it, query, key and value head by head.
+    With multi-query attention the rows of `query_key_value` are all queries, then all keys, then
+    all values; without it they are query, key and value of each head in turn.
     """
 
     def __init__(self, config: ChatGLMConfig, layer_idx: int):
@@ -175,63 +177,59 @@ class SelfAttention(nn.Module):
     def split_heads(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """[b, s, (H + 2G) d] -> query [b, H, s, d], key and value [b, G, s, d]."""
         if not self.config.multi_query_attention:
-            return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2).chunk(3, dim=-1)
-        heads = x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            heads = x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [b, H, s, 3d]
+            return heads.chunk(3, dim=-1)
+        heads = x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [b, H + 2G, s, d]
         return heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
 
     def attend(self, query, key, value, attention_mask, **kwargs):
-        """Return the heads' outputs [b, s, H, d] and, if eager, the attention weights.
+        """Return the output [b, s, H, d] of all heads and, with eager attention, the weights.
 
-        Keys and values can be lists of [1, G, k, d], of a length of its own for each row (s = 1).
+        With `RaggedCache` (s = 1), `key` and `value` are lists of [1, G, k, d], one for each row.
         """
         if isinstance(key, list):
             rows = zip(query.split(1), key, value, strict=True)
             return torch.cat([self.attend(*row, None, **kwargs)[0] for row in rows]), None
-        key, value = key.to(query.dtype), value.to(query.dtype)  # the cache may have another
+        key, value = key.to(query.dtype), value.to(query.dtype)  # unlike `cache_dtype`
         implementation = self.config._attn_implementation
         dropout = self.config.attention_dropout if self.training else 0.0
         length = query.shape[2]
         can_group = length == 1 or (attention_mask is not None and length <= MAX_GROUPED_TOKENS)
-        can_group = can_group and "cache" not in kwargs  # the library's continuous batching
+        can_group = can_group and "cache" not in kwargs  # continuous batching of transformers
         if implementation == "sdpa" and self.num_key_value_groups > 1 and can_group:
             if attention_mask is not None and length > 1:
+                # [b, 1, s, k] -> [b, 1, H/G * s, k]
                 attention_mask = attention_mask.repeat(1, 1, self.num_key_value_groups, 1)
-            rows = group_queries(query, self.num_kv_heads)
+            rows = group_queries(query, self.num_kv_heads)  # [b, G, H/G * s, d]
             output = F.scaled_dot_product_attention(
                 rows, key, value, attention_mask, dropout, scale=self.scaling
             )
-            return output.reshape(query.shape).transpose(1, 2), None
+            return output.reshape(query.shape).transpose(1, 2), None  # [b, s, H, d]
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         return attention(
             self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
         )
 
     def forward(
-        self,
-        hidden_states,
-        attention_mask,
-        rotary,
-        kv_cache=None,
-        cache_dtype=None,
-        prefix=None,
-        **kwargs,
+        self, x, attention_mask, rotary, kv_cache=None, cache_dtype=None, prefix=None, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        query, key, value = self.split_heads(self.query_key_value(hidden_states))
+        query, key, value = self.split_heads(self.query_key_value(x))
         query, key = apply_rotary(query, *rotary), apply_rotary(key, *rotary)
         if prefix is not None:
-            key, value = torch.cat((prefix[0], key), dim=2), torch.cat((prefix[1], value), dim=2)
+            key = torch.cat((prefix[0], key), dim=2)  # [b, G, p + s, d]
+            value = torch.cat((prefix[1], value), dim=2)
         if kv_cache is not None:
             stored = key.to(cache_dtype or key.dtype), value.to(cache_dtype or value.dtype)
             key, value = kv_cache.update(*stored, self.layer_idx)
         elif "cache" in kwargs and CACHE_NAME == "cache":
-            # Continuous batching of transformers; before 5.24 its attention functions update.
+            # Continuous batching of transformers: before 5.24 the attention function updates it.
             key, value = kwargs["cache"].update(key, value, self.layer_idx, kwargs=kwargs)
         output, weights = self.attend(query, key, value, attention_mask, **kwargs)
-        return self.dense(output.flatten(2)), weights
+        return self.dense(output.flatten(2)), weights  # [b, s, H d] -> [b, s, h]
 
 
 class MLP(nn.Module):
-    """SwiGLU (arXiv 2002.05202): the first half of `dense_h_to_4h` is the gate of the second."""
+    """SwiGLU (arXiv 2002.05202); the first half of the output of `dense_h_to_4h` is the gate."""
 
     def __init__(self, config: ChatGLMConfig):
         super().__init__()
@@ -240,12 +238,12 @@ class MLP(nn.Module):
         self.dense_4h_to_h = nn.Linear(inner_size, size, bias=bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        gate, up = self.dense_h_to_4h(x).chunk(2, dim=-1)
+        gate, up = self.dense_h_to_4h(x).chunk(2, dim=-1)  # [b, s, 2f] -> [b, s, f] each
         return self.dense_4h_to_h(F.silu(gate) * up)
 
 
 class GLMBlock(GradientCheckpointingLayer):
-    """Norm, attention, residual, norm, MLP, residual."""
+    """One layer: norm, attention, residual, norm, MLP, residual."""
 
     def __init__(self, config: ChatGLMConfig, layer_idx: int):
         super().__init__()
@@ -271,7 +269,7 @@ class GLMBlock(GradientCheckpointingLayer):
 
 
 class GLMTransformer(nn.Module):
-    """The blocks and the final norm (the checkpoint's `encoder`)."""
+    """The layers and the final norm (`encoder` in the checkpoint)."""
 
     def __init__(self, config: ChatGLMConfig):
         super().__init__()
@@ -280,9 +278,10 @@ class GLMTransformer(nn.Module):
             self.final_layernorm = create_norm(config)
 
     def forward(self, hidden_states, prefix, output_hidden_states, output_attentions, **kwargs):
-        """Return the last hidden states, all (the last before the norm), all attentions.
+        """Return the final hidden states, those of all layers, and all attention weights.
 
-        The second and third are `None` unless requested.
+        The second and the third are `None` unless requested. The states in the second start with
+        the embeddings and end before the final norm.
         """
         all_hidden_states = (hidden_states,) if output_hidden_states else None
         all_attentions = () if output_attentions else None
@@ -302,7 +301,7 @@ class GLMTransformer(nn.Module):
 
 
 class PrefixEncoder(nn.Module):
-    """P-Tuning v2 (arXiv 2110.07602): trained keys and values in front of every layer's own."""
+    """P-Tuning v2 (arXiv 2110.07602): trained keys and values in front of those of each layer."""
 
     def __init__(self, config: ChatGLMConfig):
         super().__init__()
@@ -315,18 +314,14 @@ class PrefixEncoder(nn.Module):
             )
 
     def forward(self, batch_size: int, dtype: torch.dtype) -> torch.Tensor:
-        """Return [layers, 2 (key, value), b, G, pre_seq_len, d]."""
-        prefix = self.embedding.weight
-        if self.config.prefix_projection:
+        """Return keys and values, [L, 2, b, G, p, d]."""
+        config, prefix = self.config, self.embedding.weight  # [p, L 2 G d]
+        if config.prefix_projection:
             prefix = self.trans(prefix)
-        shape = (
-            self.config.num_layers,
-            2,
-            self.config.num_key_value_heads,
-            self.config.kv_channels,
-        )
-        prefix = prefix.to(dtype).unflatten(-1, shape).permute(1, 2, 3, 0, 4).unsqueeze(2)
-        prefix = prefix.expand(-1, -1, batch_size, -1, -1, -1)
+        shape = (config.num_layers, 2, config.num_key_value_heads, config.kv_channels)
+        prefix = prefix.to(dtype).unflatten(-1, shape)  # [p, L, 2, G, d]
+        prefix = prefix.permute(1, 2, 3, 0, 4).unsqueeze(2)  # [L, 2, 1, G, p, d]
+        prefix = prefix.expand(-1, -1, batch_size, -1, -1, -1)  # [L, 2, b, G, p, d]
         return F.dropout(prefix, p=0.1, training=self.training)
 
 
@@ -339,78 +334,20 @@ class Embedding(nn.Module):
 
 
 def default(value, fallback):
-    """Return a value, or what replaces it if it is `None`."""
+    """Return `value`, or `fallback` if it is `None`."""
     return fallback if value is None else value
 
 
-def creation(empty_init: bool, device):
-    """Return the contexts to make parameters in: left empty or not, on `device` if given."""
-    return no_init_weights() if empty_init else nullcontext(), torch.device(
-        device
-    ) if device else nullcontext()
-
-
-def find_weight_files(folder: Path) -> list[Path]:
-    """Return the weight files that transformers reads from a checkpoint folder.
-
-    A file that an index names need not exist; the list is empty where there are no weights.
-
-    Raises:
-        OSError: The index is damaged.
-    """
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        index = folder / f"{name}.index.json"
-        if (folder / name).exists():
-            return [folder / name]
-        if index.exists():
-            try:
-                shards = set(json.loads(index.read_bytes())["weight_map"].values())
-            except (ValueError, TypeError, KeyError, AttributeError) as error:
-                size = index.stat().st_size
-                raise OSError(f"{index} ({size} bytes) is damaged: download it again.") from error
-            return [folder / shard for shard in sorted(shards)]
-    return []
-
-
-def is_whole_header(header: bytes, num_data_bytes: int) -> bool:
-    """Whether a safetensors header is JSON whose tensors fill the data bytes exactly."""
-    try:
-        tensors = json.loads(header)
-        ends = [entry["data_offsets"][1] for name, entry in tensors.items() if name[:2] != "__"]
-    except (ValueError, AttributeError, KeyError, TypeError):
-        return False
-    return max(ends, default=0) == num_data_bytes
-
-
-def check_weight_file(file: Path):
-    """Check that a weight file is whole.
-
-    Raises:
-        OSError: It is missing, a Git LFS pointer, or truncated; one line with its size and what to
-            do.
-    """
-    if not file.exists():
-        raise OSError(f"{file} is missing: download it into the folder.")
-    size = file.stat().st_size
-    with open(file, "rb") as stream:
-        head = stream.read(8)
-        if head == b"version ":  # of https://git-lfs.github.com/spec/v1
-            raise OSError(
-                f"{file} ({size} bytes) is a Git LFS pointer and not the file itself: run "
-                "`git lfs pull` in the folder, or download the file and put it there."
-            )
-        if file.suffix == ".safetensors":
-            length = int.from_bytes(head, "little")
-            header = stream.read(length) if length < size else b""
-            if is_whole_header(header, size - 8 - length):
-                return
-        elif zipfile.is_zipfile(file) or head[:1] == b"\x80":  # \x80: a pickle, before torch 1.6
-            return
-    raise OSError(f"{file} ({size} bytes) is truncated or damaged: download it again.")
+@contextmanager
+def creating_parameters(empty_init: bool, device):
+    """Within, parameters are created on `device` if it is given, and can be left empty."""
+    no_init = no_init_weights() if empty_init else nullcontext()
+    with no_init, torch.device(device) if device else nullcontext():
+        yield
 
 
 class ChatGLMPreTrainedModel(PreTrainedModel):
-    """What the models share: loading, and what transformers needs to know of them."""
+    """Base class of the models: loading, casting and quantizing."""
 
     config_class = ChatGLMConfig
     base_model_prefix = "transformer"
@@ -425,18 +362,20 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, device=None, **kwargs):
-        """As the library's; `device="cuda"` puts the whole model there, as the original's.
+        """Load a model like `PreTrainedModel.from_pretrained`, after a check of its files.
+
+        Args:
+            device: Where to put the whole model, such as "cuda" (an argument of the original).
 
         Raises:
-            OSError: The folder has no config.json, or a weight file is missing, a Git LFS pointer,
-                or truncated.
-            ValueError: It is quantized already in another way than `quantization_config` says.
+            OSError: The folder has no config.json, or a weight file is missing or damaged.
+            ValueError: The checkpoint is quantized, but not as `quantization_config` requests.
         """
         folder = Path(pretrained_model_name_or_path or "", kwargs.get("subfolder", ""))
         if pretrained_model_name_or_path and folder.is_dir():
             if "config" not in kwargs and not (folder / "config.json").exists():
                 raise OSError(f"{folder} has no config.json: it is no checkpoint folder.")
-            if not {"variant", "use_safetensors"} & set(kwargs):  # else other files are read
+            if not {"variant", "use_safetensors"} & set(kwargs):  # these select other files
                 for file in find_weight_files(folder):
                     check_weight_file(file)
         if device is not None:
@@ -447,7 +386,7 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
                 others = {k: v for k, v in kwargs.items() if k != "quantization_config"}
                 config = cls.config_class.from_pretrained(config, **others)
             if is_quantized_so(config, kwargs["quantization_config"]):
-                del kwargs["quantization_config"]  # the library would warn
+                del kwargs["quantization_config"]  # transformers would warn
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.base_model.freeze_for_prefix()  # the loader makes every parameter trainable
@@ -456,11 +395,10 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype that the model computes in; a quantized one stores its embedding otherwise."""
+        """The dtype of the hidden states; a quantized model may store its embedding in another."""
         return getattr(self.get_input_embeddings(), "compute_dtype", None) or super().dtype
 
-    # The library refuses `.float()` and `.half()` of a quantized model, as it refuses `.to(dtype)`
-    # where a quantization cannot bear it; ours can.
+    # PreTrainedModel refuses these for every quantized model; this quantization allows any dtype.
 
     def float(self):
         return self.to(torch.float32)
@@ -469,34 +407,36 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
         return self.to(torch.float16)
 
     def quantize(self, bits: int, group_size: int | None = None, output_bits: int | None = None):
-        """Round the blocks' weights to INT8 or INT4, in place, one by one; return the model.
+        """Quantize the weights of all layers to INT8 or INT4 in place; return the model.
 
-        Embedding and output layer are then stored in 16 bits, whatever the model computes in.
-        Weights, scales and packing are the official ones unless `group_size` is given.
+        The embedding and the output layer are then stored in 16 bits. Weights, scales and packing
+        are the official ones unless `group_size` is given.
 
         Args:
-            bits: 8, 4, or 0 for nothing. A model that has as many bits already stays as it is.
-            group_size: 128 with 4 bits: a scale for each 128 columns of a row, for better quality.
-            output_bits: 8: the output layer becomes INT8 too, also that of a quantized model.
+            bits: 8, 4, or 0 to change nothing. A model that has these bits already is not changed.
+            group_size: 128, with 4 bits: one scale for each 128 columns of a row, which is more
+                accurate than one scale for each row.
+            output_bits: 8: quantize the output layer too, also in a model quantized before.
 
         Raises:
-            ValueError: Other values, or the model is quantized already in another way.
+            ValueError: Another value is given, or the model is quantized in another way.
         """
         return quantize_model(self, bits, group_size, output_bits)
 
 
 class ChatGLMModel(ChatGLMPreTrainedModel):
-    """Embedding, blocks, final norm; the output layer is kept here, as in the official checkpoint.
+    """Embedding, layers, final norm, and the output layer, which the checkpoint stores here.
 
     Args:
-        empty_init: Leave the weights uninitialized, to be loaded; False draws them at random.
-        device: Where to make them.
+        empty_init: Leave the weights uninitialized because they will be loaded. With False they
+            are drawn at random.
+        device: Where to create the weights.
 
     Attributes:
-        cache_dtype: In which keys and values are cached, such as float16; `None`: as computed.
-        exact_prefill: Prompts are computed as exactly as answers; else the quantized layers may
-            round their activations.
-        backend: What the quantized layers share, if there are any.
+        cache_dtype: The dtype of cached keys and values; `None` for the dtype they have.
+        exact_prefill: Compute prompts with the product of answers. Otherwise the quantized layers
+            may round the activations of prompts.
+        backend: The `ModelBackend` of the quantized layers; `None` if there are none.
     """
 
     cache_dtype: torch.dtype | None = None
@@ -505,8 +445,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
 
     def __init__(self, config: ChatGLMConfig, empty_init=True, device=None):
         super().__init__(config)
-        no_init, on_device = creation(empty_init, device)
-        with no_init, on_device:
+        with creating_parameters(empty_init, device):
             self.embedding = Embedding(config)
             self.rotary_pos_emb = RotaryEmbedding(config)
             self.encoder = GLMTransformer(config)
@@ -525,13 +464,13 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         self.embedding.word_embeddings = value
 
     def freeze_for_prefix(self):
-        """As the original: of a model with a P-Tuning v2 prefix, only that is trained."""
+        """Train only the P-Tuning v2 prefix of a model that has one, as the original."""
         if self.config.pre_seq_len is not None:
             self.requires_grad_(False)
             self.prefix_encoder.requires_grad_(True)
 
     def is_checkpointing(self) -> bool:
-        """Whether layers are computed again in the backward pass, which a cache cannot bear."""
+        """True if the backward pass computes layers again, which would write to a cache twice."""
         return torch.is_grad_enabled() and any(
             layer.training and layer.gradient_checkpointing for layer in self.encoder.layers
         )
@@ -556,7 +495,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         return self.embedding.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
 
     def prepend_ones(self, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
-        """Let a mask [b, k] also show the P-Tuning v2 prefix."""
+        """Extend a mask [b, k] by the P-Tuning v2 prefix to [b, p + k]."""
         if attention_mask is None:
             return None
         ones = attention_mask.new_ones(len(attention_mask), self.config.pre_seq_len)
@@ -571,14 +510,14 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             cache.prefix_length = self.config.pre_seq_len
         return prefix, mask_cache
 
-    def telling_role(self, num_prompt_tokens: int):
-        """Return the context in which quantized layers know which tokens are a prompt's."""
+    def computing_prompt(self, num_prompt_tokens: int):
+        """Return a context in which quantized layers may round the first tokens, of the prompt."""
         if not num_prompt_tokens or self.exact_prefill or self.backend is None:
             return nullcontext()
         return self.backend.computing_prompt(num_prompt_tokens)
 
     def create_mask(self, inputs_embeds, attention_mask, cache, position_ids):
-        """Return what the attention implementation takes as mask; `None` where it needs none."""
+        """Return the mask in the form that the attention implementation takes, or `None`."""
         mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
@@ -590,13 +529,13 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         is_padded = attention_mask is not None and attention_mask.ndim == 2
         if not is_padded or has_past or mask is None or mask.ndim != 4:
             return mask
-        # As the original: a padding token sees everything, so no row is wholly masked.
+        # As the original: a padding token attends to every token, so no row is fully masked.
         is_padding = attention_mask[:, None, :, None] == 0
         return mask | is_padding if mask.dtype == torch.bool else mask * ~is_padding
 
     def encode(self, inputs_embeds, attention_mask, position_ids, cache, **kwargs):
-        """Compute all layers from the embeddings; return what `GLMTransformer.forward` returns."""
-        device = inputs_embeds.device  # of a model on several devices, the embedding's
+        """Compute all layers; return the result of `GLMTransformer.forward`."""
+        device = inputs_embeds.device  # a model can be on several
         attention_mask = None if attention_mask is None else attention_mask.to(device)
         offset = 0 if cache is None else cache.get_query_offset(0)
         prefix, mask_cache = None, cache
@@ -622,7 +561,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         return self.call_layers(inputs, attention_mask, position_ids, mask_cache)
 
     def call_layers(self, inputs: dict, attention_mask, position_ids, mask_cache):
-        """Call the encoder, or the backend of the quantized layers if it can compute all layers."""
+        """Call the encoder, or the backend of the quantized layers if it computes whole layers."""
         if self.backend is not None:
             tokens = {"attention_mask": attention_mask, "position_ids": position_ids}
             hidden_states = self.backend.encode(self, {**inputs, **tokens})
@@ -668,7 +607,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         kwargs["output_attentions"] = default(output_attentions, self.config.output_attentions)
         inputs_embeds = self.embed(input_ids, inputs_embeds)
         cache, use_cache = self.choose_cache(cache, use_cache)
-        with self.telling_role(num_prompt_tokens):
+        with self.computing_prompt(num_prompt_tokens):
             hidden_states, all_hidden_states, attentions = self.encode(
                 inputs_embeds, attention_mask, position_ids, cache, **kwargs
             )
@@ -681,12 +620,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
 
 
 class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, ChatGLMGenerationMixin):
-    """ChatGLM2 with its output layer: `generate`, and the original's `chat` and `stream_chat`.
-
-    Args:
-        empty_init: Leave the weights uninitialized, to be loaded; False draws them at random.
-        device: Where to make them.
-    """
+    """The language model, with `generate`, `chat` and `stream_chat`; arguments: `ChatGLMModel`."""
 
     _tied_weights_keys = {
         "transformer.output_layer.weight": "transformer.embedding.word_embeddings.weight"
@@ -694,11 +628,10 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, ChatGLMGenerationM
 
     def __init__(self, config: ChatGLMConfig, empty_init=True, device=None):
         super().__init__(config)
-        no_init, on_device = creation(empty_init, device)
-        with no_init, on_device:
+        with creating_parameters(empty_init, device):
             self.transformer = ChatGLMModel(config, empty_init)
             self.post_init()
-        self.tie_weights()  # only if the config says so
+        self.tie_weights()  # does nothing unless the config requests it
 
     def get_output_embeddings(self):
         return self.transformer.output_layer
@@ -725,12 +658,12 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, ChatGLMGenerationM
         """Compute logits [b, s, V] and, with `labels` [b, s] (-100: ignored), the mean loss.
 
         Args:
-            logits_to_keep: Compute the last n positions only, or those of an index tensor; 0 is
-                all.
+            logits_to_keep: Compute only the last n positions, or the positions in an index tensor;
+                0 for all.
             return_last_logit: The original's name for `logits_to_keep=1`.
-            is_prompt: The tokens are a prompt's, which a quantized model may compute less exactly,
-                except those behind the first position that n keeps: assisted generation has such,
-                candidates for the answer.
+            is_prompt: The input is a prompt, so a quantized model may use the faster, rounded
+                product. With assisted generation the last `logits_to_keep - 1` tokens are draft
+                tokens and are computed exactly.
             cache: The name of `past_key_values` since transformers 5.24.
         """
         if is_prompt:
@@ -765,13 +698,12 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, ChatGLMGenerationM
 
 
 class ChatGLMForSequenceClassification(ChatGLMPreTrainedModel):
-    """ChatGLM2 with a classification head on the last position (so pad on the left)."""
+    """A classifier with a linear head on the last position, so inputs are padded on the left."""
 
     def __init__(self, config: ChatGLMConfig, empty_init=True, device=None):
         super().__init__(config)
         self.num_labels = config.num_labels
-        no_init, on_device = creation(empty_init, device)
-        with no_init, on_device:
+        with creating_parameters(empty_init, device):
             self.transformer = ChatGLMModel(config, empty_init)
             self.classifier_head = nn.Linear(config.hidden_size, config.num_labels)
             self.dropout = nn.Dropout(config.classifier_dropout or 0.0)
@@ -804,7 +736,7 @@ class ChatGLMForSequenceClassification(ChatGLMPreTrainedModel):
         logits = self.classifier_head(self.dropout(outputs.last_hidden_state[:, -1]))
         loss = None
         if labels is not None:
-            loss = self.classification_loss(logits.float(), labels)
+            loss = self.loss_function(labels, logits.float(), self.config, **kwargs)
         return SequenceClassifierOutputWithPast(
             loss=loss,
             logits=logits,
@@ -812,21 +744,6 @@ class ChatGLMForSequenceClassification(ChatGLMPreTrainedModel):
             attentions=outputs.attentions,
             **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
         )
-
-    def classification_loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Return the loss of `config.problem_type`; if unset, guess it from the labels once."""
-        if self.config.problem_type is None:
-            if self.num_labels == 1:
-                self.config.problem_type = "regression"
-            elif labels.dtype in (torch.long, torch.int):
-                self.config.problem_type = "single_label_classification"
-            else:
-                self.config.problem_type = "multi_label_classification"
-        if self.config.problem_type == "regression":
-            return F.mse_loss(logits.squeeze(), labels.squeeze().float())
-        if self.config.problem_type == "single_label_classification":
-            return F.cross_entropy(logits.view(-1, self.num_labels), labels.view(-1))
-        return F.binary_cross_entropy_with_logits(logits, labels.float())
 
 
 ChatGLMForConditionalGeneration.register_for_auto_class("AutoModel")

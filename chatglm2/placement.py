@@ -15,8 +15,9 @@ import torch
 
 from .configuration_chatglm import ChatGLMConfig
 from .hardware import get_free_memory, get_free_space, gigabytes
-from .modeling_chatglm import ChatGLMForConditionalGeneration, find_weight_files
+from .modeling_chatglm import ChatGLMForConditionalGeneration
 from .quantization import ChatGLMQuantizationConfig
+from .weights_chatglm import find_weight_files
 
 MEMORY_MARGIN = 1.02  # factor: loading and the first rounds need more than the weights
 ENDS = {  # parts on the first device: the ids come in there, and the logits go out

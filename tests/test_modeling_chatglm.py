@@ -32,12 +32,8 @@ from chatglm2 import (
     ChatGLMModel,
 )
 from chatglm2.generation_chatglm import CACHE_BLOCK, AnswerDecoder, InvalidScoreLogitsProcessor
-from chatglm2.modeling_chatglm import (
-    RotaryEmbedding,
-    check_weight_file,
-    eager_attention_forward,
-    find_weight_files,
-)
+from chatglm2.modeling_chatglm import RotaryEmbedding, eager_attention_forward
+from chatglm2.weights_chatglm import check_weight_file, find_weight_files
 
 GOLDEN = Path(__file__).parent / "golden"
 TINY = GOLDEN / "tiny"

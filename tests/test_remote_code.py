@@ -61,6 +61,7 @@ CONFIG = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
+REQUIRED = ("torch", "transformers", "safetensors", "sentencepiece", "packaging")  # packages
 HUB_NAME, COMMIT = "THUDM/chatglm2-6b", "d" * 40
 CODE_NAMES = ("configuration_chatglm.py", "modeling_chatglm.py", "quantization.py")
 CODE_NAMES += ("tokenization_chatglm.py",)
@@ -442,7 +443,7 @@ def find_siblings(file: Path) -> set[str]:
             continue
         names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module]
         for package in {name.split(".")[0] for name in names} - sys.stdlib_module_names:
-            is_required = package in ("torch", "transformers", "sentencepiece", "packaging")
+            is_required = package in REQUIRED
             assert is_required or is_optional, f"{file.name}:{node.lineno} needs {package}"
     return siblings
 
