@@ -1,8 +1,7 @@
 """Configuration of ChatGLM2: the fields of the official `config.json`, under their official names.
 
-`attribute_map` gives the names that transformers uses (`num_hidden_layers`, `vocab_size`, ...), so
-that caches, rotary scaling and other tools read one config. This file is also Hugging Face remote
-code.
+`attribute_map` adds the names that transformers uses (`num_hidden_layers`, `vocab_size`, ...) for
+its caches, rotary scaling and other tools. This file is also Hugging Face remote code.
 """
 
 from typing import ClassVar
@@ -14,13 +13,13 @@ TRANSFORMERS_RANGE = ("5.21", "5.24")  # minor versions that `tests/versions.py`
 
 
 def check_transformers():
-    """Check that the installed transformers is one that this code was tried with.
+    """Check that this code was tested with the installed transformers.
 
-    Every remote-code file that can be imported first calls this before it imports names that other
+    The remote-code files that may be imported first call this before they import names that other
     versions lack.
 
     Raises:
-        ImportError: It is older or newer.
+        ImportError: transformers is older or newer.
     """
     oldest, newest = TRANSFORMERS_RANGE
     if (
@@ -58,17 +57,16 @@ class ChatGLMConfig(PreTrainedConfig):
         kv_channels: Size of one attention head.
         multi_query_group_num: Number of key/value heads if `multi_query_attention`.
         seq_length: The context: the longest sequence, prompt and answer together, in tokens.
-        pre_seq_len: Length of a trained P-Tuning v2 prefix; `None` for a model without one.
-        prefix_projection: The prefix goes through a two-layer MLP.
+        pre_seq_len: Length of a trained P-Tuning v2 prefix; `None` for a model without a prefix.
+        prefix_projection: The prefix is computed by a two-layer MLP.
         rope_ratio: Positions are divided by it (the 32K model; linear position interpolation).
-        rope_parameters: transformers' standard dictionary (`rope_type` default, linear, dynamic or
-            yarn; `rope_theta`, `factor`, ...). Half of each head is rotated whatever it says.
-            "dynamic" acts beyond `seq_length`, to which chat keeps.
+        rope_parameters: The dictionary of transformers (`rope_type` default, linear, dynamic or
+            yarn; `rope_theta`, `factor`, ...). Always half of each head is rotated. "dynamic"
+            changes only positions beyond `seq_length`, which chat does not reach.
         original_rope, apply_query_key_layer_scaling, attention_softmax_in_fp32,
-            bias_dropout_fusion: As in the official file; they change nothing (other tools read
-            them).
-        quantization_bit: 4 or 8 in a quantized checkpoint, else 0. The official ones say nothing
-            more; `quantization_config`, which transformers looks for, follows from it.
+            bias_dropout_fusion: Fields of the official file for other tools; without effect here.
+        quantization_bit: 4 or 8 in a quantized checkpoint, else 0. `quantization_config`, which
+            transformers reads, follows from it, because official checkpoints lack it.
     """
 
     model_type = "chatglm"

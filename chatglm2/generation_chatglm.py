@@ -1,4 +1,4 @@
-"""Generation with ChatGLM2: the key/value cache, `generate`, and the original's `chat`.
+"""Generation with ChatGLM2: the key/value cache, streaming, `generate`, `chat` and `stream_chat`.
 
 Letters in shape comments: b batch, k keys, G key/value heads, d head size. This file is also
 Hugging Face remote code.
@@ -24,7 +24,7 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-# How chat, stream_chat and every script sample; plain generate stays greedy, as the original.
+# Sampling of chat, stream_chat and every script; generate alone is greedy, as the original.
 CHAT_DEFAULTS = {
     "do_sample": True,
     "temperature": 0.8,
@@ -33,7 +33,7 @@ CHAT_DEFAULTS = {
     "max_length": 8192,
 }
 
-CACHE_SETTINGS = ("use_cache", "cache_implementation")  # of `generate`
+CACHE_SETTINGS = ("use_cache", "cache_implementation")  # arguments of generate
 # Name of the cache in arguments and outputs: transformers 5.24 renamed past_key_values.
 CACHE_NAME = (
     "cache"
@@ -43,8 +43,25 @@ CACHE_NAME = (
 CACHE_BLOCK = 256  # tokens by which the capacity of a cache grows
 
 
+def find_end(
+    prompt_length: int,
+    context: int,
+    max_length: int | None = None,
+    max_new_tokens: int | None = None,
+) -> int:
+    """Return the number of tokens, prompt and answer together, at which an answer must end.
+
+    The lowest limit counts; `None` is no limit. The result is at most `prompt_length` if there is
+    no room for an answer.
+    """
+    limits = [context, max_length]
+    if max_new_tokens is not None:
+        limits.append(prompt_length + max_new_tokens)
+    return min(limit for limit in limits if limit is not None)
+
+
 def pick_cache(past_key_values, cache):
-    """Return the cache that was given under either of its two names, or `None`.
+    """Return the cache that is given under one of its two names, or `None`.
 
     Raises:
         ValueError: Both names are given, with different caches.
@@ -59,12 +76,11 @@ def pick_cache(past_key_values, cache):
 class ChatGLMCacheLayer(DynamicLayer):
     """Keys and values of one layer, [b, G, k, d]: views of buffers that grow in blocks.
 
-    New tokens are written in place, so that a token costs what it weighs and not a copy of the
-    cache.
+    New tokens are written in place, so a step does not copy the cache.
 
     Attributes:
-        buffers: `None`, or those of the keys and the values, contiguous [b, G, capacity, d], in the
-            dtype that the first ones had (float32, float16 or bfloat16), whatever is written later.
+        buffers: The buffers of keys and values, contiguous [b, G, capacity, d], or `None`. They
+            keep the dtype of the first keys and values.
     """
 
     def lazy_initialization(self, key_states, value_states):
@@ -73,11 +89,11 @@ class ChatGLMCacheLayer(DynamicLayer):
         self.buffers = None
 
     def is_frozen(self) -> bool:
-        """Whether the buffers were made in torch.inference_mode, outside of which they are read."""
+        """True if the buffers were created in torch.inference_mode, which only allows reading."""
         return self.buffers[0].is_inference() and not torch.is_inference_mode_enabled()
 
     def grow(self, length: int):
-        """Make buffers for at least `length` tokens and copy what is held."""
+        """Create buffers for at least `length` tokens and copy the keys and values."""
         capacity = -(-length // CACHE_BLOCK) * CACHE_BLOCK
         held = self.keys.shape[2]
         self.buffers = [
@@ -89,7 +105,7 @@ class ChatGLMCacheLayer(DynamicLayer):
     def update(self, key_states, value_states, *args, **kwargs):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        if key_states.requires_grad:  # a gradient needs tensors that nobody overwrites
+        if key_states.requires_grad:  # the backward pass needs tensors that are not overwritten
             self.buffers = None
             return super().update(key_states, value_states)
         held = self.extend(key_states.shape[2])
@@ -98,7 +114,7 @@ class ChatGLMCacheLayer(DynamicLayer):
         return self.keys, self.values
 
     def reserve(self, count: int) -> int:
-        """Let the buffers have room for `count` more tokens; return how many they hold."""
+        """Make room for `count` more tokens; return the number of tokens held."""
         held = self.keys.shape[2]
         length = held + count
         if self.buffers is None or self.buffers[0].shape[2] < length or self.is_frozen():
@@ -106,12 +122,12 @@ class ChatGLMCacheLayer(DynamicLayer):
         return held
 
     def extend(self, count: int) -> int:
-        """Take in `count` more tokens, written by the caller; return where they begin."""
+        """Add `count` tokens, which the caller writes; return the position of the first."""
         held = self.reserve(count)
         self.keys, self.values = (buffer[:, :, : held + count] for buffer in self.buffers)
         return held
 
-    # What makes new tensors leaves the buffers behind; the next update makes new ones.
+    # These methods replace the tensors, so the next update creates new buffers.
 
     def reorder_cache(self, beam_idx):
         super().reorder_cache(beam_idx)
@@ -127,15 +143,14 @@ class ChatGLMCacheLayer(DynamicLayer):
 
 
 class ChatGLMCache(Cache):
-    """The key/value cache of a conversation: grows in blocks and knows what it holds.
+    """The key/value cache of a conversation, with the tokens and rounds that it holds.
 
     Attributes:
-        input_ids: The ids whose keys and values are held, in order (batch size 1; set by
-        `stream_chat`).
-        pending_ids: The last generated id if it was not fed to the model yet and belongs to the
-        answer.
-        history: The rounds that the ids stand for, a list of (question, answer); `None` if unknown.
-        prefix_length: Number of P-Tuning v2 keys in front, which are no tokens and not counted.
+        input_ids: The tokens whose keys and values are held, set by `stream_chat` (batch size 1).
+        pending_ids: The last token of the answer, if the model has not computed its key yet.
+        history: The rounds that these tokens represent, a list of (question, answer); `None` if
+            they are not known.
+        prefix_length: Number of P-Tuning v2 keys at the front. They are not counted as tokens.
     """
 
     def __init__(self):
@@ -165,29 +180,24 @@ class ChatGLMCache(Cache):
         self.forget()
 
     def is_consistent(self, num_layers: int) -> bool:
-        """Whether all layers hold as many tokens; not so after an error within a forward.
-
-        Args:
-            num_layers: Of the model; of a first forward that failed, the later ones are missing.
-        """
+        """True unless a step failed after some of the layers had stored their keys."""
         lengths = [layer.get_seq_length() for layer in self.layers]
         return not any(lengths) or (len(set(lengths)) == 1 and len(lengths) == num_layers)
 
     def stands_for(self, history: list) -> bool:
-        """Whether the next round of `history` can follow on what is held."""
+        """True if the cache holds exactly `history`, so that its next round can be appended."""
         return bool(history) and self.history == history
 
     def continue_with(self, tokenizer, query: str, history: list) -> tuple[list[int], int]:
-        """Return the ids of a conversation and how many of them are kept.
+        """Return the ids of the prompt, and how many of them the cache can keep.
 
-        If the cache stands for `history`, its ids (and a pending one) are followed by the new
-        round. Otherwise the prompt is encoded anew and the longest common beginning is kept; the
-        last id is always left to be computed. Nothing is changed yet: `crop` does that.
+        If the cache holds `history`, the new round is appended to its ids. Otherwise the whole
+        prompt is encoded, and the longest common beginning is kept except for the last id, whose
+        logits are needed. The cache is not changed: call `crop` to drop the other ids.
         """
         if self.stands_for(history):
-            return self.input_ids + self.pending_ids + tokenizer.build_round(query, history), len(
-                self.input_ids
-            )
+            new_ids = self.pending_ids + tokenizer.build_round(query, history)
+            return self.input_ids + new_ids, len(self.input_ids)
         ids = tokenizer.encode(tokenizer.build_prompt(query, history))
         kept = 0
         while kept < min(len(self.input_ids), len(ids) - 1) and self.input_ids[kept] == ids[kept]:
@@ -204,7 +214,13 @@ class ChatGLMCache(Cache):
         return copy
 
     def record(self, ids: list[int], history: list, eos_token_ids):
-        """Remember what a finished or stopped generation left: `ids` are prompt and answer."""
+        """Store which conversation the cache holds after a generation.
+
+        Args:
+            ids: Prompt and answer; the cache may lack the last one.
+            history: The rounds that the ids represent.
+            eos_token_ids: Ids that end an answer, which are no part of it.
+        """
         held = self.get_seq_length()
         self.input_ids = ids[:held]
         self.pending_ids = [i for i in ids[held:] if i not in eos_token_ids]
@@ -212,13 +228,13 @@ class ChatGLMCache(Cache):
 
 
 class RaggedCache(Cache):
-    """The caches of several conversations as one batch, for a new token in each.
+    """The caches of several conversations as one batch, for one new token in each.
 
-    Its update returns lists, of which `SelfAttention.attend` takes each row alone: nothing is
-    padded, and a row is computed as if it were the only one.
+    `update` returns a list of keys and a list of values. `SelfAttention.attend` computes each row
+    alone, so nothing is padded and a row does not depend on the others.
 
     Args:
-        rows: `ChatGLMCache`s that hold a token at least, of any lengths.
+        rows: `ChatGLMCache`s of any lengths, at least one token each.
     """
 
     def __init__(self, rows: list[ChatGLMCache]):
@@ -232,7 +248,7 @@ class RaggedCache(Cache):
 
 
 class InvalidScoreLogitsProcessor(LogitsProcessor):
-    """Where a score is not finite, force id 5, as the original, instead of failing in sampling."""
+    """Force id 5 if a score is not finite, as the original, so that sampling does not fail."""
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         if not torch.isfinite(scores).all():
@@ -258,7 +274,7 @@ class StopOnEvent(StoppingCriteria):
 
 
 class TokenStreamer(BaseStreamer):
-    """Hands over the ids of `generate` step by step, to be read by another thread.
+    """Passes the ids of `generate` to another thread.
 
     Iterating yields all ids so far, prompt included, [b, length], after each step.
     """
@@ -273,7 +289,7 @@ class TokenStreamer(BaseStreamer):
         pass
 
     def finish(self, error: BaseException | None):
-        """Tell the reader that no step follows, and why."""
+        """End the iteration, and raise `error` in the reader unless it is `None`."""
         self.steps.put(error)
 
     def __iter__(self):
@@ -291,8 +307,8 @@ class TokenStreamer(BaseStreamer):
 class AnswerDecoder:
     """Decodes a growing answer without decoding all of it at each step.
 
-    What is decoded anew starts at the previous step that ended in a whole character, so that
-    SentencePiece sees where spaces belong.
+    Each step decodes from the start of the last step that ended in a whole character, because
+    SentencePiece drops a leading space at the start of a text.
     """
 
     def __init__(self, tokenizer):
@@ -300,7 +316,7 @@ class AnswerDecoder:
         self.start, self.end, self.text = 0, 0, ""
 
     def decode(self, ids: list[int]) -> str | None:
-        """Return the text of all ids so far; `None` while it ends within a character."""
+        """Return the text of all ids so far; `None` if it ends with half a character."""
         known = self.tokenizer.decode(ids[self.start : self.end])
         window = self.tokenizer.decode(ids[self.start :])
         if window.endswith("\ufffd"):
@@ -311,7 +327,7 @@ class AnswerDecoder:
 
 
 def decode_answer(tokenizer, ids: list[int]) -> str:
-    """Decode generated ids, without an unfinished character at the end."""
+    """Decode generated ids, without half a character at the end."""
     while ids and (text := tokenizer.decode(ids)).endswith("\ufffd"):
         ids = ids[:-1]
     return text if ids else ""
@@ -321,7 +337,7 @@ def read_history(history) -> list[tuple[str, str]]:
     """Return a history as a list of (question, answer).
 
     Raises:
-        ValueError: It is not that, such as a list of messages with roles.
+        ValueError: It is anything else, such as a list of messages with roles.
     """
     turns = list(history or [])
     for turn in turns:
@@ -334,7 +350,10 @@ def read_history(history) -> list[tuple[str, str]]:
 
 
 class ChatGLMGenerationMixin(GenerationMixin):
-    """The methods of `ChatGLMForConditionalGeneration` that generate."""
+    """The methods of `ChatGLMForConditionalGeneration` that generate.
+
+    transformers recognizes a model that can generate by a base class named `...GenerationMixin`.
+    """
 
     def prepare_inputs_for_generation(
         self,
@@ -347,17 +366,17 @@ class ChatGLMGenerationMixin(GenerationMixin):
         cache: Cache | None = None,
         **kwargs,
     ) -> dict:
-        """As the library's; also says whether the tokens are a prompt's.
+        """Prepare a step like `GenerationMixin`, and mark prompts for quantized layers.
 
-        Without a cache a prompt is computed anew for each token: then always exactly. Assisted
-        generation (prompt lookup) can go on with a kept cache, of whose ids transformers 5.23
-        passes all again.
+        Without a cache the prompt is computed at every step; it is then computed exactly. With
+        assisted generation (prompt lookup) transformers 5.23 and older pass all ids again, also
+        those that a kept cache holds; they are cut off here.
         """
         cache = pick_cache(past_key_values, cache)
         held = 0 if cache is None else cache.get_seq_length()
         if next_sequence_length is None and held:
             positions = kwargs.get("position_ids")
-            # Of new ids alone, there are more positions, or the first is not 0.
+            # If only new ids are passed, there are more positions or the first is not 0.
             has_all = positions is not None and positions.shape[-1] == input_ids.shape[1]
             if has_all and positions[0, 0] == 0:
                 next_sequence_length = input_ids.shape[1] - held
@@ -377,9 +396,10 @@ class ChatGLMGenerationMixin(GenerationMixin):
     def generate(
         self, inputs=None, generation_config=None, past_key_values=None, cache=None, **kwargs
     ):
-        """As the library's; the cache is a `ChatGLMCache` unless another kind is requested.
+        """Generate like `GenerationMixin`, with a `ChatGLMCache` unless another is requested.
 
-        The cache has two names: transformers 5.24 renamed `past_key_values` to `cache`.
+        Args:
+            cache: The name of `past_key_values` since transformers 5.24.
         """
         cache = pick_cache(past_key_values, cache)
         settings = generation_config or self.generation_config
@@ -408,13 +428,23 @@ class ChatGLMGenerationMixin(GenerationMixin):
         return tokenizer.pad({"input_ids": [ids]}, return_tensors="pt").to(self.device)
 
     def _chat_settings(
-        self, tokenizer, prompt_length, num_kept, max_length, do_sample, temperature, top_p, kwargs
-    ):
-        """Return the arguments of `generate`, the length limit checked.
+        self,
+        tokenizer,
+        prompt_length,
+        num_free,
+        max_length,
+        do_sample,
+        temperature,
+        top_p,
+        logits_processor,
+        max_new_tokens=None,
+        **kwargs,
+    ) -> dict:
+        """Return the arguments of `generate` for `chat` and `stream_chat`.
 
         Args:
-            prompt_length: Number of ids before the answer, cached ones included.
-            num_kept: How many of them a kept cache holds; `max_length` does not count them.
+            prompt_length: Number of ids before the answer, including cached ones.
+            num_free: How many of these ids `max_length` does not count.
 
         Raises:
             ValueError: The prompt leaves no room for an answer.
@@ -422,24 +452,26 @@ class ChatGLMGenerationMixin(GenerationMixin):
         if "stop_strings" in kwargs:
             kwargs["tokenizer"] = tokenizer
         context = self.config.seq_length
-        if (max_new_tokens := kwargs.pop("max_new_tokens", None)) is not None:
-            max_length = prompt_length - num_kept + max_new_tokens
-        limit = min(num_kept + max_length, context)
-        if prompt_length >= limit:
+        if max_new_tokens is not None:
+            max_length = prompt_length - num_free + max_new_tokens
+        end = find_end(prompt_length, context, num_free + max_length)
+        if prompt_length >= end:
+            kept = f" after {num_free} of the conversation so far" if num_free else ""
             raise ValueError(
-                f"The prompt has {prompt_length - num_kept} tokens"
-                + (f" after {num_kept} of the conversation so far" if num_kept else "")
-                + f"; max_length is {max_length} and the context {context}: shorten the prompt or "
-                "the history, or raise max_length."
+                f"The prompt has {prompt_length - num_free} tokens{kept}; max_length is "
+                f"{max_length} and the context {context}: shorten the prompt or the history, or "
+                "raise max_length."
             )
-        settings = {"max_length": limit, "do_sample": do_sample and temperature > 0, **kwargs}
+        processors = [*(logits_processor or []), InvalidScoreLogitsProcessor()]
+        settings = {
+            "max_length": end,
+            "do_sample": do_sample and temperature > 0,
+            "logits_processor": LogitsProcessorList(processors),
+            **kwargs,
+        }
         if settings["do_sample"]:
-            settings = {
-                "top_k": CHAT_DEFAULTS["top_k"],
-                **settings,
-                "temperature": temperature,
-                "top_p": top_p,
-            }
+            settings.setdefault("top_k", CHAT_DEFAULTS["top_k"])
+            settings |= {"temperature": temperature, "top_p": top_p}
         return settings
 
     @torch.no_grad()
@@ -461,8 +493,8 @@ class ChatGLMGenerationMixin(GenerationMixin):
         Args:
             history: Earlier rounds, a list of (question, answer); it is not changed.
             max_length: Number of tokens of prompt and answer together.
-            temperature: 0 means greedy.
-            kwargs: Further arguments of `generate`.
+            temperature: 0 for the likeliest token always.
+            kwargs: Further arguments of `generate`; `max_new_tokens` replaces `max_length`.
 
         Returns:
             The answer, and the history with the new round.
@@ -473,17 +505,10 @@ class ChatGLMGenerationMixin(GenerationMixin):
         history = read_history(history)
         input_ids = self.build_inputs(tokenizer, query, history)["input_ids"]
         prompt_length = input_ids.shape[1]
-        settings = self._chat_settings(
-            tokenizer, prompt_length, 0, max_length, do_sample, temperature, top_p, kwargs
-        )
+        sampling = do_sample, temperature, top_p, logits_processor
+        settings = self._chat_settings(tokenizer, prompt_length, 0, max_length, *sampling, **kwargs)
         sequences = self.generate(
-            input_ids,
-            num_beams=num_beams,
-            past_key_values=ChatGLMCache(),
-            logits_processor=LogitsProcessorList(
-                [*(logits_processor or []), InvalidScoreLogitsProcessor()]
-            ),
-            **settings,
+            input_ids, num_beams=num_beams, past_key_values=ChatGLMCache(), **settings
         )
         answer = decode_answer(tokenizer, sequences[0, prompt_length:].tolist())
         response = self.process_response(answer)
@@ -507,16 +532,15 @@ class ChatGLMGenerationMixin(GenerationMixin):
         """Answer a question token by token: yield (answer so far, history[, cache]).
 
         Args:
-            past_key_values: The cache that an earlier round returned. If it stands for `history`,
-                only the new round is computed and `max_length` counts only that; if not, what both
-                have in common is kept and the rest computed anew.
+            past_key_values: The cache of an earlier round. If it holds exactly `history`, only the
+                new round is computed and counted by `max_length`. Otherwise the longest common
+                beginning is kept and the rest of the prompt computed.
             return_past_key_values: Also yield the cache, for the next round.
             prompt: The result of `past_key_values.continue_with` for this question, from a caller
                 that has counted its ids; `max_length` then counts them all.
 
         The other arguments are those of `chat`. Closing the generator ends the generation, and the
-        cache then stands for the history yielded last. A partial answer never ends in half a
-        character.
+        cache then holds the history yielded last. No answer ends with half a character.
 
         Raises:
             ValueError: As `chat`.
@@ -525,19 +549,14 @@ class ChatGLMGenerationMixin(GenerationMixin):
         cache = past_key_values if isinstance(past_key_values, ChatGLMCache) else ChatGLMCache()
         ids, num_kept = prompt or cache.continue_with(tokenizer, query, history)
         num_free = num_kept if prompt is None and cache.stands_for(history) else 0
+        sampling = do_sample, temperature, top_p, logits_processor
         settings = self._chat_settings(
-            tokenizer, len(ids), num_free, max_length, do_sample, temperature, top_p, kwargs
+            tokenizer, len(ids), num_free, max_length, *sampling, **kwargs
         )
         cache.crop(num_kept - cache.get_seq_length())
         cache.history = None
-        steps = self.stream_generate(
-            torch.tensor([ids], device=self.device),
-            past_key_values=cache,
-            logits_processor=LogitsProcessorList(
-                [*(logits_processor or []), InvalidScoreLogitsProcessor()]
-            ),
-            **settings,
-        )
+        input_ids = torch.tensor([ids], device=self.device)
+        steps = self.stream_generate(input_ids, past_key_values=cache, **settings)
         decoder, shown, response = AnswerDecoder(tokenizer), None, ""
         try:
             for sequences in steps:
@@ -550,7 +569,7 @@ class ChatGLMGenerationMixin(GenerationMixin):
             steps.close()
             shown_ids = ids if shown is None else shown[0].tolist()
             if cache.is_consistent(self.config.num_layers):
-                # generate may be ahead of what was yielded
+                # `generate` may be ahead of the answer that was yielded last.
                 cache.crop(min(len(shown_ids) - 1 - cache.get_seq_length(), 0))
                 cache.record(shown_ids, [*history, (query, response)], self.eos_token_ids)
             else:
@@ -576,14 +595,14 @@ class ChatGLMGenerationMixin(GenerationMixin):
     ):
         """Run `generate` in a thread and yield all ids so far, [b, length], after each step.
 
-        Closing the generator ends the generation within a token. With `return_past_key_values`,
-        yield (ids, cache); the thread goes on meanwhile, so the cache may be ahead of the ids. The
-        other arguments are those of `generate` (beam search cannot be streamed).
+        Closing the generator ends the generation within a token. With `return_past_key_values` it
+        yields (ids, cache); the thread continues meanwhile, so the cache may be ahead of the ids.
+        The other arguments are those of `generate`; beam search cannot be streamed.
         """
         cache = pick_cache(past_key_values, cache)
         cache = ChatGLMCache() if cache is None else cache
         streamer, stop, device = TokenStreamer(), threading.Event(), self.device.type
-        is_autocast = torch.is_autocast_enabled(device)  # of this thread; the other has its own
+        is_autocast = torch.is_autocast_enabled(device)  # autocast is set per thread
         autocast = torch.autocast(device, torch.get_autocast_dtype(device), is_autocast)
 
         def run():
@@ -602,7 +621,7 @@ class ChatGLMGenerationMixin(GenerationMixin):
                         streamer=streamer,
                         **kwargs,
                     )
-            except BaseException as exception:  # handed to the reader
+            except BaseException as exception:  # raised again in the reader
                 error = exception
             streamer.finish(error)
 
@@ -612,7 +631,7 @@ class ChatGLMGenerationMixin(GenerationMixin):
             stop.set()
             thread.join()
 
-        atexit.register(end)  # a thread within torch must not outlive the interpreter
+        atexit.register(end)  # Python crashes if it exits while the thread computes
         thread.start()
         try:
             for sequences in streamer:

@@ -17,9 +17,20 @@ check_transformers()
 
 SPECIAL_TOKENS = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
 
-# Any sequence of roles: all system texts stand before the first question, consecutive messages of
-# one role are joined by a blank line, an answer without a question gets an empty one; nothing is
-# dropped.
+# The prompt format. The answer follows, and a blank line separates it from the next round.
+ROUND = "[Round {n}]\n\n问：{query}\n\n答："
+SEPARATOR = "\n\n"
+QUESTION, ANSWER = ROUND.split("{query}")
+
+
+def insert_number(text: str, n: str) -> str:
+    """Return the Jinja expression of a text with `{n}`, for the expression of this number."""
+    return repr(text).replace("{n}", f"' ~ {n} ~ '")
+
+
+# The chat template accepts messages in any order and drops nothing: all system texts stand before
+# the first question, consecutive messages of one role are joined by a blank line, and an answer
+# without a question gets an empty question.
 CHAT_TEMPLATE = """\
 {%- macro text(message) -%}
     {%- if message.content is string -%}
@@ -40,7 +51,7 @@ CHAT_TEMPLATE = """\
 {%- for message in messages if message.role == 'system' -%}
     {%- set chat.system = chat.system ~ text(message) ~ '\\n\\n' -%}
 {%- endfor -%}
-{{- '[Round 1]\\n\\n问：' -}}
+{{- FIRST_QUESTION -}}
 {%- for message in messages if message.role != 'system' -%}
     {%- if message.role not in ['user', 'assistant'] -%}
         {{- raise_exception('The roles are system, user and assistant, not ' ~ message.role) -}}
@@ -52,12 +63,12 @@ CHAT_TEMPLATE = """\
         {{- chat.system if message.role == 'user' else chat.system[:-2] -}}
     {%- endif -%}
     {%- if message.role == chat.last -%}
-        {{- '\\n\\n' -}}
+        {{- SEPARATOR -}}
     {%- elif message.role == 'assistant' -%}
-        {{- '\\n\\n答：' -}}
+        {{- ANSWER -}}
     {%- elif chat.last == 'assistant' -%}
         {%- set chat.round = chat.round + 1 -%}
-        {{- '\\n\\n[Round ' ~ chat.round ~ ']\\n\\n问：' -}}
+        {{- NEXT_QUESTION -}}
     {%- endif -%}
     {{- text(message) -}}
     {%- set chat.last = message.role -%}
@@ -66,22 +77,30 @@ CHAT_TEMPLATE = """\
     {{- chat.system[:-2] -}}
 {%- endif -%}
 {%- if chat.last != 'assistant' -%}
-    {{- '\\n\\n答：' -}}
+    {{- ANSWER -}}
 {%- elif add_generation_prompt -%}
-    {{- '\\n\\n[Round ' ~ (chat.round + 1) ~ ']\\n\\n问：\\n\\n答：' -}}
+    {{- EMPTY_ROUND -}}
 {%- endif -%}
 """
+for name, expression in {
+    "FIRST_QUESTION": repr(QUESTION.format(n=1)),
+    "NEXT_QUESTION": insert_number(SEPARATOR + QUESTION, "chat.round"),
+    "EMPTY_ROUND": insert_number(SEPARATOR + QUESTION + ANSWER, "(chat.round + 1)"),
+    "ANSWER": repr(ANSWER),
+    "SEPARATOR": repr(SEPARATOR),
+}.items():
+    CHAT_TEMPLATE = CHAT_TEMPLATE.replace(name, expression)
 
 
 class ChatGLMTokenizer(PreTrainedTokenizer):
-    """The official tokenizer's ids, texts and padding on transformers 5.
+    """The tokenizer of ChatGLM2, with the ids, texts and padding of the original.
 
-    Ids: the SentencePiece pieces (`<unk>` 0, `<s>` 1, `</s>` 2, 256 bytes, ...), then
-        `SPECIAL_TOKENS`.
+    The ids are those of the SentencePiece pieces (`<unk>` 0, `<s>` 1, `</s>` 2, 256 bytes, ...),
+    then those of `SPECIAL_TOKENS`.
 
     Args:
         vocab_file: Path of `tokenizer.model`.
-        padding_side: "left", as generation needs it; "right" serves training.
+        padding_side: "left" for generation; "right" can be used for training.
     """
 
     vocab_files_names = {"vocab_file": "tokenizer.model"}
@@ -110,7 +129,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
             padding_side=padding_side, chat_template=chat_template or CHAT_TEMPLATE, **kwargs
         )
 
-    # As the original: these are no "special tokens" of the library, so `skip_special_tokens`
+    # As the original: transformers does not know these tokens as special, so `skip_special_tokens`
     # changes nothing.
 
     @property
@@ -212,7 +231,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         padding_side=None,
         return_attention_mask=None,
     ):
-        """Pad, and give `position_ids`: 0, 1, ... from the first real token on; pads 0."""
+        """Pad, and add `position_ids`: 0, 1, ... from the first real token on, 0 for padding."""
         length = len(encoded_inputs["input_ids"])
         positions = list(encoded_inputs.get("position_ids", range(length)))
         encoded_inputs = super()._pad(
@@ -241,18 +260,17 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         """
         history = history or []
         rounds = [
-            f"[Round {i}]\n\n问：{old_query}\n\n答：{response}\n\n"
-            for i, (old_query, response) in enumerate(history, start=1)
+            ROUND.format(n=n, query=old_query) + response + SEPARATOR
+            for n, (old_query, response) in enumerate(history, start=1)
         ]
-        return "".join(rounds) + f"[Round {len(history) + 1}]\n\n问：{query}\n\n答："
+        return "".join(rounds) + ROUND.format(n=len(history) + 1, query=query)
 
     def build_round(self, query: str, history) -> list[int]:
-        """Return the ids that continue a conversation: the new round alone, without special tokens.
+        """Return the ids of the new round alone, which continue a conversation.
 
-        The text starts with a line feed, before which SentencePiece puts a dummy space; it is
-        dropped.
+        SentencePiece puts a space at the start of a text; its id is dropped.
         """
-        text = f"\n\n[Round {len(history) + 1}]\n\n问：{query}\n\n答："
+        text = SEPARATOR + ROUND.format(n=len(history) + 1, query=query)
         return self.encode(text, add_special_tokens=False)[1:]
 
     def apply_chat_template(
@@ -268,10 +286,10 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         tokenizer_kwargs=None,
         **kwargs,
     ):
-        """As the library's, but the ids begin with `[gMASK] sop`, as the model was trained.
+        """Render messages like PreTrainedTokenizer; the ids begin with `[gMASK] sop`.
 
         Raises:
-            ValueError: `return_assistant_tokens_mask` is asked for.
+            ValueError: `return_assistant_tokens_mask` is requested.
         """
         if kwargs.pop("return_assistant_tokens_mask", False):
             raise ValueError("return_assistant_tokens_mask needs a fast tokenizer")
