@@ -435,13 +435,14 @@ def score(items: list[Item], records: list[dict], weigh_subjects_equally=False) 
 
 
 def format_table(header: list[str], rows: list[list[str]]) -> str:
-    """Return a Markdown table whose columns are aligned in a terminal too."""
+    """Return a Markdown table whose columns are aligned in a terminal too; the first is of names."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     lines = [header, ["-" * width for width in widths], *rows]
-    return "\n".join(
-        "| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |"
-        for line in lines
-    )
+    texts = []
+    for name, *cells in lines:
+        cells = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
+        texts.append(f"| {' | '.join([name.ljust(widths[0]), *cells])} |")
+    return "\n".join(texts)
 
 
 def format_results(results: dict) -> str:

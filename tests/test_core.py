@@ -233,7 +233,7 @@ def test_a_full_disk_is_one_line(run, tmp_path, monkeypatch):
         append(path, records)
 
     monkeypatch.setattr(core, "append", fail_later)
-    with pytest.raises(SystemExit, match="No space left on device; 7 items are in .*: the same"):
+    with pytest.raises(SystemExit, match=r"No space left on device; 7 items are in .*: the same"):
         run()
     monkeypatch.undo()
     (tmp_path / "results.json").mkdir()
@@ -324,9 +324,9 @@ def test_scores():
     equal = core.score(items, records, weigh_subjects_equally=True)
     assert equal["accuracy"] == pytest.approx(100 / 3)
     assert core.format_results({"model": "a/b", **results}).splitlines() == [
-        "| Model | Average | STEM  | Others |",
+        "| Model | Average |  STEM | Others |",
         "| ----- | ------- | ----- | ------ |",
-        "| b     | 50.00   | 66.67 | 0.00   |",
+        "| b     |   50.00 | 66.67 |   0.00 |",
     ]
     bare = core.format_results({"model": "b", "accuracy": 50, "categories": {}})
     assert bare.startswith("| Model | Accuracy |\n")

@@ -80,7 +80,7 @@ def test_oracle_and_a_wrong_model(tiny_tokenizer, data, tmp_path, mode):
     results = evaluate(gsm8k, wrong, tiny_tokenizer, data, tmp_path / "2", *options)
     assert results["accuracy"] == pytest.approx(100 / 3)
     assert (tmp_path / "2" / "results.md").read_text() == (
-        "| Model       | Accuracy |\n| ----------- | -------- |\n| chatglm2-6b | 33.33    |\n"
+        "| Model       | Accuracy |\n| ----------- | -------- |\n| chatglm2-6b |    33.33 |\n"
     )
 
 
