@@ -1,38 +1,31 @@
-"""Measure tokens/s, first token and memory, in turn with other precisions and llama.cpp.
+"""Measure tokens/s, time to the first token and memory; compare precisions and llama.cpp.
 
     python evaluation/benchmark.py --random-weights --quantize 4
     python evaluation/benchmark.py --random-weights --quantize 4 --compare int8 llama-q4_0-f16
-    python evaluation/benchmark.py --from-json report.json --plot plot.png
 
-Every engine is a process of its own that sleeps while another one is measured: A B A B in each
-round. A round is a call of the public `generate`, sampling as `chat` does; the time to the first
-token is that of the prompt. Medians of the rounds are shown.
+Each engine runs in a process of its own. The first engine is measured in turn with each other one:
+A B A B ... While one computes, the other sleeps. A measurement is a call of `generate` that samples
+as `chat` does. The tables show medians. GB are 10^9 bytes.
 """
 
 import argparse
 import json
-import platform
+import multiprocessing
+import os
+import signal
+import statistics
 import sys
-import time
-from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
-from importlib.metadata import version
+from importlib import import_module
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import torch
-from benchmark_model import read_shape  # also makes the repository's folder one of modules
-from benchmark_report import CHARACTERS_PER_TOKEN, draw_plot, print_report, summarize, to_gigabytes
-from benchmark_worker import Worker, WorkerError
+# Workers import this file, and the one of llama.cpp must not load torch: neither does this file.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import utils
-from chatglm2 import ChatGLMConfig, hardware, loading
-from chatglm2.errors import one_line
-from chatglm2.placement import MEMORY_MARGIN, count_weight_bytes
 
-MODEL_WORKER = Path(__file__).with_name("benchmark_model.py")
-LLAMA_WORKER = Path(__file__).with_name("benchmark_llama.py")
 OWN_ENGINES = {
     "int4": {"quantize": 4, "dtype": "auto"},
     "int8": {"quantize": 8, "dtype": "auto"},
@@ -41,177 +34,97 @@ OWN_ENGINES = {
         for name in ("bfloat16", "float16", "float32")
     },
 }
-LLAMA_BITS = {"q4_0": 4.5, "q6_k": 6.5625, "q8_0": 8.5, "f16": 16}  # of a weight, scales included
 LLAMA_ENGINES = {
-    f"llama-{kind}" + (f"-{output}" if output != kind else ""): (kind, output)
+    f"llama-{kind}-{output}": (kind, output)
     for kind in ("q4_0", "q8_0")
-    for output in LLAMA_BITS
+    for output in ("f16", "q8_0")
 }
-PROCESS_BYTES = 800_000_000  # of a worker beside its weights
-READER_BYTES = 1_500_000_000  # of the one that measures the read bandwidth
-WARM_UP = {"context": 0, "prompt_tokens": 16, "new_tokens": 2}
-# The original's tables: tokens of prompt and answer, of a prompt, of prompt and answer.
-SPEED_LENGTH, ENCODED_LENGTH, GENERATED_LENGTH = 2048, 2048, 8192
-FIRST_LENGTH = 32  # of the prompts of what is generated there
-LAST_TOKENS = 64  # generated behind random keys and values
+WARM_UP = {"prompt_tokens": 16, "new_tokens": 2}
+STOP_TIMEOUT_S = 10
+CHARACTERS_PER_TOKEN = 1.45  # of C-Eval's questions, with the official tokenizer
 
 
-@dataclass
-class Engine:
-    """What is measured.
-
-    Attributes:
-        command: Starts its worker.
-        settings: Arguments of the worker's `load`.
-        needed: Bytes of memory, an estimate.
-        cases: Arguments of the worker's `measure`.
-        file: Arguments of the worker's `make`, which returns the path to be loaded; or None.
-    """
-
-    name: str
-    command: list[str]
-    settings: dict
-    needed: float
-    cases: list[dict]
-    file: dict | None = None
+# Processes.
 
 
-# Which engines, and which of them at a time.
+class WorkerError(Exception):
+    """An engine cannot be loaded or measured; the message is one line."""
 
 
-def describe_shape(config: ChatGLMConfig) -> dict:
-    return {
-        "num_layers": config.num_layers,
-        "hidden_size": config.hidden_size,
-        "ffn_hidden_size": config.ffn_hidden_size,
-        "num_heads": config.num_attention_heads,
-        "num_kv_heads": config.num_key_value_heads,
-        "head_dim": config.kv_channels,
-        "vocab_size": config.padded_vocab_size,
-        "seq_length": config.seq_length,
-    }
+class Worker:
+    """A process with the object `Worker` of a module; `ask` calls its methods."""
+
+    def __init__(self, name: str, module: str):
+        self.name = name
+        context = multiprocessing.get_context("spawn")
+        self.connection, other = context.Pipe()
+        self.process = context.Process(target=serve, args=(other, module), daemon=True)
+        self.process.start()
+        other.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.close()
+
+    def close(self):
+        self.connection.close()
+        self.process.terminate()
+        self.process.join(STOP_TIMEOUT_S)
+        self.process.kill()
+        self.process.join()
+
+    def ask(self, method: str, **arguments):
+        """Return the result of a method.
+
+        Raises:
+            WorkerError: The method failed, or the process has ended.
+        """
+        try:
+            self.connection.send((method, arguments))
+            result, error = self.connection.recv()
+        except (EOFError, OSError):
+            self.process.join()
+            code = self.process.exitcode
+            why = "was killed: is the memory full?" if code == -signal.SIGKILL else "ended"
+            error = f"its process {why} (exit code {code})."
+        if error is not None:
+            raise WorkerError(f"{self.name}: {error}")
+        return result
 
 
-def make_case(context: int, prompt_tokens: int, new_tokens: int) -> dict:
-    """Return how many tokens are in a random cache, in the prompt and in the answer."""
-    return {"context": context, "prompt_tokens": prompt_tokens, "new_tokens": new_tokens}
+def serve(connection, module: str):
+    """Answer the calls of `Worker.ask` until the connection is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
+    os.dup2(2, 1)  # stdout is for the report
+    worker = None
+    while True:
+        try:
+            method, arguments = connection.recv()
+        except EOFError:
+            return
+        try:
+            worker = worker or import_module(module).Worker()
+            result, error = getattr(worker, method)(**arguments), None
+            if method == "measure":
+                result.setdefault("memory_bytes", read_peak_memory())
+        except (SystemExit, OSError, ValueError, RuntimeError, MemoryError, ImportError) as failure:
+            result, error = None, " ".join(str(failure).split()) or type(failure).__name__
+        connection.send((result, error))
 
 
-def list_cases(args: argparse.Namespace) -> list[dict]:
-    cases = [make_case(0, length, args.new_tokens) for length in args.prompt_tokens]
-    if args.random_context:
-        cases.append(make_case(args.random_context, 1, args.new_tokens))
-    return cases
-
-
-def plan_own(words: str, args: argparse.Namespace, config: ChatGLMConfig, cases) -> Engine:
-    """Return this project's model: `words` are a name of OWN_ENGINES and flags, or nothing."""
-    name, *flags = words.split() or [""]
-    parser = argparse.ArgumentParser(prog=f"--compare {name}", usage=argparse.SUPPRESS)
-    utils.add_model_arguments(parser)
-    wanted = argparse.Namespace(**vars(args) | OWN_ENGINES.get(name, {}))
-    parser.parse_args(flags, wanted)
-    quantization = loading.choose_quantization(wanted, config)
-    if name and quantization and not wanted.quantize:
-        raise SystemExit(
-            f"--compare {words}: the weights have {quantization.bits} bits already: leave it out."
-        )
-    own = config.dtype or torch.float16
-    device, dtype, _ = loading.choose_device_and_dtype(wanted.device, wanted.dtype, own)
-    needed = count_weight_bytes(config, dtype, quantization) * MEMORY_MARGIN
-    longest = max(sum(case.values()) for case in cases)
-    cache_dtype = loading.DTYPES.get(wanted.kv_cache_dtype, dtype)
-    heads = config.num_key_value_heads * config.kv_channels
-    needed += 2 * config.num_layers * heads * longest * cache_dtype.itemsize
-    needed += PROCESS_BYTES if device.type == "cpu" else 0
-    label = f"int{quantization.bits}" if quantization else str(dtype).removeprefix("torch.")
-    needs = [*vars(parser.parse_args([])), "random_weights", "config", "layers"]
-    settings = {key: value for key, value in vars(wanted).items() if key in needs}
-    command = [sys.executable, str(MODEL_WORKER)]
-    return Engine(" ".join([label, *flags]), command, settings, needed, cases)
-
-
-def plan_llama(name: str, args: argparse.Namespace, config: ChatGLMConfig, folder: Path) -> Engine:
-    kind, output = LLAMA_ENGINES[name]
-    shape = describe_shape(config)
-    hidden, vocab_weights = config.hidden_size, config.padded_vocab_size * config.hidden_size
-    heads = 2 * shape["num_heads"] + 2 * shape["num_kv_heads"]  # queries, output; keys, values
-    block = hidden * (heads * shape["head_dim"] + 3 * config.ffn_hidden_size)
-    bits = (config.num_layers * block + vocab_weights) * LLAMA_BITS[kind]
-    bits += vocab_weights * LLAMA_BITS[output]
-    file = {"shape": shape, "kind": kind.upper(), "output_kind": output.upper()}
-    file["folder"] = str(folder)
-    settings = {"shape": shape, "threads": args.threads or torch.get_num_threads()}
-    command = [args.llama_python or sys.executable, str(LLAMA_WORKER)]
-    cases = [case for case in list_cases(args) if not case["context"]]
-    return Engine(name, command, settings, bits / 8 + PROCESS_BYTES, cases, file)
-
-
-def check_llama(python: str):
-    """Stop if the Python for llama.cpp lacks it."""
+def read_peak_memory() -> int | None:
+    """Return the peak memory of this process in bytes, mapped files included."""
+    status = Path("/proc/self/status")
+    if status.exists():  # on Linux getrusage would include the parent's memory
+        (line,) = (x for x in status.read_text().splitlines() if x.startswith("VmHWM:"))
+        return 1024 * int(line.split()[1])
     try:
-        with Worker("llama.cpp", [python, str(LLAMA_WORKER)]) as worker:
-            worker.ask("check")
-    except WorkerError as error:
-        raise SystemExit(
-            f"{error} in {python}: pip install llama-cpp-python gguf, or name a Python that has "
-            "them with --llama-python."
-        ) from error
-
-
-def plan_engines(args: argparse.Namespace, config: ChatGLMConfig, folder: Path) -> list[Engine]:
-    """Return the engines, the reference first.
-
-    Raises:
-        SystemExit: A name is not known, or llama-cpp-python is missing.
-    """
-    known = [*OWN_ENGINES, *LLAMA_ENGINES]
-    for words in args.compare:
-        name = words.split()[0] if words.split() else ""
-        if name not in known or (name in LLAMA_ENGINES and words != name):
-            raise SystemExit(
-                f"--compare {words!r}: there are {', '.join(known)}; behind the first "
-                f"{len(OWN_ENGINES)} flags of this program can follow, in the same quotes."
-            )
-    if set(args.compare) & set(LLAMA_ENGINES):
-        check_llama(args.llama_python or sys.executable)
-    elif args.llama_python:
-        raise SystemExit(f"--llama-python {args.llama_python} needs --compare llama-q4_0 or so.")
-    engines = [plan_own("", args, config, list_cases(args))]
-    for words in args.compare:
-        if words in LLAMA_ENGINES:
-            engines.append(plan_llama(words, args, config, folder))
-        else:
-            engines.append(plan_own(words, args, config, list_cases(args)))
-    planned = {}
-    for engine in engines:
-        planned.setdefault(engine.name, engine)
-    return list(planned.values())
-
-
-def group_engines(engines: list[Engine], free: float | None) -> tuple[list[list[Engine]], dict]:
-    """Return groups that fit into memory at a time, and what fits into none, with the reason.
-
-    The first engine is the reference and in every group, so that its ratios are of one run.
-    """
-    reference, *others = engines
-    free = float("inf") if free is None else free
-    left_out = {
-        engine.name: f"needs {hardware.gigabytes(engine.needed)} beside {reference.name}, "
-        f"{hardware.gigabytes(max(free - reference.needed, 0))} free"
-        for engine in others
-        if reference.needed + engine.needed > free
-    }
-    groups, others = [], [engine for engine in others if engine.name not in left_out]
-    while others or not groups:
-        group, used = [reference], reference.needed
-        for engine in list(others):
-            if used + engine.needed <= free:
-                group.append(engine)
-                others.remove(engine)
-                used += engine.needed
-        groups.append(group)
-    return groups, left_out
+        import resource
+    except ImportError:  # Windows
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes on macOS
 
 
 # Measuring.
@@ -221,189 +134,262 @@ def show(text: str):
     print(text, file=sys.stderr, flush=True)
 
 
-def run_rounds(workers: dict, cases: dict, read_bandwidth, num_rounds: int):
-    """Measure all workers in turn, case by case; yield (name, case, figures).
+def start_engine(words: str, args: argparse.Namespace, shape: dict, folder: Path) -> Worker:
+    """Return the worker of an engine, with the engine loaded.
 
     Args:
-        workers: By the engines' names, loaded.
-        cases: Of each engine.
-        read_bandwidth: Measured before each case, too; yielded under the name "".
+        words: A name of OWN_ENGINES with flags, or of LLAMA_ENGINES; "" is the model of `args`.
+        folder: Where the file for llama.cpp is written.
+
+    Raises:
+        WorkerError: The engine cannot be loaded.
     """
-    every = []
-    for case in (case for name in workers for case in cases[name]):
-        if case not in every:
-            every.append(case)
-    for worker in workers.values():
+    show(f"loading {words or 'the model'}")
+    module, settings = "benchmark_model", vars(args)
+    name, *flags = words.split() or [""]
+    if name in LLAMA_ENGINES:
+        import benchmark_llama
+
+        try:
+            path = benchmark_llama.write_gguf(folder, shape, *LLAMA_ENGINES[name])
+        except (OSError, ValueError) as error:
+            raise WorkerError(f"{words}: {error}") from error
+        module, settings = "benchmark_llama", {"path": path, "threads": args.threads}
+    elif name:
+        parser = argparse.ArgumentParser(prog=f"--compare {name}", usage=argparse.SUPPRESS)
+        utils.add_model_arguments(parser)
+        own = argparse.Namespace(**settings | OWN_ENGINES[name])
+        settings = vars(parser.parse_args(flags, own))
+    worker = Worker(words or "the model", module)
+    try:
+        worker.load = worker.ask("load", **settings)
+        if name in OWN_ENGINES and worker.load["name"] != name:
+            raise WorkerError(f"{words}: the checkpoint has {worker.load['name']} weights")
+    except WorkerError:
+        worker.close()
+        raise
+    worker.name = words or worker.load["name"]
+    return worker
+
+
+def run_rounds(workers: list[Worker], cases: list[dict], read_bandwidth, num_rounds: int) -> list:
+    """Measure the workers in turn; return for each worker and case the figures of the rounds."""
+    found = [[[] for _ in cases] for _ in workers]
+    for worker in workers:
         worker.ask("measure", **WARM_UP)
     for _ in range(num_rounds):
-        for case in every:
-            yield "", case, read_bandwidth()
-            for name, worker in workers.items():
-                if case in cases[name]:
-                    yield name, case, worker.ask("measure", **case)
+        for i, case in enumerate(cases):
+            bandwidth = read_bandwidth()
+            for worker, rounds in zip(workers, found, strict=True):
+                figures = worker.ask("measure", **case) | {"bandwidth": bandwidth}
+                rounds[i].append(figures)
+                speed = (case["new_tokens"] - 1) / figures["decode_s"]
+                show(
+                    f"{worker.name}, prompt of {case['prompt_tokens']} tokens: first token after "
+                    f"{figures['first_token_s']:.2f} s, then {speed:.2f} tokens/s"
+                )
+    return found
 
 
-def make_file(engine: Engine) -> dict:
-    """Make what the engine loads, by a process of its own, whose memory is not to be counted."""
-    if engine.file is None:
-        return {}
-    with Worker(engine.name, engine.command) as worker:
-        return {"path": worker.ask("make", **engine.file)}
+def measure_engines(args: argparse.Namespace, shape: dict, read_bandwidth) -> dict:
+    """Measure the first engine in turn with each engine of --compare.
 
-
-def measure_group(group: list[Engine], args: argparse.Namespace, left_out: dict) -> dict:
-    """Return read bandwidths and what each engine's worker said.
-
-    An engine that cannot be loaded is left out, unless it is the reference.
+    An engine of --compare that cannot be loaded is left out, with the reason.
     """
-    found, bandwidths, workers = {}, [], {}
-    cases = {engine.name: engine.cases for engine in group}
-    with ExitStack() as stack:
-        for engine in group:
-            show(f"loading {engine.name}")
+    cases = [{"prompt_tokens": n, "new_tokens": args.new_tokens} for n in args.prompt_tokens]
+    rounds, engines, left_out = [[] for _ in cases], [], {}
+    with TemporaryDirectory() as folder, start_engine("", args, shape, Path(folder)) as first:
+        for words in args.compare:
             try:
-                settings = engine.settings | make_file(engine)
-                worker = stack.enter_context(Worker(engine.name, engine.command))
-                load = worker.ask("load", **settings)
+                other = start_engine(words, args, shape, Path(folder))
             except WorkerError as error:
-                if engine is group[0]:
-                    raise
-                left_out[engine.name] = str(error)
+                left_out[words] = str(error)
                 continue
-            workers[engine.name] = worker
-            found[engine.name] = {"load": load, "cases": [(case, []) for case in engine.cases]}
-        reader = stack.enter_context(Worker("read bandwidth", [sys.executable, str(MODEL_WORKER)]))
-        reader.ask("load_reader", threads=args.threads, device=args.device)
-        for name, case, figures in run_rounds(
-            workers, cases, lambda: reader.ask("read"), args.rounds
-        ):
-            if not name:
-                bandwidths.append(figures)
-                continue
-            figures["bandwidth"] = bandwidths[-1]
-            found[name]["cases"][cases[name].index(case)][1].append(figures)
-            speed = (case["new_tokens"] - 1) / figures["decode_s"]
-            show(
-                f"{name}, {case['context'] + case['prompt_tokens']} tokens: first token after "
-                f"{figures['first_token_s']:.2f} s, then {speed:.2f} tokens/s"
-            )
-    return {"bandwidths": bandwidths, "engines": found}
-
-
-def measure_once(engine: Engine) -> dict:
-    """Return the figures of the engine's only case, in a process that does nothing else."""
-    (case,) = engine.cases
-    prompt = case["context"] + case["prompt_tokens"]
-    show(f"{engine.name}: {case['new_tokens']} tokens behind {prompt}")
-    with Worker(engine.name, engine.command) as worker:
-        worker.ask("load", **engine.settings)
-        return worker.ask("measure", **case)
-
-
-def measure_original_tables(args: argparse.Namespace, config: ChatGLMConfig) -> dict:
-    """Return what the original's tables hold, for each precision that fits into memory.
-
-    The speed is that of all tokens up to SPEED_LENGTH, the prompt's time included.
-    """
-    speed_case = make_case(0, FIRST_LENGTH, SPEED_LENGTH - FIRST_LENGTH)
-    encode_case = make_case(0, ENCODED_LENGTH, 2)
-    generate_case = make_case(0, FIRST_LENGTH, GENERATED_LENGTH - FIRST_LENGTH)
-    if args.random_weights:
-        generate_case = make_case(GENERATED_LENGTH - LAST_TOKENS - 1, 1, LAST_TOKENS)
-    device, _ = loading.choose_device(args.device)
-    names = ["bfloat16" if device.type == "cpu" else "float16", "int8", "int4"]
-    if config.quantization_bit:
-        names = [f"int{config.quantization_bit}"]
-    rows = {}
-    for name in names:
-        cases = [speed_case, encode_case, generate_case]
-        engines = [plan_own(name, args, config, [case]) for case in cases]
-        free, needed = hardware.get_free_memory(device), engines[-1].needed
-        if free is not None and needed > free:
-            rows[name] = {"left_out": f"needs {hardware.gigabytes(needed)}"}
-            continue
-        speed, encode, generate = map(measure_once, engines)
-        seconds, count = speed["first_token_s"] + speed["decode_s"], speed_case["new_tokens"]
-        rows[name] = {
-            "tokens_per_s": count / seconds,
-            "characters_per_s": speed.get("characters", count * CHARACTERS_PER_TOKEN) / seconds,
-            "encode_memory_gb": to_gigabytes(encode["memory_bytes"]),
-            "generate_memory_gb": to_gigabytes(generate["memory_bytes"]),
-        }
+            with other:
+                mine, new = run_rounds([first, other], cases, read_bandwidth, args.rounds)
+            rounds = [old + more for old, more in zip(rounds, mine, strict=True)]
+            engines.append(summarize(other, cases, new, mine))
+        if not engines:
+            (rounds,) = run_rounds([first], cases, read_bandwidth, args.rounds)
+    rates = [figures["bandwidth"] / 1e9 for figures in chain(*rounds)]
     return {
-        "lengths": [SPEED_LENGTH, ENCODED_LENGTH, GENERATED_LENGTH],
-        "random_context": generate_case["context"],
-        "rows": rows,
+        "rounds": args.rounds,
+        "read_bandwidth_gb_per_s": statistics.median(rates),
+        "read_bandwidth_rounds": rates,
+        "engines": [summarize(first, cases, rounds), *engines],
+        "left_out": left_out,
     }
 
 
-def measure_load_time(args: argparse.Namespace, config: ChatGLMConfig, folder: Path) -> dict:
-    """Return the seconds until a saved checkpoint is ready, in fresh processes, files cached.
-
-    With random weights the checkpoint is written into `folder` unless it is there.
-    """
-    reference = plan_own("", args, config, list_cases(args))
-    settings = reference.settings
-    if args.random_weights:
-        shape = f"{config.num_layers}x{config.hidden_size}x{config.ffn_hidden_size}"
-        checkpoint = folder / f"chatglm-{shape}-{reference.name.replace(' ', '')}"
-        if not (checkpoint / "config.json").exists():
-            show(f"writing {checkpoint}")
-            with Worker("writing", reference.command) as worker:
-                worker.ask("load", **settings | {"dtype": "float16"})
-                worker.ask("save", folder=str(checkpoint))
-        settings = settings | {"model": str(checkpoint), "random_weights": False}
-    rounds = []
-    for _ in range(1 + args.rounds):  # the first one brings the files into memory
-        start = time.perf_counter()
-        with Worker(reference.name, reference.command) as worker:
-            load_s = worker.ask("load", **settings)["load_s"]
-            rounds.append({"load_s": load_s, "process_s": time.perf_counter() - start})
-    return {"checkpoint": reference.name, "rounds": rounds[1:]}
-
-
-# Arguments, the whole.
-
-
-def describe_machine(args: argparse.Namespace) -> dict:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    device, _ = loading.choose_device(args.device)
+def summarize(worker: Worker, cases: list[dict], rounds: list, reference: list | None = None):
+    """Return the medians of an engine, and of its ratios to the engine measured in turn with it."""
+    rows = []
+    for i, (case, figures) in enumerate(zip(cases, rounds, strict=True)):
+        row = summarize_case(case, figures, worker.load["weight_bytes"])
+        if reference is not None:
+            row["reference_is_faster"] = {
+                name: statistics.median(
+                    theirs[f"{name}_s"] / mine[f"{name}_s"]
+                    for theirs, mine in zip(figures, reference[i], strict=True)
+                )
+                for name in ("first_token", "decode")
+            }
+        rows.append(row)
+    peaks = [figures["memory_bytes"] for figures in chain(*rounds)]
     return {
-        "processor": (names or [platform.processor() or platform.machine()])[0],
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "threads": args.threads or torch.get_num_threads(),
-        "versions": {name: version(name) for name in ("torch", "transformers")},
+        "name": worker.name,
+        "description": worker.load["description"],
+        "load_s": worker.load["load_s"],
+        "weights_gb_per_token": worker.load["weight_bytes"] / 1e9,
+        "memory_gb": None if None in peaks else max(peaks) / 1e9,
+        "cases": rows,
     }
+
+
+def summarize_case(case: dict, rounds: list[dict], weight_bytes: int) -> dict:
+    """Return the medians of the rounds.
+
+    A new token reads the weights, and the keys and values that the cache holds on average. The rate
+    is compared with the read bandwidth that was measured just before.
+    """
+    steps = case["new_tokens"] - 1
+    first_s = statistics.median(figures["first_token_s"] for figures in rounds)
+    step_s = statistics.median(figures["decode_s"] / steps for figures in rounds)
+    held = case["prompt_tokens"] + case["new_tokens"] / 2
+    read_bytes = weight_bytes + held * rounds[0]["cache_bytes"]
+    written = [figures["characters"] for figures in rounds if "characters" in figures]
+    per_token = statistics.mean(written) / case["new_tokens"] if written else CHARACTERS_PER_TOKEN
+    return {
+        **case,
+        "first_token_s": first_s,
+        "prompt_tokens_per_s": case["prompt_tokens"] / first_s,
+        "tokens_per_s": 1 / step_s,
+        "tokens_per_s_rounds": [steps / figures["decode_s"] for figures in rounds],
+        "characters_per_s": per_token / step_s,
+        "read_gb_per_token": read_bytes / 1e9,
+        "read_gb_per_s": read_bytes / step_s / 1e9,
+        "fraction_of_bandwidth": statistics.median(
+            read_bytes * steps / figures["decode_s"] / figures["bandwidth"] for figures in rounds
+        ),
+    }
+
+
+# Tables and the plot.
+
+
+def number(value: float | None, digits: int, unit: str = "") -> str:
+    return "" if value is None else f"{value:.{digits}f}{unit}"
+
+
+def format_engines(report: dict) -> list[str]:
+    from core import format_table
+
+    engines, rates = report["engines"], report["read_bandwidth_rounds"]
+    ratio = f"{engines[0]['name']} is faster: first token"
+    header = ["engine", "prompt", "first token, s", "prompt tokens/s", "tokens/s", "characters/s"]
+    header += ["memory, GB", ratio, "tokens/s"]
+    speeds, reading = [], []
+    for engine in engines:
+        for case in engine["cases"]:
+            ratios = case.get("reference_is_faster", {})
+            first = [engine["name"], str(case["prompt_tokens"])]
+            figures = [
+                (case["first_token_s"], 3),
+                (case["prompt_tokens_per_s"], 1),
+                (case["tokens_per_s"], 2),
+                (case["characters_per_s"], 1),
+                (engine["memory_gb"], 2),
+                (ratios.get("first_token"), 2),
+                (ratios.get("decode"), 2),
+            ]
+            speeds.append(first + [number(*figure) for figure in figures])
+            figures = [(case["read_gb_per_token"], 3), (engine["weights_gb_per_token"], 3)]
+            figures += [(case["read_gb_per_s"], 1), (100 * case["fraction_of_bandwidth"], 0, "%")]
+            reading.append(first + [number(*figure) for figure in figures])
+    notes = [f"{e['name']}: {e['description']}; loaded in {e['load_s']:.1f} s" for e in engines]
+    notes += [f"left out: {error}" for error in report["left_out"].values()]
+    header_of_reading = ["engine", "prompt", "GB/token", "weights, GB", "GB/s", "of the bandwidth"]
+    return [
+        f"Medians of {report['rounds']} rounds, the engines in turn; answers of "
+        f"{engines[0]['cases'][0]['new_tokens']} tokens:",
+        format_table(header, speeds),
+        f"Reads of a new token (read bandwidth, measured in turn with the engines: "
+        f"{report['read_bandwidth_gb_per_s']:.1f} GB/s, {min(rates):.1f} to {max(rates):.1f}):",
+        format_table(header_of_reading, reading),
+        "\n".join(notes),
+    ]
+
+
+def print_report(report: dict):
+    machine = report["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    device = "" if machine["device"] == "cpu" else f", {machine['device']}"
+    parts = [
+        f"{report['model']}, {report['shape']['num_layers']} layers of "
+        f"{report['shape']['hidden_size']}; {machine['processor']}{device}, {machine['threads']} "
+        f"threads; {versions}"
+    ]
+    parts += format_engines(report)
+    if report["model"] == "random weights":
+        parts.append(
+            f"Characters: {CHARACTERS_PER_TOKEN} for each token, as in C-Eval's questions with the "
+            "official tokenizer, because random weights write no text."
+        )
+    print("\n\n".join(parts))
+
+
+def draw_plot(report: dict, file: Path):
+    """Draw the first case of each engine as bars."""
+    from matplotlib import pyplot
+
+    cases = {engine["name"]: engine["cases"][0] for engine in report["engines"]}
+    titles = {
+        "tokens_per_s": "New tokens per second, one conversation",
+        "prompt_tokens_per_s": "Prompt tokens per second",
+    }
+    figure, panels = pyplot.subplots(2, figsize=(9, 2 + len(cases)), layout="constrained")
+    for panel, (key, title) in zip(panels, titles.items(), strict=True):
+        bars = panel.barh([*cases], [case[key] for case in cases.values()])
+        panel.bar_label(bars, fmt="%.1f", padding=3)
+        panel.set_title(title)
+        panel.invert_yaxis()
+    figure.savefig(file)
+
+
+# Arguments.
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Measure tokens/s, first token and memory.")
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     utils.add_model_arguments(parser)
-    default_model = parser.get_default("model")
     parser.set_defaults(model=None)
-    parser.add_argument("--random-weights", action="store_true", help="of the 6B model's shape")
-    parser.add_argument("--config", help="of random weights: a config.json, or its folder")
-    parser.add_argument("--layers", type=utils.number(int, 1), help="of random weights")
+    parser.add_argument(
+        "--random-weights",
+        action="store_true",
+        help="random weights in the shape of ChatGLM2-6B, or of the config.json of --model",
+    )
     parser.add_argument(
         "--prompt-tokens",
         type=utils.number(int, 1),
         nargs="+",
         default=[512],
         metavar="N",
-        help="of a prompt, or of several (default: 512)",
+        help="length of the prompt, or several lengths (default: 512)",
     )
     parser.add_argument(
-        "--new-tokens", type=utils.number(int, 2), default=64, help="of an answer (default: 64)"
-    )
-    parser.add_argument(
-        "--random-context",
-        type=utils.number(int, 1),
+        "--new-tokens",
+        type=utils.number(int, 2),
+        default=64,
         metavar="N",
-        help="also generate behind N random keys and values, without computing a prompt of N",
+        help="length of the answer (default: %(default)s)",
     )
-    parser.add_argument("--rounds", type=utils.number(int, 0), default=3, help="(default: 3)")
+    parser.add_argument(
+        "--rounds",
+        type=utils.number(int, 1),
+        default=3,
+        metavar="N",
+        help="measurements of each engine (default: %(default)s)",
+    )
     parser.add_argument(
         "--compare",
         nargs="+",
@@ -412,93 +398,52 @@ def parse_args(argv=None) -> argparse.Namespace:
         help=f"{', '.join(OWN_ENGINES)}, also with flags in quotes ('int4 --exact-prefill'); "
         f"{', '.join(LLAMA_ENGINES)} (weights, output layer)",
     )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the report as JSON")
     parser.add_argument(
-        "--llama-python",
-        metavar="PYTHON",
-        help="that has llama-cpp-python and gguf (default: this one)",
-    )
-    parser.add_argument("--original-tables", action="store_true", help="fill them, too")
-    parser.add_argument("--load-time", action="store_true", help="also measure loading")
-    parser.add_argument(
-        "--folder", type=Path, help="for made GGUF files and checkpoints (default: temporary)"
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report there, too")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the report")
-    parser.add_argument(
-        "--from-json", type=Path, metavar="FILE", help="show a report; no measuring"
+        "--plot", type=Path, metavar="FILE", help="draw the report; needs matplotlib"
     )
     args = parser.parse_args(argv)
     check_args(args)
-    args.threads = args.threads or hardware.choose_threads()  # of all programs that are compared
-    if not args.random_weights:
-        args.model = args.model or default_model
+    if args.model is None and not args.random_weights:
+        args.model = os.environ.get("CHATGLM_MODEL") or utils.DEFAULT_MODEL
     return args
 
 
 def check_args(args: argparse.Namespace):
-    """Refuse flags that would have no effect."""
+    """Refuse flags that would have no effect, and packages that are missing."""
     if args.num_gpus > 1 or args.offload_folder:
-        raise SystemExit("--num-gpus and --offload-folder: what is measured is one device.")
-    if args.random_weights and args.model:
-        raise SystemExit(f"--model {args.model}: leave it or --random-weights out.")
-    if args.random_weights and args.revision:
-        raise SystemExit(f"--revision {args.revision} needs a model on the hub, by --model.")
-    if args.random_weights and args.adapter:
-        raise SystemExit(f"--adapter {args.adapter} needs the model it was trained on, by --model.")
-    for name in ("config", "layers", "random_context"):
-        if getattr(args, name) is not None and not args.random_weights:
-            flag = "--" + name.replace("_", "-")
-            raise SystemExit(f"{flag} {getattr(args, name)} needs --random-weights.")
-    if args.plot and find_spec("PIL") is None:
-        raise SystemExit(f"--plot {args.plot} needs Pillow: pip install pillow")
-    if not args.rounds and not args.original_tables and not args.from_json:
-        raise SystemExit("--rounds 0 measures nothing: add --original-tables, or give 3.")
-    if not args.rounds and (args.load_time or args.compare or args.plot):
-        raise SystemExit("--rounds 0 allows no --compare, --load-time or --plot: give 3.")
+        raise SystemExit("--num-gpus and --offload-folder: the benchmark measures one device.")
+    for name in ("revision", "adapter"):
+        if args.random_weights and (value := getattr(args, name)):
+            raise SystemExit(f"--{name} {value}: leave it or --random-weights out.")
+    for words in args.compare:
+        name = words.split()[0] if words.split() else ""
+        if name not in [*OWN_ENGINES, *LLAMA_ENGINES] or (name in LLAMA_ENGINES and words != name):
+            raise SystemExit(
+                f"--compare {words!r}: there are {', '.join([*OWN_ENGINES, *LLAMA_ENGINES])}; the "
+                f"first {len(OWN_ENGINES)} can be followed by flags of the model, in quotes."
+            )
+        if name in LLAMA_ENGINES and not (find_spec("llama_cpp") and find_spec("gguf")):
+            raise SystemExit(f"--compare {name} needs packages: pip install llama-cpp-python gguf")
+    if args.plot and not find_spec("matplotlib"):
+        raise SystemExit(
+            f"--plot {args.plot} needs matplotlib, which is not in requirements.txt: "
+            "pip install matplotlib"
+        )
 
 
-def measure(args: argparse.Namespace, folder: Path) -> dict:
-    config = read_shape(args)
-    report = {
-        "model": args.model or "random weights",
-        "shape": describe_shape(config),
-        "machine": describe_machine(args),
-        "rounds": args.rounds,
-    }
-    if args.rounds:
-        device, _ = loading.choose_device(args.device)
-        free = hardware.get_free_memory(device)
-        free = None if free is None else free - READER_BYTES
-        groups, left_out = group_engines(plan_engines(args, config, folder), free)
-        measured = [measure_group(group, args, left_out) for group in groups]
-        report |= summarize(measured) | {"left_out": left_out}
-    if args.load_time:
-        report["load_time"] = measure_load_time(args, config, folder)
-    if args.original_tables:
-        report["original_tables"] = measure_original_tables(args, config)
-    return report
+def measure(args: argparse.Namespace) -> dict:
+    import benchmark_model
 
-
-def read_report(file: Path) -> dict:
-    try:
-        report = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"--from-json {file}: {one_line(error)}") from error
-    if not isinstance(report, dict) or "machine" not in report:
-        raise SystemExit(f"--from-json {file} is no report of this program.")
-    return report
+    setting = benchmark_model.describe_setting(args)
+    reader = benchmark_model.BandwidthReader(args)
+    return setting | measure_engines(args, setting["shape"], reader.read)
 
 
 def main(argv=None):
     args = parse_args(argv)
-    if args.folder:
-        args.folder.mkdir(parents=True, exist_ok=True)
     try:
-        if args.from_json:
-            report = read_report(args.from_json)
-        else:
-            with nullcontext(args.folder) if args.folder else TemporaryDirectory() as folder:
-                report = measure(args, Path(folder))
+        report = measure(args)
     except WorkerError as error:
         raise SystemExit(str(error)) from error
     except KeyboardInterrupt:

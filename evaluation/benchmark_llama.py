@@ -1,37 +1,16 @@
-"""Worker of benchmark.py: llama.cpp with a random GGUF file of the same shape.
+"""llama.cpp for benchmark.py, with a random GGUF file in the shape of this project's model.
 
-Runs in any Python that has llama-cpp-python and gguf; imports nothing of this project but
-benchmark_worker.py.
+Needs llama-cpp-python and gguf, and must not import torch.
 """
 
 import ctypes
-import os
 import time
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 
-from benchmark_worker import read_peak_memory, serve
-
-PACKAGES = ("llama-cpp-python", "gguf")
-# Standard deviations of levels that are random bits.
-LEVEL_SPREAD = {"Q4_0": 4.6, "Q8_0": 73.9, "Q6_K": 18.5}
-K_SCALE = 16  # of all parts of a Q6_K block
+LEVEL_SPREAD = {"Q4_0": 4.6, "Q8_0": 73.9}  # standard deviations of levels that are random bits
 MICRO_BATCH = 512  # llama.cpp's defaults
 BATCH = 2048
-
-
-def check() -> str:
-    """Return the version.
-
-    Raises:
-        ImportError: A package is missing.
-    """
-    for package in PACKAGES:
-        try:
-            version(package)
-        except PackageNotFoundError as error:
-            raise ImportError(f"there is no {package}") from error
-    return f"llama-cpp-python {version(PACKAGES[0])}"
 
 
 def make_matrix(rows: int, columns: int, kind: str):
@@ -49,21 +28,21 @@ def make_matrix(rows: int, columns: int, kind: str):
     if columns % size:
         raise ValueError(f"{kind} needs a multiple of {size} columns, not {columns}")
     blocks = random.integers(0, 256, (rows * columns // size, num_bytes), dtype=np.uint8)
-    scale = np.float16(spread / LEVEL_SPREAD[kind] / (K_SCALE if kind == "Q6_K" else 1))
-    place = slice(-2, None) if kind == "Q6_K" else slice(0, 2)
-    blocks[:, place] = np.frombuffer(scale.tobytes(), np.uint8)
-    if kind == "Q6_K":
-        blocks[:, -18:-2] = K_SCALE
+    scale = np.float16(spread / LEVEL_SPREAD[kind])
+    blocks[:, :2] = np.frombuffer(scale.tobytes(), np.uint8)
     return blocks.reshape(rows, -1)
 
 
-def write_gguf(path: Path, shape: dict, kind: str, output_kind: str):
-    """Write a model; its layers are alike, so that one is in memory."""
+def write_gguf(folder: Path, shape: dict, kind: str, output_kind: str) -> str:
+    """Write a model whose layers are equal, so that memory holds one; return the file's path."""
     import gguf
     import numpy as np
 
-    hidden, inner, heads = shape["hidden_size"], shape["ffn_hidden_size"], shape["num_heads"]
-    kv_heads, size = shape["num_kv_heads"], shape["head_dim"]
+    path = str(folder / f"chatglm-{kind}-output-{output_kind}.gguf")
+    kind, output_kind = kind.upper(), output_kind.upper()
+    hidden, inner = shape["hidden_size"], shape["ffn_hidden_size"]
+    heads, kv_heads = shape["num_attention_heads"], shape["num_key_value_heads"]
+    head_dim, vocab_size = shape["kv_channels"], shape["padded_vocab_size"]
     writer = gguf.GGUFWriter(path, "chatglm")
     writer.add_context_length(shape["seq_length"])
     writer.add_embedding_length(hidden)
@@ -71,34 +50,33 @@ def write_gguf(path: Path, shape: dict, kind: str, output_kind: str):
     writer.add_block_count(shape["num_layers"])
     writer.add_head_count(heads)
     writer.add_head_count_kv(kv_heads)
-    writer.add_key_length(size)
-    writer.add_value_length(size)
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
     writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_dimension_count(size // 2)
+    writer.add_rope_dimension_count(head_dim // 2)
     writer.add_rope_freq_base(10000.0)
-    writer.add_vocab_size(shape["vocab_size"])
+    writer.add_vocab_size(vocab_size)
     writer.add_tokenizer_model("no_vocab")
     writer.add_add_bos_token(False)
 
     def add(name, matrix, kind):
         writer.add_tensor(name, matrix, raw_dtype=gguf.GGMLQuantizationType[kind])
 
-    qkv_size = (heads + 2 * kv_heads) * size
+    qkv_size = (heads + 2 * kv_heads) * head_dim
     sizes = {
         "attn_qkv": (qkv_size, hidden),
-        "attn_output": (hidden, heads * size),
+        "attn_output": (hidden, heads * head_dim),
         "ffn_up": (2 * inner, hidden),
         "ffn_down": (hidden, inner),
     }
-    block = {name: make_matrix(*rows_columns, kind) for name, rows_columns in sizes.items()}
+    layer = {name: make_matrix(*rows_columns, kind) for name, rows_columns in sizes.items()}
     ones = np.ones(hidden, np.float32)
-    vocab_size = shape["vocab_size"]
     add("token_embd.weight", make_matrix(vocab_size, hidden, kind), kind)
     for i in range(shape["num_layers"]):
         for name in ("attn_norm", "ffn_norm"):
             writer.add_tensor(f"blk.{i}.{name}.weight", ones)
         writer.add_tensor(f"blk.{i}.attn_qkv.bias", np.zeros(qkv_size, np.float32))
-        for name, matrix in block.items():
+        for name, matrix in layer.items():
             add(f"blk.{i}.{name}.weight", matrix, kind)
     writer.add_tensor("output_norm.weight", ones)
     add("output.weight", make_matrix(vocab_size, hidden, output_kind), output_kind)
@@ -106,37 +84,40 @@ def write_gguf(path: Path, shape: dict, kind: str, output_kind: str):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    return path
 
 
-def count_read_bytes(path: str) -> int:
-    """Return how many bytes of weights a new token needs: all, but one row of the embedding."""
+def read_sizes(path: str) -> dict:
+    """Return what a new token reads: all weights but one row of the embedding, keys and values."""
     import gguf
 
-    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    reader = gguf.GGUFReader(path)
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
     embedding = tensors["token_embd.weight"]
-    size = sum(int(tensor.n_bytes) for tensor in tensors.values())
-    return size - int(embedding.n_bytes) * (int(embedding.shape[1]) - 1) // int(embedding.shape[1])
+    vocab_size = int(embedding.shape[1])
+    weights = sum(int(tensor.n_bytes) for tensor in tensors.values())
+
+    def read(name: str) -> int:
+        return int(reader.fields[f"chatglm.{name}"].contents())
+
+    return {
+        "vocab_size": vocab_size,
+        "weight_bytes": weights - int(embedding.n_bytes) * (vocab_size - 1) // vocab_size,
+        "cache_bytes": 2
+        * 2  # keys and values, float16
+        * read("block_count")
+        * read("attention.head_count_kv")
+        * read("attention.key_length"),
+    }
 
 
-def make(folder: str, shape: dict, kind: str, output_kind: str) -> str:
-    """Return the path of a GGUF file of that shape, written unless the folder has it."""
-    names = "num_layers", "hidden_size", "ffn_hidden_size", "vocab_size", "num_heads"
-    numbers = "x".join(str(shape[name]) for name in (*names, "num_kv_heads"))
-    path = Path(folder, f"chatglm-{numbers}-{kind}-output-{output_kind}.gguf".lower())
-    if not path.exists():
-        unfinished = path.with_suffix(".unfinished")
-        write_gguf(unfinished, shape, kind, output_kind)
-        os.replace(unfinished, path)
-    return str(path)
+class Worker:
+    """Loads and measures a file through the C interface of llama.cpp."""
 
-
-class LlamaWorker:
-    """What the worker's commands do, by llama.cpp's own C interface."""
-
-    def load(self, path: str, shape: dict, threads: int) -> dict:
+    def load(self, path: str, threads: int) -> dict:
         import llama_cpp
 
-        self.library, self.threads, self.shape = llama_cpp, threads, shape
+        self.library, self.threads, self.sizes = llama_cpp, threads, read_sizes(path)
         self.quiet = llama_cpp.llama_log_callback(lambda *_: None)  # kept: C calls it
         llama_cpp.llama_log_set(self.quiet, ctypes.c_void_p(0))
         llama_cpp.llama_backend_init()
@@ -148,12 +129,12 @@ class LlamaWorker:
             raise RuntimeError(f"llama.cpp cannot load {path}")
         return {
             "load_s": time.perf_counter() - start,
-            "weight_bytes": count_read_bytes(path),
-            "description": f"{check()}, {Path(path).name}, cache float16",
+            "weight_bytes": self.sizes["weight_bytes"],
+            "description": f"llama-cpp-python {version('llama-cpp-python')}, cache float16",
         }
 
     def make_sampler(self):
-        """Return the steps of sampling that `chat` has, with its defaults."""
+        """Return the sampling steps of `chat`, with its defaults."""
         llama = self.library
         sampler = llama.llama_sampler_chain_init(llama.llama_sampler_chain_default_params())
         for step in (
@@ -173,9 +154,7 @@ class LlamaWorker:
             if code := llama.llama_decode(context, llama.llama_batch_get_one(tokens, len(part))):
                 raise RuntimeError(f"llama_decode failed with code {code}")
 
-    def measure(self, context: int, prompt_tokens: int, new_tokens: int) -> dict:
-        if context:
-            raise ValueError("llama.cpp's cache cannot be filled with random numbers")
+    def measure(self, prompt_tokens: int, new_tokens: int) -> dict:
         llama = self.library
         settings = llama.llama_context_default_params()
         settings.n_ctx = prompt_tokens + new_tokens
@@ -185,7 +164,7 @@ class LlamaWorker:
         if not session:
             raise RuntimeError("llama.cpp cannot make a context")
         sampler = self.make_sampler()
-        vocab_size = self.shape["vocab_size"]
+        vocab_size = self.sizes["vocab_size"]
         times, start = [], time.perf_counter()
         ids = [i * 7919 % (vocab_size - 5) + 5 for i in range(prompt_tokens)]
         for _ in range(new_tokens):
@@ -194,15 +173,8 @@ class LlamaWorker:
             times.append(time.perf_counter())
         llama.llama_sampler_free(sampler)
         llama.llama_free(session)
-        heads, size = self.shape["num_kv_heads"], self.shape["head_dim"]
         return {
             "first_token_s": times[0] - start,
             "decode_s": times[-1] - times[0],
-            "cache_bytes": 2 * 2 * self.shape["num_layers"] * heads * size,
-            "memory_bytes": read_peak_memory(),
+            "cache_bytes": self.sizes["cache_bytes"],
         }
-
-
-if __name__ == "__main__":
-    worker = LlamaWorker()
-    serve({"check": check, "make": make, "load": worker.load, "measure": worker.measure})

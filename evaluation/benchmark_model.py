@@ -1,14 +1,11 @@
-"""Worker of benchmark.py: this project's model, with random weights or a checkpoint's.
-
-Also measures how fast memory can be read.
-"""
+"""This project's model for benchmark.py, with random weights or a checkpoint's; read bandwidth."""
 
 import argparse
-import json
 import math
+import platform
 import statistics
-import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -16,23 +13,13 @@ from transformers import LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from benchmark_worker import read_peak_memory, serve  # noqa: E402
-
-import utils  # noqa: E402
-from chatglm2 import (  # noqa: E402
-    ChatGLMConfig,
-    ChatGLMForConditionalGeneration,
-    ChatGLMTokenizer,
-    generation_chatglm,
-    loading,
-)
-from chatglm2.checkpoint import locate_checkpoint, read_config  # noqa: E402
-from chatglm2.errors import one_line  # noqa: E402
-from chatglm2.kernels.cpu_backend import allocate  # noqa: E402
-from chatglm2.quantization import ChatGLMQuantizationConfig, QuantizedLinear  # noqa: E402
+import utils
+from chatglm2 import ChatGLMConfig, ChatGLMForConditionalGeneration, generation_chatglm, loading
+from chatglm2.checkpoint import locate_checkpoint, read_config
+from chatglm2.errors import one_line
+from chatglm2.hardware import choose_threads
+from chatglm2.kernels.cpu_backend import allocate
+from chatglm2.quantization import ChatGLMQuantizationConfig, QuantizedLinear, get_quantization
 
 SHAPE_6B = {  # where the checkpoint's config.json differs from the class's defaults
     "seq_length": 32768,
@@ -40,38 +27,56 @@ SHAPE_6B = {  # where the checkpoint's config.json differs from the class's defa
     "multi_query_attention": True,
     "multi_query_group_num": 2,
 }
+SHAPE_FIELDS = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "kv_channels",
+    "padded_vocab_size",
+    "seq_length",
+)
 # Standard deviations of levels that are random bytes, or random halves of them.
 LEVEL_SPREAD = {8: math.sqrt((2**16 - 1) / 12), 4: math.sqrt((2**8 - 1) / 12)}
-FIRST_ID = 100  # prompts have no special tokens
+FIRST_ID = 100  # random prompts have no special tokens
 QUESTION = "请介绍一下北京的历史、文化和美食。What is worth seeing there in three days? "
-TAIL = 8  # ids of a prompt's end that are kept when it is cut
+TAIL = 8  # last ids of a prompt, which are kept when it is cut
 READ_BYTES = 1 << 30
-READ_ROWS = 256  # each thread sums some of them
+READ_ROWS = 256  # divided among the threads
 READ_S = 1.0
 
 
 def read_shape(args: argparse.Namespace) -> ChatGLMConfig:
     """Return the configuration of the model to be measured."""
-    if not args.random_weights:
-        folder, _ = locate_checkpoint(args.model, args.revision)
-        revision = {} if folder else {"revision": args.revision or "main"}
-        return read_config(folder or args.model, **revision)
-    config = ChatGLMConfig(**SHAPE_6B)
-    if args.config is not None:
-        file = Path(args.config)
-        file = file / "config.json" if file.is_dir() else file
-        try:
-            fields = json.loads(file.read_text("utf-8"))
-        except (OSError, ValueError) as error:
-            raise SystemExit(
-                f"--config {args.config}: {one_line(error)}: give a config.json or its folder."
-            ) from error
-        if not isinstance(fields, dict) or fields.get("model_type") != "chatglm":
-            raise SystemExit(f"--config {args.config} does not say model_type 'chatglm'.")
-        config = ChatGLMConfig.from_dict(fields)
-    if args.layers is not None:
-        config.num_layers = args.layers
-    return config
+    try:
+        if not args.random_weights:
+            folder, _ = locate_checkpoint(args.model, args.revision)
+            revision = {} if folder else {"revision": args.revision or "main"}
+            return read_config(folder or args.model, **revision)
+        return read_config(args.model) if args.model else ChatGLMConfig(**SHAPE_6B)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"--model {args.model}: {one_line(error)}") from error
+
+
+def describe_setting(args: argparse.Namespace) -> dict:
+    """Return what is measured, and where; set the number of threads for all engines."""
+    args.threads = args.threads or choose_threads() or torch.get_num_threads()
+    config, (device, _) = read_shape(args), loading.choose_device(args.device)
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    machine = {
+        "processor": (names or [platform.processor() or platform.machine()])[0],
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "threads": args.threads,
+        "versions": {name: version(name) for name in ("torch", "transformers")},
+    }
+    return {
+        "model": "random weights" if args.random_weights else args.model,
+        "shape": {name: getattr(config, name) for name in SHAPE_FIELDS},
+        "machine": machine,
+    }
 
 
 @torch.no_grad()
@@ -81,9 +86,9 @@ def create_random_model(
     dtype: torch.dtype,
     quantization: ChatGLMQuantizationConfig | None = None,
 ) -> ChatGLMForConditionalGeneration:
-    """Return a model of random weights, made in the form in which they are stored.
+    """Return a model of random weights, which are made in the form in which they are stored.
 
-    Each output of a layer has the variance of its inputs, so that nothing overflows.
+    The outputs of each matrix have the variance of its inputs, so that nothing overflows.
     """
     if quantization is not None:
         fields = {"quantization_config": quantization.to_dict()}
@@ -103,7 +108,7 @@ def create_random_model(
             else:
                 bound = math.sqrt(3 / parameter.shape[1])
                 parameter.uniform_(-bound, bound)
-        if isinstance(module, QuantizedLinear):  # now: its own copy is not to stay until the end
+        if isinstance(module, QuantizedLinear):  # now, because it may copy the weights
             backend = module.backend.get(device, dtype)
             if backend is not None:
                 backend.prepare(module)
@@ -112,7 +117,7 @@ def create_random_model(
 
 
 def count_read_bytes(model: ChatGLMForConditionalGeneration) -> int:
-    """Return how many bytes of weights a new token needs: all, but one row of the embedding."""
+    """Return the bytes of weights that a new token reads: all, but one row of the embedding."""
     embedding = model.get_input_embeddings().weight
     size = sum(parameter.nbytes for parameter in model.parameters())
     if embedding is model.get_output_embeddings().weight:
@@ -121,7 +126,7 @@ def count_read_bytes(model: ChatGLMForConditionalGeneration) -> int:
 
 
 class Stamps(BaseStreamer):
-    """The time of each token that `generate` hands over."""
+    """Notes the time of each token that `generate` produces."""
 
     def __init__(self):
         self.times = []
@@ -136,32 +141,35 @@ class Stamps(BaseStreamer):
         pass
 
 
-class ModelWorker:
-    """What the worker's commands do."""
+class Worker:
+    """Loads and measures a model."""
 
     model = tokenizer = None
 
     def load(self, **settings) -> dict:
-        """Load what the settings, those of `parse_args` in benchmark.py, describe."""
+        """Load the model that the arguments of benchmark.py describe."""
+        logging.disable_progress_bar()
         args, start = argparse.Namespace(**settings), time.perf_counter()
-        if not args.random_weights:
-            self.tokenizer, self.model = utils.load_model(args)
-        else:
+        if args.random_weights:
             self.model = self.load_random(args)
+        else:
+            self.tokenizer, self.model = utils.load_model(args)
         description = f"{self.model.device}, {loading.name_precision(self.model)}"
         if args.exact_prefill:
             description += ", exact prefill"
         if args.kv_cache_dtype != "auto":
             description += f", cache {args.kv_cache_dtype}"
+        quantization = get_quantization(self.model.config)
+        dtype = str(self.model.dtype).removeprefix("torch.")
         return {
+            "name": f"int{quantization.bits}" if quantization else dtype,
             "load_s": time.perf_counter() - start,
             "weight_bytes": count_read_bytes(self.model),
             "description": description,
         }
 
-    def load_random(self, args: argparse.Namespace):
-        if args.threads:
-            torch.set_num_threads(args.threads)
+    def load_random(self, args: argparse.Namespace) -> ChatGLMForConditionalGeneration:
+        torch.set_num_threads(args.threads)
         config = read_shape(args)
         quantization = loading.choose_quantization(args, config)
         own = config.dtype or torch.float16
@@ -173,7 +181,7 @@ class ModelWorker:
         return model
 
     def draw_prompt(self, length: int) -> torch.Tensor:
-        """Return ids [1, length]: of a question, or random ones if there is no tokenizer."""
+        """Return ids [1, length] of a question, or random ids if there is no tokenizer."""
         if self.tokenizer is None:
             size = self.model.config.padded_vocab_size
             ids = torch.randint(min(FIRST_ID, size - 1), size, (length,)).tolist()
@@ -182,22 +190,11 @@ class ModelWorker:
             ids = ids[: length - TAIL] + ids[-TAIL:] if length > TAIL else ids[:length]
         return torch.tensor([ids], device=self.model.device)
 
-    @torch.no_grad()
-    def fill_cache(self, length: int) -> generation_chatglm.ChatGLMCache:
-        """Return a cache that holds random keys and values of so many tokens."""
-        cache, model, config = generation_chatglm.ChatGLMCache(), self.model, self.model.config
-        shape = 1, config.num_key_value_heads, length, config.kv_channels
-        dtype = model.base_model.cache_dtype or model.dtype
-        for i in range(config.num_layers if length else 0):
-            keys, values = torch.randn(2, *shape, device=model.device, dtype=dtype)
-            cache.update(keys, values, i)
-        return cache
-
-    def measure(self, context: int, prompt_tokens: int, new_tokens: int) -> dict:
-        """Generate as `chat` does, behind `context` tokens of random keys and values."""
-        self.model.generation_config.eos_token_id = None  # an answer ends by its length
-        ids, stamps = self.draw_prompt(context + prompt_tokens), Stamps()
-        cache = self.fill_cache(context)
+    def measure(self, prompt_tokens: int, new_tokens: int) -> dict:
+        """Generate as `chat` does."""
+        self.model.generation_config.eos_token_id = None  # all answers have the same length
+        ids, stamps = self.draw_prompt(prompt_tokens), Stamps()
+        cache = generation_chatglm.ChatGLMCache()
         sampling = {k: v for k, v in generation_chatglm.CHAT_DEFAULTS.items() if k != "max_length"}
         start = time.perf_counter()
         sequences = self.model.generate(
@@ -215,54 +212,31 @@ class ModelWorker:
             "decode_s": stamps.times[-1] - stamps.times[0],
             "cache_bytes": sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
             / cache.get_seq_length(),
-            "memory_bytes": self.read_peak_memory(),
         }
+        if self.model.device.type == "cuda":
+            result["memory_bytes"] = torch.cuda.max_memory_allocated(self.model.device)
         if self.tokenizer is not None:
             result["characters"] = len(self.tokenizer.decode(sequences[0, ids.shape[1] :].tolist()))
         return result
 
-    def read_peak_memory(self) -> int | None:
-        """Return the peak of the GPU's memory, or of this process."""
-        device = self.model.device
-        return (
-            torch.cuda.max_memory_allocated(device) if device.type == "cuda" else read_peak_memory()
-        )
 
-    def save(self, folder: str):
-        """Write a checkpoint with the bundled tokenizer; config.json is its last file."""
-        self.model.save_pretrained(folder)
-        tokenizer = ChatGLMTokenizer.from_pretrained(ROOT / "resources" / "chatglm2-tiny")
-        tokenizer.save_pretrained(folder)
+class BandwidthReader:
+    """Measures how fast all threads together read a buffer that is larger than any cache."""
 
-
-class BandwidthWorker:
-    """Reads a buffer that no cache can hold, again and again, with all threads."""
-
-    def load(self, **settings):
-        args = argparse.Namespace(**settings)
-        if args.threads:
-            torch.set_num_threads(args.threads)
+    def __init__(self, args: argparse.Namespace):
+        torch.set_num_threads(args.threads)
         device, _ = loading.choose_device(args.device)
         if device.type == "cpu":
-            self.buffer = allocate(READ_BYTES).zero_()
+            buffer = allocate(READ_BYTES).zero_()
         else:
-            self.buffer = torch.zeros(READ_BYTES, dtype=torch.uint8, device=device)
-        self.rows = self.buffer.view(torch.int64).view(READ_ROWS, -1)
+            buffer = torch.zeros(READ_BYTES, dtype=torch.uint8, device=device)
+        self.rows = buffer.view(torch.int64).view(READ_ROWS, -1)
 
-    def measure(self) -> float:
-        """Return bytes a second, the median of the passes within about a second."""
+    def read(self) -> float:
+        """Return bytes/s, the median of the passes within about a second."""
         end, rates = time.perf_counter() + READ_S, []
         while not rates or time.perf_counter() < end:
             start = time.perf_counter()
             self.rows.sum(1).tolist()
             rates.append(READ_BYTES / (time.perf_counter() - start))
         return statistics.median(rates)
-
-
-if __name__ == "__main__":
-    logging.disable_progress_bar()
-    worker, reader = ModelWorker(), BandwidthWorker()
-    serve(
-        {"load": worker.load, "measure": worker.measure, "save": worker.save}
-        | {"load_reader": reader.load, "read": reader.measure}
-    )

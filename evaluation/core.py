@@ -435,7 +435,7 @@ def score(items: list[Item], records: list[dict], weigh_subjects_equally=False) 
 
 
 def format_table(header: list[str], rows: list[list[str]]) -> str:
-    """Return a Markdown table whose columns are aligned in a terminal too; the first is of names."""
+    """Return a Markdown table that is aligned in a terminal too; its first column is text."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     lines = [header, ["-" * width for width in widths], *rows]
     texts = []
