@@ -5,6 +5,7 @@ import multiprocessing
 import re
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -81,7 +82,7 @@ def start_and_build(context, count: int) -> list:
     return outcomes
 
 
-@pytest.mark.slow  # compiles in several processes
+@pytest.mark.slow  # starts processes
 @pytest.mark.skipif(sys.platform != "linux", reason="forks")
 def test_several_processes_at_once(quick):
     sources = sorted(build_cpu.SOURCES[0].parent.iterdir())
@@ -190,19 +191,9 @@ def test_folder_that_cannot_be_written(quick, tmp_path, monkeypatch, caplog):
 
 
 def test_library_for_another_cpu(monkeypatch):
-    class Library:
-        def __getattr__(self, name):
-            value = {"chatglm_isa": b"avx512", "chatglm_runs_here": 0}[name]
-            return self.__dict__.setdefault(name, Function(value))
-
-    class Function:
-        def __init__(self, value):
-            self.value = value
-
-        def __call__(self):
-            return self.value
-
-    monkeypatch.setattr(build_cpu.ctypes, "CDLL", lambda path: Library())
+    library = Mock(chatglm_isa=Mock(return_value=b"avx512"))
+    library.chatglm_runs_here.return_value = 0
+    monkeypatch.setattr(build_cpu.ctypes, "CDLL", lambda path: library)
     with pytest.raises(RuntimeError, match="this CPU lacks avx512 instructions"):
         build_cpu.load(Path("x"))
 

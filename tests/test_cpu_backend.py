@@ -25,11 +25,8 @@ from chatglm2.quantization import (
 pytestmark = pytest.mark.usefixtures("need_library")
 CPU = torch.device("cpu")
 BACKEND = CPUBackend()
-matmul, prompt_matmul, stored_matmul = (
-    BACKEND.matmul,
-    BACKEND.prompt_matmul,
-    BACKEND.stored_matmul,
-)
+matmul, stored_matmul = BACKEND.matmul, BACKEND.stored_matmul
+prompt_matmul = BACKEND.prompt_matmul
 WAYS = [(8, None), (4, None), (4, 128)]
 WAY_NAMES = ["int8", "int4", "g128"]
 SIZES = [(384, 80), (2, 1), (6, 5), (130, 33), (1000, 100), (256, 17)]  # in, out
@@ -268,21 +265,13 @@ def test_threads_share_a_layer():
 
 def test_gradients_and_products_in_turn():
     layer, x = create_layer(4, 128), torch.randn(2, 384)
-    y = layer(x)
-    with_grad = layer(x.clone().requires_grad_())
-    with_grad.sum().backward()
-    torch.testing.assert_close(with_grad, y)
-    assert torch.equal(layer(x), y)
-
-
-def test_gradients_after_inference_mode():
-    layer, x = create_layer(4, 128), torch.randn(2, 384)
     with torch.inference_mode():
         y = layer(x)
         layer.state_dict()
     with_grad = layer(x.clone().requires_grad_())
     with_grad.sum().backward()
     torch.testing.assert_close(with_grad, y)
+    assert torch.equal(layer(x), y)
 
 
 def test_output_layer_is_served():
@@ -380,11 +369,8 @@ def test_layers_that_it_cannot_serve(monkeypatch):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("bits", "group_size"), WAYS, ids=WAY_NAMES)
-def test_prompts_are_rounded_unless_they_are_to_be_exact(
-    tiny_checkpoint, tiny_tokenizer, bits, group_size
-):
-    model = load(tiny_checkpoint).quantize(bits, group_size).float()
+def test_prompts_are_rounded_unless_they_are_to_be_exact(tiny_checkpoint, tiny_tokenizer):
+    model = load(tiny_checkpoint).quantize(4).float()
     inputs = tiny_tokenizer("[Round 1]\n\n问：你好\n\n答：", return_tensors="pt")
     settings = {"max_new_tokens": 1, "return_dict_in_generate": True, "output_logits": True}
     exact = model(**inputs).logits[:, -1]

@@ -1,6 +1,5 @@
 """The layers in C against the modules, and when the modules are called instead."""
 
-import asyncio
 import threading
 from contextlib import contextmanager
 from functools import partial
@@ -18,7 +17,6 @@ from chatglm2.generation_chatglm import ChatGLMCacheLayer, RaggedCache
 from chatglm2.kernels import build_cpu, cpu_backend, cpu_layers
 from chatglm2.modeling_chatglm import eager_attention_forward
 from chatglm2.quantization import QuantizedLinear
-from chatglm2.serving.batching import Batcher, Request
 
 pytestmark = pytest.mark.usefixtures("need_library")
 WAYS = [(8, None), (4, None), (4, 128)]
@@ -182,13 +180,6 @@ def get_weights(name: str) -> dict:
     prefix = f"{name}.w."
     tensors = VARIANT_TENSORS.items()
     return {k.removeprefix(prefix): value for k, value in tensors if k.startswith(prefix)}
-
-
-@pytest.mark.parametrize(("bits", "group_size"), WAYS, ids=WAY_NAMES)
-def test_bundled_checkpoint(bits, group_size, tiny_checkpoint, taken):
-    model = load(tiny_checkpoint, dtype=torch.float32).eval().quantize(bits, group_size)
-    check_steps(model, taken, batch=3)
-    check_prompt(model, taken, draw_ids(model, 40))
 
 
 @pytest.mark.parametrize(
@@ -698,59 +689,6 @@ def test_generate(bundled, settings, taken):
     assert len(taken) > 5 and all(taken)
     with calling_modules():
         assert torch.equal(bundled.generate(ids, **settings), generated)
-
-
-def test_batch_that_is_padded(bundled, taken):
-    ids = torch.tensor([[3, 3, 5, 9], [64, 5, 9, 30]])
-    settings = {"attention_mask": (ids != 3).long(), "max_new_tokens": 10, "min_new_tokens": 10}
-    generated = bundled.generate(ids, **settings)
-    assert not any(taken)
-    with calling_modules():
-        assert torch.equal(bundled.generate(ids, **settings), generated)
-
-
-def talk(model, tokenizer):
-    history, cache, answers = [], None, []
-    for question in ("你好", "tell me a joke"):
-        steps = model.stream_chat(
-            tokenizer, question, history, cache, do_sample=False, return_past_key_values=True
-        )
-        for answer, new_history, cache in steps:  # noqa: B007
-            pass
-        history = new_history
-        answers += [answer, cache.input_ids]
-    return answers
-
-
-def test_chat(bundled, tiny_tokenizer, taken):
-    answers = talk(bundled, tiny_tokenizer)
-    chosen = bundled.chat(tiny_tokenizer, "你好", do_sample=False)[0]
-    assert taken.count(True) > 20 and chosen == answers[0]
-    with calling_modules():
-        assert talk(bundled, tiny_tokenizer) == answers
-
-
-def ask_batcher(model, tokenizer):
-    batcher = Batcher(model, tokenizer)
-    questions = ["你好", "讲个笑话", "今天工作好累啊", "What is your name?"]
-    prompts = [tokenizer.encode(tokenizer.build_prompt(question)) for question in questions]
-
-    async def ask():
-        requests = [Request(ids, temperature=0, max_new_tokens=20) for ids in prompts]
-        return await asyncio.gather(*[batcher.submit(request).collect() for request in requests])
-
-    try:
-        return [chunk.token_ids for chunk in asyncio.run(ask())]
-    finally:
-        batcher.close()
-        batcher.join()
-
-
-def test_batcher(bundled, tiny_tokenizer, taken):
-    answers = ask_batcher(bundled, tiny_tokenizer)
-    assert taken.count(True) >= 19
-    with calling_modules():
-        assert ask_batcher(bundled, tiny_tokenizer) == answers
 
 
 # What goes wrong

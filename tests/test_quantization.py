@@ -494,16 +494,6 @@ def test_tied_weights_stay_tied():
 # Use
 
 
-@pytest.mark.parametrize("way", WAYS, ids=WAY_NAMES)
-def test_chat(tiny_checkpoint, tiny_tokenizer, tmp_path, way):
-    model = load(tiny_checkpoint).quantize(**way).float()
-    greedy = {"do_sample": False, "max_new_tokens": 8}
-    response, history = model.chat(tiny_tokenizer, "你好", **greedy)
-    assert response and history == [("你好", response)]
-    model.half().save_pretrained(tmp_path)
-    assert load(tmp_path).float().chat(tiny_tokenizer, "你好", **greedy)[0] == response
-
-
 def test_quality_on_the_bundled_checkpoint(tiny_checkpoint, tiny_model, tiny_tokenizer):
     inputs = tiny_tokenizer(["[Round 1]\n\n问：你好\n\n答：你好！"], return_tensors="pt")
     divergences = []
