@@ -533,8 +533,11 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         is_padding = attention_mask[:, None, :, None] == 0
         return mask | is_padding if mask.dtype == torch.bool else mask * ~is_padding
 
-    def encode(self, inputs_embeds, attention_mask, position_ids, cache, **kwargs):
-        """Compute all layers; return the result of `GLMTransformer.forward`."""
+    def encode(self, inputs_embeds, attention_mask, position_ids, cache, /, **kwargs):
+        """Compute all layers; return the result of `GLMTransformer.forward`.
+
+        `kwargs` may have another `cache`: the paged one of continuous batching.
+        """
         device = inputs_embeds.device  # a model can be on several
         attention_mask = None if attention_mask is None else attention_mask.to(device)
         offset = 0 if cache is None else cache.get_query_offset(0)
