@@ -1,10 +1,11 @@
-"""Serve ChatGLM2 with the original's own API: a question and its history in, the answer out.
+"""Serve ChatGLM2 with the API of the original: prompt and history in, answer out.
 
     python api.py --model resources/chatglm2-tiny
     curl -X POST "http://127.0.0.1:8000" -H 'Content-Type: application/json' \\
          -d '{"prompt": "你好", "history": []}'
 
-With `"stream": true`, server-sent events {"delta", "finished"}; the last has the response's fields.
+With `"stream": true` the answer is server-sent events {"delta", "finished"}; the last event also
+has the fields of the response.
 """
 
 import argparse
@@ -14,20 +15,19 @@ from typing import Annotated
 
 from fastapi import FastAPI
 from fastapi import Request as HTTPRequest
-from pydantic import Field
+from pydantic import BaseModel, Field
 from starlette.concurrency import run_in_threadpool
 
 import utils
 from chatglm2 import CHAT_DEFAULTS
 from chatglm2.serving import schema, server
-from chatglm2.serving.batching import Request
 
-# Some versions of LangChain's client send no questions in their history.
+# Some versions of LangChain's client send a history without questions.
 Round = Annotated[list[schema.Text | None], Field(min_length=2, max_length=2, fail_fast=True)]
 History = Annotated[list[Round], Field(max_length=schema.MAX_MESSAGES, fail_fast=True)]
 
 
-class Question(schema.StrictModel):
+class Question(schema.StrictTypes):
     prompt: schema.Text
     history: History | None = None
     max_length: schema.Count | None = None
@@ -36,7 +36,7 @@ class Question(schema.StrictModel):
     stream: bool | None = None
 
 
-class Answer(schema.StrictModel):
+class Answer(BaseModel):
     response: str
     history: list[Round]
     status: int
@@ -54,40 +54,39 @@ def complete(question: Question, text: str) -> dict:
     return {"response": text, "history": history, "status": 200, "time": now}
 
 
-async def stream(question: Question, generations: list, metrics):
+async def stream(question: Question, answers: server.Answers):
     """Yield the events of an answer."""
     text = ""
     try:
-        async for _, chunk in server.follow(generations, metrics):
+        async for _, chunk in answers:
             text += chunk.text
             if chunk.text:
                 yield server.event(json.dumps({"delta": chunk.text, "finished": False}))
-    except Exception as error:  # the status 200 is sent: an event has to tell
+    except Exception as error:  # the status 200 is sent already: an event reports the error
         yield server.error_event(error)
     else:
         yield server.event(json.dumps({"delta": "", "finished": True} | complete(question, text)))
 
 
 def create_app(model, tokenizer, args) -> FastAPI:
-    # As the original: JSON is read without a content type too.
+    # As the original: JSON is read even without its content type.
     options = {"invalid_status": 422, "strict_content_type": False}
     app = server.create_app(model, tokenizer, args, "ChatGLM2", **options)
-    batcher, metrics = app.state.batcher, app.state.metrics
     responses = {200: {"content": {"text/event-stream": {}}}, **server.ERROR_RESPONSES}
 
     @app.post("/", response_model=Answer, responses=responses)
     async def ask(question: Question, request: HTTPRequest):
         ids = await run_in_threadpool(encode, tokenizer, question)
-        wanted = Request(
+        wanted = server.build_request(
+            question,
             ids,
-            server.count_room(len(ids), question.max_length or CHAT_DEFAULTS["max_length"]),
+            max_length=question.max_length or CHAT_DEFAULTS["max_length"],
             process_text=model.process_response,
-            **question.model_dump(include={"top_p", "temperature"}, exclude_none=True),
         )
-        generations = server.submit_all(batcher, [wanted], "prompt")
+        answers = server.Answers(app.state, [wanted], "prompt")
         if question.stream:
-            return server.EventStream(stream(question, generations, metrics), generations)
-        (answer,) = await server.collect(request, generations, metrics)
+            return server.EventStream(stream(question, answers), answers)
+        (answer,) = await answers.collect(request)
         return complete(question, answer.text)
 
     return app

@@ -1,24 +1,22 @@
-"""Serve ChatGLM2 as OpenAI's API: chat, completions, embeddings.
+"""Serve ChatGLM2 with the OpenAI API: chat, completions, embeddings.
 
     python openai_api.py --model resources/chatglm2-tiny
 
-Clients set their base URL to http://127.0.0.1:8000/v1, and any key.
+Clients use the base URL http://127.0.0.1:8000/v1 and any key.
 """
 
 import argparse
 import time
-import uuid
 from functools import cached_property
 from pathlib import Path
 
 import torch.nn.functional as F
-from fastapi import FastAPI, Response
+from fastapi import FastAPI
 from fastapi import Request as HTTPRequest
-from openai.types import Completion, CompletionUsage, Model
+from openai.types import Completion, Model
 from openai.types.chat import ChatCompletion
-from openai.types.completion_usage import PromptTokensDetails
-from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import State
 from transformers import (
     LogitsProcessorList,
     RepetitionPenaltyLogitsProcessor,
@@ -27,31 +25,19 @@ from transformers import (
 
 import utils
 from chatglm2.serving import responses, schema, server
-from chatglm2.serving.batching import Generation, OccurrencePenalty, Request
+from chatglm2.serving.batching import OccurrencePenalty, Request
 from chatglm2.serving.json_grammar import JsonGrammar
+from chatglm2.serving.responses import as_json
 from chatglm2.serving.server import RequestError
 
 COMPLETION_MAX_TOKENS = 16  # OpenAI's default
 
 
-def usage_of(generations: list[Generation], num_tokens: int, num_choices=1) -> CompletionUsage:
-    """Count tokens; a prompt of several answers counts once."""
-    prompts = generations[::num_choices]
-    prompt_tokens = sum(generation.prompt_length for generation in prompts)
-    cached_tokens = sum(generation.num_cached for generation in prompts)
-    return CompletionUsage(
-        prompt_tokens=prompt_tokens,
-        completion_tokens=num_tokens,
-        total_tokens=prompt_tokens + num_tokens,
-        prompt_tokens_details=PromptTokensDetails(cached_tokens=cached_tokens),
-    )
-
-
 class Service:
     """The handlers of all routes, for one model."""
 
-    def __init__(self, model, tokenizer, name: str, batcher, metrics):
-        self.model, self.tokenizer, self.batcher, self.metrics = model, tokenizer, batcher, metrics
+    def __init__(self, model, tokenizer, name: str, state: State):
+        self.model, self.tokenizer, self.state = model, tokenizer, state
         self.card = Model(id=name, created=int(time.time()), object="model", owned_by="THUDM")
 
     @cached_property
@@ -67,12 +53,12 @@ class Service:
         )
 
     def encode_texts(self, texts: schema.Texts, param: str) -> list[list[int]]:
-        """Return the ids of one text or several; given ids are taken as they are."""
+        """Return the ids of one or several texts; ids are returned unchanged."""
         several = texts if isinstance(texts, list) and not isinstance(texts[0], int) else [texts]
         prompts = [self.tokenizer.encode(t) if isinstance(t, str) else t for t in several]
         for ids in prompts:
             if max(ids) >= (size := self.tokenizer.vocab_size):
-                raise RequestError(400, f"{param}: id {max(ids)} is not below {size}.", param)
+                raise RequestError(400, f"{param}: the id {max(ids)} is not below {size}.", param)
         return prompts
 
     def build_processors(
@@ -87,7 +73,7 @@ class Service:
         if body.logit_bias:
             biases = {(int(token_id),): bias for token_id, bias in body.logit_bias.items()}
             if max(biases) >= (self.tokenizer.vocab_size,):
-                message = f"logit_bias: the ids are below {self.tokenizer.vocab_size}."
+                message = f"logit_bias: ids must be below {self.tokenizer.vocab_size}."
                 raise RequestError(400, message, "logit_bias")
             processors.append(SequenceBiasLogitsProcessor(biases))
         json_schema = body.response_format and body.response_format.read_schema()
@@ -101,16 +87,12 @@ class Service:
 
     def build_request(self, body: schema.SamplingRequest, ids: list[int], choice: int, **settings):
         limits = [limit for limit in (body.max_tokens, body.max_completion_tokens) if limit]
-        if body.max_length:
-            limits.append(server.count_room(len(ids), body.max_length))
-        names = {"temperature", "top_p", "top_k", "ignore_eos"}
-        return Request(
+        return server.build_request(
+            body,
             ids,
-            min(limits, default=None),
+            max_new_tokens=min(limits, default=None),
             seed=None if body.seed is None else body.seed + choice,
-            stop=[body.stop] if isinstance(body.stop, str) else body.stop or [],
             processors=self.build_processors(body, len(ids)),
-            **body.model_dump(include=names, exclude_none=True),
             **settings,
         )
 
@@ -135,96 +117,80 @@ class Service:
     async def answer(
         self, form: responses.Completions, body, http_request, requests: list[Request]
     ):
-        generations = server.submit_all(self.batcher, requests, form.param, body.n or 1)
-        envelope = {
-            "id": f"{form.prefix}-{uuid.uuid4().hex}",
-            "created": int(time.time()),
-            "model": body.model,
-        }
+        answers = server.Answers(self.state, requests, form.param, body.n or 1)
         if body.stream:
-            return server.EventStream(self.events(form, envelope, body, generations), generations)
-        answers = await server.collect(http_request, generations, self.metrics)
-        choices = [form.whole(index, answer) for index, answer in enumerate(answers)]
-        num_tokens = sum(len(answer.token_ids) for answer in answers)
-        usage = usage_of(generations, num_tokens, body.n or 1)
-        return as_json(form.whole_type(**envelope, object=form.name, choices=choices, usage=usage))
+            return server.EventStream(self.events(form, body, answers), answers)
+        wholes = await answers.collect(http_request)
+        num_tokens = sum(len(whole.token_ids) for whole in wholes)
+        usage = responses.count_usage(answers.generations, num_tokens, body.n or 1)
+        return as_json(form.respond(wholes, usage))
 
-    async def events(self, form: responses.Completions, envelope: dict, body, generations):
+    async def events(self, form: responses.Completions, body, answers: server.Answers):
         def event(choices: list, **fields) -> str:
-            chunk = form.chunk_type(**envelope, object=form.chunk_name, choices=choices, **fields)
+            chunk = form.respond_chunk(choices, **fields)
             return server.event(chunk.model_dump_json(exclude_unset=True))
 
-        for index in range(len(generations)):
+        for index in range(len(answers.generations)):
             for choice in form.begin(index):
                 yield event([choice])
         num_tokens = 0
         try:
-            async for index, chunk in server.follow(generations, self.metrics):
+            async for index, chunk in answers:
                 num_tokens += len(chunk.token_ids)
                 if chunk.text or chunk.logprobs:
-                    yield event([form.piece(index, chunk)])
+                    yield event([form.chunk(index, chunk)])
                 if chunk.finish_reason:
                     yield event([form.end(index, chunk.finish_reason)])
-        except Exception as error:  # the status 200 is sent: an event has to tell
+        except Exception as error:  # the status 200 is sent already: an event reports the error
             yield server.error_event(error)
             return
         if body.stream_options and body.stream_options.include_usage:
-            yield event([], usage=usage_of(generations, num_tokens, body.n or 1))
+            usage = responses.count_usage(answers.generations, num_tokens, body.n or 1)
+            yield event([], usage=usage)
         yield server.event("[DONE]")
 
     async def chat(self, body: schema.ChatRequest, request: HTTPRequest):
         """Answer a conversation."""
         requests = await run_in_threadpool(self.build_chat, body)
-        return await self.answer(responses.ChatCompletions(self.tokenizer), body, request, requests)
+        form = responses.ChatCompletions(self.tokenizer, body.model)
+        return await self.answer(form, body, request, requests)
 
     async def complete(self, body: schema.CompletionRequest, request: HTTPRequest):
-        """Continue texts, without the format of a conversation."""
+        """Continue texts, without the prompt format of a conversation."""
         requests = await run_in_threadpool(self.build_completions, body)
-        return await self.answer(responses.Completions(self.tokenizer), body, request, requests)
+        form = responses.Completions(self.tokenizer, body.model)
+        return await self.answer(form, body, request, requests)
 
     async def embed(self, body: schema.EmbeddingRequest, request: HTTPRequest):
-        """Return the mean of each text's last hidden states, of length 1."""
+        """Return the mean of the last hidden states of each text, scaled to length 1."""
         prompts = await run_in_threadpool(self.encode_texts, body.input, "input")
-        size, vectors = self.batcher.max_batch, []
+        size, vectors = self.state.batcher.max_batch, []
         for first in range(0, len(prompts), size):  # so that a long list needs no long queue
             requests = [Request(ids, is_embedding=True) for ids in prompts[first : first + size]]
-            generations = server.submit_all(self.batcher, requests, "input")
-            answers = await server.collect(request, generations, self.metrics)
+            answers = await server.Answers(self.state, requests, "input").collect(request)
             vectors += [F.normalize(answer.embedding, dim=0) for answer in answers]
-        data = [
-            {
-                "object": "embedding",
-                "index": index,
-                "embedding": responses.encode_vector(vector, body.encoding_format),
-            }
-            for index, vector in enumerate(vectors)
-        ]
         num_tokens = sum(map(len, prompts))
         usage = {"prompt_tokens": num_tokens, "total_tokens": num_tokens}
         return as_json(
-            responses.EmbeddingList(object="list", model=body.model, data=data, usage=usage)
+            responses.list_embeddings(vectors, body.encoding_format, model=body.model, usage=usage)
         )
 
     async def list_models(self):
-        """List the one model; requests may name any."""
+        """List the only model; requests may have any model name."""
         return as_json(responses.ModelList(data=[self.card], object="list"))
 
     async def show_model(self, name: str):
         """Describe the model."""
         if name != self.card.id:
-            message = f"There is no model {name!r}, but {self.card.id!r}."
+            message = f"There is no model {name!r}; the only one is {self.card.id!r}."
             raise RequestError(404, message, "model", "model_not_found")
         return as_json(self.card)
 
 
-def as_json(response: BaseModel) -> Response:
-    return Response(response.model_dump_json(exclude_unset=True), media_type="application/json")
-
-
 def create_app(model, tokenizer, args) -> FastAPI:
-    app = server.create_app(model, tokenizer, args, title="ChatGLM2: OpenAI's API")
-    name = Path(args.model).resolve().name  # "." has none
-    service = Service(model, tokenizer, name, app.state.batcher, app.state.metrics)
+    app = server.create_app(model, tokenizer, args, title="ChatGLM2: the OpenAI API")
+    name = Path(args.model).resolve().name  # resolve, because "." has no name
+    service = Service(model, tokenizer, name, app.state)
     events = {"content": {"text/event-stream": {}}}
     for add, path, handler, response in (
         (app.post, "/v1/chat/completions", service.chat, {"model": ChatCompletion, **events}),

@@ -125,24 +125,25 @@ def read_key(text: str) -> str:
 def add_server_arguments(parser: argparse.ArgumentParser):
     """Add the arguments of both HTTP servers."""
     server = parser.add_argument_group("server")
-    whole, positive = number(int, 1), number(float, 0)
-    for flag, kind, default, text in (
-        ("--host", str, "127.0.0.1", "address to listen on; 0.0.0.0 is every one of this machine"),
-        ("--port", number(int, 0, 65535), 8000, "0 takes a free one"),
-        ("--max-batch", whole, 8, "answers generated at a time"),
-        ("--max-queue", number(int, 0), 64, "requests that wait for a place"),
-        ("--context", whole, 8192, "tokens of a prompt and its answer"),
-        ("--kept-tokens", number(int, 0), 16384, "tokens kept for later rounds"),
-        ("--max-body", positive, 4.0, "megabytes of a request"),
-        ("--grace", positive, 5.0, "seconds that running answers have when the server is stopped"),
+    count, positive = number(int, 0), number(float, 0)
+    for flag, kind, metavar, default, text in (
+        ("--host", str, "HOST", "127.0.0.1", "address to listen on; 0.0.0.0 admits other machines"),
+        ("--port", number(int, 0, 65535), "PORT", 8000, "port to listen on; 0 picks a free one"),
+        ("--max-batch", number(int, 1), "N", 8, "answers that are generated at the same time"),
+        ("--max-queue", count, "N", 64, "requests that may wait for a place"),
+        ("--context", number(int, 1), "N", 8192, "most tokens of a prompt and its answer"),
+        ("--kept-tokens", count, "N", 16384, "tokens that are kept for the next rounds"),
+        ("--max-body", positive, "MB", 4.0, "largest size of a request"),
+        ("--grace", positive, "SECONDS", 5.0, "time for running answers when the server stops"),
     ):
-        server.add_argument(flag, type=kind, default=default, help=f"{text} (default: {default})")
+        text = f"{text} (default: {default})"
+        server.add_argument(flag, type=kind, metavar=metavar, default=default, help=text)
     server.add_argument(
         "--api-key",
         type=read_key,
         default=os.environ.get("CHATGLM_API_KEY") or None,
         metavar="KEY",
-        help="ask clients for this key (default: $CHATGLM_API_KEY, else none)",
+        help="key that clients must send (default: $CHATGLM_API_KEY, else none)",
     )
     server.add_argument(
         "--cors",
@@ -150,7 +151,7 @@ def add_server_arguments(parser: argparse.ArgumentParser):
         action="append",
         default=[],
         metavar="ORIGIN",
-        help="let pages of this origin call the server; may be repeated (default: none)",
+        help="allow web pages of this origin to call the server; may be repeated (default: none)",
     )
 
 

@@ -1,6 +1,7 @@
-"""Starts a server of this project in a thread of the tests, or as a process."""
+"""Starts a server of this project in a thread of the tests, or as a process; uses a batcher."""
 
 import argparse
+import asyncio
 import os
 import subprocess
 import sys
@@ -12,9 +13,28 @@ import httpx2 as httpx
 from conftest import ROOT
 
 import utils
+from chatglm2.serving.batching import Batcher, Chunk, Generation, Request, read_chunks
 from chatglm2.serving.server import Server, bind
 
 TIMEOUT_S = 60
+
+
+def submit(batcher: Batcher, request: Request) -> Generation:
+    return batcher.submit(request, asyncio.Queue())
+
+
+async def collect(generation: Generation) -> Chunk:
+    """Wait for a whole answer."""
+    whole = Chunk()
+    async for _, chunk in read_chunks(generation.queue):
+        whole.add(chunk)
+    return whole
+
+
+async def gather_answers(batcher: Batcher, *requests: Request, return_errors=False) -> list[Chunk]:
+    """Return the whole answers to requests that are submitted together."""
+    answers = [collect(submit(batcher, request)) for request in requests]
+    return await asyncio.gather(*answers, return_exceptions=return_errors)
 
 
 def parse(*flags: str) -> argparse.Namespace:
@@ -29,6 +49,17 @@ def wait_until(condition, timeout_s: float = TIMEOUT_S):
     while not condition():
         assert time.monotonic() < deadline, "in vain"
         time.sleep(0.005)
+
+
+def record_requests(client, monkeypatch) -> list[Request]:
+    """Return a list that gets the batcher's requests from now on."""
+    requests, submit = [], client.batcher.submit
+    monkeypatch.setattr(
+        client.batcher,
+        "submit",
+        lambda request, *args: requests.append(request) or submit(request, *args),
+    )
+    return requests
 
 
 @contextmanager

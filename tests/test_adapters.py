@@ -10,7 +10,7 @@ import pytest
 import torch
 from loading import parse
 from safetensors.torch import save_file
-from servers import serve
+from servers import gather_answers, serve
 from torch.testing import assert_close
 
 import api
@@ -410,13 +410,10 @@ def test_kept_caches_and_batches(adapter, bits, request, tiny_checkpoint, tiny_t
         assert cache.input_ids + cache.pending_ids == [i for i in expected[-1] if i != EOS]
     assert conversation.rounds[0][1] == TAUGHT["你好"]
 
-    async def gather():
-        requests = [Request(ids, 40, temperature=0) for ids in prompts]
-        return await asyncio.gather(*[batcher.submit(x).collect() for x in requests])
-
     batcher = Batcher(adapted, tiny_tokenizer)
     try:
-        answers = asyncio.run(gather())
+        requests = [Request(ids, 40, temperature=0) for ids in prompts]
+        answers = asyncio.run(gather_answers(batcher, *requests))
     finally:
         batcher.end()
     answers = [ids + whole.token_ids for ids, whole in zip(prompts, answers, strict=True)]

@@ -8,6 +8,7 @@ from itertools import islice
 import pytest
 import torch
 from fake_devices import pretend_gpus
+from servers import gather_answers
 
 import chatglm2.modeling_chatglm as modeling
 import chatglm2.quantization as quantization
@@ -86,7 +87,7 @@ def test_the_servers_batches(models, tiny_tokenizer):
             ids = [tiny_tokenizer.encode(prompt) for prompt in prompts]
             requests = [Request(i, max_new_tokens=5, temperature=0) for i in ids]
             requests.append(Request(ids[0], is_embedding=True))
-            answers = await asyncio.gather(*[batcher.submit(r).collect() for r in requests])
+            answers = await gather_answers(batcher, *requests)
             return [(answer.text, answer.embedding) for answer in answers]
 
     expected, answers = (asyncio.run(ask(model)) for model in models)

@@ -1,1 +1,1 @@
-"""What the HTTP servers are made of: batching, request fields, answers, metrics, the app."""
+"""The parts of the HTTP servers: batching, request fields, answers, metrics, the app."""

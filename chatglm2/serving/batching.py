@@ -1,11 +1,12 @@
 """Continuous batching: one model answers many requests, a token of each at every step.
 
-A request joins at the next step and leaves when it ends (Orca, OSDI 2022, section 3.1). Each has a
-cache of its own, so what it is answered does not depend on the others; a later round of a
-conversation goes on with the cache of the former. One thread computes, an asyncio loop reads:
+A request joins at the next step and leaves when it ends (Orca, OSDI 2022, section 3.1). Each has
+its own cache, so its answer does not depend on the other requests. The next round of a conversation
+continues from the cache of the last round. One thread computes, an asyncio loop reads:
 
-    batcher = Batcher(model, tokenizer)
-    async for chunk in batcher.submit(Request(input_ids)):
+    batcher, queue = Batcher(model, tokenizer), asyncio.Queue()
+    batcher.submit(Request(input_ids), queue)
+    async for _, chunk in read_chunks(queue):
         print(chunk.text, end="")
 """
 
@@ -35,39 +36,51 @@ from chatglm2.generation_chatglm import (
     ChatGLMCache,
     InvalidScoreLogitsProcessor,
     RaggedCache,
+    find_end,
 )
 
 logger = logging.getLogger(__name__)
 force_finite = InvalidScoreLogitsProcessor()
 
-PROMPT_CHUNK = 128  # prompt tokens computed between two steps of the running answers
+PROMPT_SEGMENT = 128  # prompt tokens computed between two steps of the running answers
 MIN_SHARED_PREFIX = 16  # tokens of a kept cache that are worth a copy
-PLACEHOLDER = "[[训练时间]]"  # process_response fills it in
+PLACEHOLDER = "[[训练时间]]"  # process_response replaces it
 
 
 class Unavailable(Exception):
     """The queue is full, or the batcher is closing."""
 
 
+class PromptTooLong(ValueError):
+    """The prompt leaves no room for an answer; `limit` is "max_length" or "context"."""
+
+    def __init__(self, message: str, limit: str):
+        super().__init__(message)
+        self.limit = limit
+
+
 @dataclass
 class Request:
-    """What to generate.
+    """A prompt, and how to answer it.
 
     Attributes:
-        max_new_tokens: `None` for all that the context leaves.
-        temperature: 0 takes the likeliest token always.
-        top_k: 0 for all tokens.
-        seed: The same seed gives the same tokens, whoever else is served.
+        max_new_tokens: Tokens of the answer; `None` for as many as the other limits allow.
+        max_length: Tokens of prompt and answer together; `None` for the context's.
+        temperature: 0 always takes the likeliest token.
+        top_k: 0 considers all tokens.
+        seed: The same seed gives the same tokens, whatever other requests run.
         stop: Texts that end the answer and are not part of it.
-        ignore_eos: Go on after the end of an answer (to measure speed).
+        ignore_eos: Continue after the end of an answer (to measure speed).
         processors: Applied to the scores [1, V] before sampling, with all ids so far [1, length].
-        num_logprobs: Report each token's log-probability and those of so many likeliest ones.
-        process_text: Applied to the answer so far; it must only ever lengthen it.
+        num_logprobs: Report the log-probability of each token and of this many likeliest tokens;
+            `None` reports nothing.
+        process_text: Applied to the answer so far; a longer answer must give a longer text.
         is_embedding: Compute the mean of the last hidden states instead of an answer.
     """
 
     input_ids: list[int]
     max_new_tokens: int | None = None
+    max_length: int | None = None
     temperature: float = CHAT_DEFAULTS["temperature"]
     top_k: int = CHAT_DEFAULTS["top_k"]
     top_p: float = CHAT_DEFAULTS["top_p"]
@@ -82,7 +95,7 @@ class Request:
 
 @dataclass
 class TokenLogprob:
-    """A token's log-probability before temperature, and the likeliest tokens' (id, logprob)."""
+    """The log-probability of a token, before temperature; `top` has (id, logprob) pairs."""
 
     token_id: int
     logprob: float
@@ -91,11 +104,11 @@ class TokenLogprob:
 
 @dataclass
 class Chunk:
-    """What a step adds to an answer; the text is empty while it could become part of a stop.
+    """The piece that a step adds to an answer; text that may begin a stop is held back.
 
     Attributes:
         finish_reason: In the last chunk "stop" (end of text, or a stop text) or "length".
-        embedding: [h], of a request for one.
+        embedding: [h], in the only chunk of a request for an embedding.
     """
 
     text: str = ""
@@ -105,15 +118,32 @@ class Chunk:
     embedding: torch.Tensor | None = None
 
     def add(self, later: "Chunk"):
-        """Append what a later step adds."""
+        """Append the chunk of a later step."""
         self.text += later.text
         self.token_ids += later.token_ids
         self.logprobs += later.logprobs
         self.finish_reason, self.embedding = later.finish_reason, later.embedding
 
 
+async def read_chunks(queue: asyncio.Queue, num_answers: int = 1):
+    """Yield (index, chunk) as they come, until each answer has ended.
+
+    Raises:
+        Exception: The error that ended one of the answers.
+    """
+    while num_answers:
+        index, chunk = await queue.get()
+        if isinstance(chunk, Exception):
+            raise chunk
+        num_answers -= chunk.finish_reason is not None
+        yield index, chunk
+
+
 class OccurrencePenalty(LogitsProcessor):
-    """OpenAI's penalties: score - presence * [c > 0] - frequency * c, for c times in the answer."""
+    """OpenAI's penalties: score - presence * [c > 0] - frequency * c.
+
+    c is how often the token occurs in the answer.
+    """
 
     def __init__(self, presence: float, frequency: float, prompt_length: int):
         self.presence, self.frequency, self.prompt_length = presence, frequency, prompt_length
@@ -127,7 +157,8 @@ class AnswerText:
     """The part of a growing answer that can be shown: whole characters and nothing of a stop.
 
     Args:
-        last_id: Of the prompt; after it a first space counts, which alone would be dropped.
+        last_id: Last prompt token. It is decoded together with the answer, because SentencePiece
+            drops a space at the start of a text.
     """
 
     def __init__(
@@ -139,7 +170,7 @@ class AnswerText:
         self.shown, self.searched = "", 0
 
     def count_held(self, text: str) -> int:
-        """Return the length of the longest end of `text` that begins a stop or the placeholder."""
+        """Return the length of the longest end of `text` that may begin a stop or PLACEHOLDER."""
         marks = [*self.stop, PLACEHOLDER]
         for length in range(min(len(text), max(map(len, marks)) - 1), 0, -1):
             if any(mark.startswith(text[-length:]) for mark in marks):
@@ -147,7 +178,11 @@ class AnswerText:
         return 0
 
     def push(self, ids: list[int], is_last: bool) -> tuple[str, bool]:
-        """Return what the answer's ids so far add to the text, and whether a stop was met."""
+        """Return the text that is new since the last call, and whether a stop was found.
+
+        Args:
+            ids: All ids of the answer so far.
+        """
         text = self.decoder.decode(self.context + ids) or self.decoder.text
         begin = max(0, self.searched - max(map(len, self.stop), default=0))
         ends = [end for stop in self.stop if (end := text.find(stop, begin)) >= 0]
@@ -161,13 +196,13 @@ class AnswerText:
 
 
 class Generation:
-    """A request on its way: iterate over its chunks, and cancel it when nobody reads any more."""
+    """A submitted request. Its chunks go to `queue` as (index, chunk), or (index, error)."""
 
-    def __init__(self, batcher: "Batcher", request: Request, room: int):
-        self.batcher, self.request = batcher, request
+    def __init__(self, tokenizer, request: Request, end: int, queue: asyncio.Queue, index: int):
+        self.request, self.queue, self.index = request, queue, index
         self.ids = list(request.input_ids)
-        self.prompt_length, self.num_cached = len(self.ids), 0  # of the prompt
-        self.max_length = self.prompt_length + room
+        self.prompt_length, self.end = len(self.ids), end  # `end`: the most ids it may have
+        self.num_cached = 0  # prompt tokens that were not computed
         self.cache: ChatGLMCache | None = None
         self.is_cancelled = False
         self.generator = torch.Generator()
@@ -175,36 +210,14 @@ class Generation:
             self.generator.seed()
         else:
             self.generator.manual_seed(request.seed)
-        self.text = AnswerText(batcher.tokenizer, self.ids[-1], request.stop, request.process_text)
-        self.hidden_sum = 0.0
-        self.chunks = asyncio.Queue()
-
-    # The reader's side.
+        self.text = AnswerText(tokenizer, self.ids[-1], request.stop, request.process_text)
+        self.hidden_sum = 0.0  # of an embedding
 
     def cancel(self):
-        """End the generation within a token; harmless if it has ended."""
+        """End the generation within a token; after its end this does nothing."""
         self.is_cancelled = True
 
-    async def __aiter__(self):
-        try:
-            while True:
-                chunk = await self.chunks.get()
-                if isinstance(chunk, Exception):
-                    raise chunk
-                yield chunk
-                if chunk.finish_reason:
-                    return
-        finally:
-            self.cancel()
-
-    async def collect(self) -> Chunk:
-        """Wait for the whole answer."""
-        whole = Chunk()
-        async for chunk in self:
-            whole.add(chunk)
-        return whole
-
-    # The computing thread's side.
+    # Only the computing thread calls the methods below.
 
     def is_in_prompt(self) -> bool:
         return self.cache is None or self.cache.get_seq_length() < self.prompt_length
@@ -222,24 +235,24 @@ class Generation:
         return [TokenLogprob(token_id, logprobs[token_id].item(), top)]
 
     def advance(self, token_id: int, scores: torch.Tensor, eos_token_ids: list[int]) -> Chunk:
-        """Take the next token, sampled from scores [1, V], and return what it adds."""
+        """Append the next token, sampled from scores [1, V], and return its chunk."""
         if token_id in eos_token_ids and not self.request.ignore_eos:
             text, _ = self.text.push(self.ids[self.prompt_length :], is_last=True)
             return Chunk(text, finish_reason="stop")
         self.ids.append(token_id)
-        is_full = len(self.ids) >= self.max_length
+        is_full = len(self.ids) >= self.end
         text, is_stopped = self.text.push(self.ids[self.prompt_length :], is_full)
         reason = "stop" if is_stopped else "length" if is_full else None
         return Chunk(text, [token_id], self.measure(scores, token_id), reason)
 
     def cut(self) -> Chunk:
-        """Return what is left to show of an answer that must end here."""
+        """Return the last chunk of an answer that must end here, with the text held back."""
         text, _ = self.text.push(self.ids[self.prompt_length :], is_last=True)
         return Chunk(text, finish_reason="length")
 
 
 def sample(rows: dict[Generation, torch.Tensor]) -> list[int]:
-    """Return the next id of each generation from its scores [1, V], drawn by its own generator.
+    """Sample the next id of each generation from its scores [1, V], with its own generator.
 
     Rows with the same settings are computed together.
     """
@@ -257,7 +270,8 @@ def sample(rows: dict[Generation, torch.Tensor]) -> list[int]:
         scores = TemperatureLogitsWarper(temperature)(None, scores)
         if top_p < 1:
             scores = TopPLogitsWarper(top_p)(None, scores)
-        # Of waiting times with the rates p_i, the i-th is the shortest with probability p_i.
+        # Among exponential waiting times with rates p_i, the i-th is the shortest with
+        # probability p_i.
         waits = [torch.empty(size).exponential_(generator=g.generator) for g in group]
         index = (F.softmax(scores, dim=-1) / torch.stack(waits)).argmax(-1, keepdim=True)
         chosen.update(zip(group, candidates.gather(1, index)[:, 0].tolist(), strict=True))
@@ -265,11 +279,11 @@ def sample(rows: dict[Generation, torch.Tensor]) -> list[int]:
 
 
 class Batcher:
-    """Serves requests with one model, in a thread of its own.
+    """Serves requests with one model, in its own thread.
 
     Args:
-        max_batch: Answers generated at a time.
-        max_queue: Requests that wait for a place.
+        max_batch: Answers that are generated at the same time.
+        max_queue: Requests that may wait for a place in the batch.
         context: Tokens of a prompt and its answer together, at most the model's.
         kept_tokens: Tokens whose keys and values are kept for later rounds.
     """
@@ -284,7 +298,7 @@ class Batcher:
         self.waiting: deque[Generation] = deque()
         self.running: list[Generation] = []
         self.kept: list[ChatGLMCache] = []  # the least recently used first
-        self.deadline = None  # when running answers are ended, set by `close`
+        self.deadline = None  # when the running answers must end; set by `close`
         self.outbox: list[tuple[Generation, Chunk | Exception]] = []
         self.loop: asyncio.AbstractEventLoop | None = None
         self.condition = threading.Condition()
@@ -292,33 +306,37 @@ class Batcher:
         self.thread.start()
         atexit.register(self.end)  # a thread within torch must not outlive the interpreter
 
-    # Called by the asyncio loop.
+    # The asyncio loop calls these.
 
-    def submit(self, request: Request) -> Generation:
-        """Queue a request; call it in the asyncio loop that reads the answer.
+    def submit(self, request: Request, queue: asyncio.Queue, index: int = 0) -> Generation:
+        """Queue a request; call it in the asyncio loop that reads `queue`.
 
         Raises:
-            ValueError: The prompt leaves no room for an answer.
-            Unavailable: Too many wait already, or the batcher is closing.
+            PromptTooLong: The prompt leaves no room for an answer.
+            Unavailable: The queue is full, or the batcher is closing.
         """
-        length = len(request.input_ids)
-        room = self.context - length + request.is_embedding
-        if room < 1:
-            raise ValueError(
-                f"The prompt has {length} tokens, the context {self.context}: shorten it."
-            )
-        if request.max_new_tokens is not None:
-            room = min(room, request.max_new_tokens)
-        generation = Generation(self, request, room)
+        end = self.compute_end(request)
+        generation = Generation(self.tokenizer, request, end, queue, index)
         with self.condition:
             if self.deadline is not None:
                 raise Unavailable("The server is shutting down.")
             if len(self.waiting) + len(self.running) >= self.max_batch + self.max_queue:
-                raise Unavailable(f"{len(self.waiting)} requests wait already: try again later.")
+                raise Unavailable(f"{len(self.waiting)} requests are waiting: try again later.")
             self.loop = asyncio.get_running_loop()
             self.waiting.append(generation)
             self.condition.notify()
         return generation
+
+    def compute_end(self, request: Request) -> int:
+        """Return the number of ids, of prompt and answer together, at which an answer ends."""
+        length, max_length = len(request.input_ids), request.max_length
+        if max_length is not None and length >= max_length:
+            message = f"The prompt has {length} tokens, max_length is {max_length}: raise it."
+            raise PromptTooLong(message, "max_length")
+        if length >= self.context + request.is_embedding:  # an embedding adds no token
+            message = f"The prompt has {length} tokens, the context {self.context}: shorten it."
+            raise PromptTooLong(message, "context")
+        return find_end(length, self.context, max_length, request.max_new_tokens)
 
     def close(self, grace_s: float = 0.0):
         """Refuse new requests, and end the running answers after `grace_s` seconds."""
@@ -336,7 +354,7 @@ class Batcher:
 
     def deliver(self, outbox: list):
         for generation, chunk in outbox:
-            generation.chunks.put_nowait(chunk)
+            generation.queue.put_nowait((generation.index, chunk))
 
     # The computing thread.
 
@@ -362,7 +380,7 @@ class Batcher:
             self.publish()
 
     def attempt(self, compute: Callable, generations: list[Generation]):
-        """Compute a step; an error ends the requests in it and nothing else."""
+        """Compute a step; an error ends only the requests of the step."""
         try:
             compute(generations)
         except Exception as error:
@@ -371,7 +389,7 @@ class Batcher:
                 self.fail(generation, error)
 
     def fail(self, generation: Generation, error: Exception):
-        """End a request; its cache may be in disorder and is not kept."""
+        """End a request with an error; its cache may be inconsistent and is not kept."""
         if generation in self.running:  # else it ended within the step
             self.outbox.append((generation, error))
             self.running.remove(generation)
@@ -380,7 +398,7 @@ class Batcher:
         """Wake the asyncio loop once for all chunks of a step."""
         outbox, self.outbox = self.outbox, []
         if outbox:
-            with suppress(RuntimeError):  # the loop is closed: nobody reads any more
+            with suppress(RuntimeError):  # the loop is closed: there is no reader
                 self.loop.call_soon_threadsafe(self.deliver, outbox)
 
     def end_for_shutdown(self):
@@ -408,27 +426,29 @@ class Batcher:
                 self.running.append(self.waiting.popleft())
 
     def compute_prompt(self, generations: list[Generation]):
-        """Compute the next chunk of a prompt, and after the last one the answer's first token."""
+        """Compute a segment of a prompt, and after the last one the first token of the answer."""
         (generation,) = generations
         if generation.cache is None:
             generation.cache = self.find_prefix(generation)
             generation.num_cached = generation.cache.get_seq_length()
-        held = generation.cache.get_seq_length()
-        chunk = generation.ids[held : held + PROMPT_CHUNK]
+        begin = generation.cache.get_seq_length()
+        segment = generation.ids[begin : begin + PROMPT_SEGMENT]
         hidden_states = self.model.transformer(
-            torch.tensor([chunk], device=self.model.device),
+            torch.tensor([segment], device=self.model.device),
             past_key_values=generation.cache,
-            num_prompt_tokens=len(chunk),
+            num_prompt_tokens=len(segment),
         ).last_hidden_state
         if generation.request.is_embedding:
-            generation.hidden_sum += hidden_states.float().sum(1)[0].cpu()
-        if generation.is_in_prompt():
-            return
-        if generation.request.is_embedding:
+            self.add_to_mean(generation, hidden_states)
+        elif not generation.is_in_prompt():
+            self.take_tokens(generations, hidden_states[:, -1])
+
+    def add_to_mean(self, generation: Generation, hidden_states: torch.Tensor):
+        """Add a segment [1, s, h] to an embedding, and finish it after the last segment."""
+        generation.hidden_sum += hidden_states.float().sum(1)[0].cpu()
+        if not generation.is_in_prompt():
             mean = generation.hidden_sum / generation.prompt_length
             self.finish(generation, Chunk(finish_reason="stop", embedding=mean))
-        else:
-            self.take_tokens(generations, hidden_states[:, -1])
 
     def compute_tokens(self, generations: list[Generation]):
         """Compute the next token of each answer, in one batch."""
@@ -441,7 +461,10 @@ class Batcher:
         self.take_tokens(generations, hidden_states[:, -1])
 
     def take_tokens(self, generations: list[Generation], hidden_states: torch.Tensor):
-        """Sample from the last hidden states [b, h]; on the CPU, so that a seed holds anywhere."""
+        """Sample from the last hidden states [b, h].
+
+        This happens on the CPU, so that a seed gives the same tokens on every device.
+        """
         scores = self.model.transformer.output_layer(hidden_states).float().cpu()
         if not torch.isfinite(scores).all():
             scores = torch.cat([force_finite(None, row) for row in scores.split(1)])
@@ -462,7 +485,7 @@ class Batcher:
 
     @contextmanager
     def failing_alone(self, generation: Generation):
-        """Let an error, such as one of a request's own functions, end that request only."""
+        """Let an error, for example in `process_text`, end only its own request."""
         try:
             yield
         except Exception as error:
@@ -476,7 +499,7 @@ class Batcher:
         self.leave(generation)
 
     def leave(self, generation: Generation):
-        """Free a place, and keep the cache for a later round."""
+        """Free the place in the batch, and keep the cache for a later round."""
         self.running.remove(generation)
         cache = generation.cache
         if cache is None or generation.request.is_embedding:
@@ -488,36 +511,36 @@ class Batcher:
             del self.kept[0]
 
     def find_prefix(self, generation: Generation) -> ChatGLMCache:
-        """Return a cache of as much of a prompt as is held anywhere; its last id is always left."""
+        """Return a cache with as much of a prompt as any cache holds, except its last id."""
         if generation.request.is_embedding:
             return ChatGLMCache()
         for other in self.running:
             if other.cache is not None:
                 other.cache.input_ids = other.ids[: other.cache.get_seq_length()]
-        held = [other.cache for other in self.running if other.cache is not None]
+        in_use = [other.cache for other in self.running if other.cache is not None]
         best, length = None, MIN_SHARED_PREFIX - 1
-        for cache in [*held, *self.kept]:
+        for cache in [*in_use, *self.kept]:
             shared = count_shared(cache.input_ids, generation.ids, generation.prompt_length - 1)
             if shared > length:
                 best, length = cache, shared
         if best is None:
             return ChatGLMCache()
-        if best in held:
+        if best in in_use:
             return best.copy_prefix(length)
         self.kept.remove(best)
         if length == len(best.input_ids):
             return best
-        self.kept.append(best)  # used most recently
+        self.kept.append(best)  # now the most recently used
         return best.copy_prefix(length)
 
 
 def count_capacity(cache: ChatGLMCache) -> int:
-    """Return the tokens that the buffers of a cache have room for."""
+    """Return how many tokens fit into the buffers of a cache."""
     return -(-len(cache.input_ids) // CACHE_BLOCK) * CACHE_BLOCK
 
 
 def count_shared(left: list[int], right: list[int], limit: int) -> int:
-    """Return how many ids, at most `limit`, both lists begin with."""
+    """Return the length of the common beginning of two lists, at most `limit`."""
     count = min(len(left), limit)
     if left[:count] == right[:count]:
         return count

@@ -1,6 +1,6 @@
-"""Answers that are JSON of a schema: of each next token only those are allowed that lead there.
+"""Answers that follow a JSON schema: a token is only allowed if the schema can still be met.
 
-The grammar is llguidance's; here it learns the bytes of the tokens.
+llguidance has the grammars; this file tells it the bytes of the tokens.
 """
 
 import json
@@ -11,12 +11,12 @@ import torch
 from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 from transformers import LogitsProcessor
 
-# Space where JSON allows any would let a model write spaces for ever.
+# If spaces were allowed wherever JSON allows them, a model could write them for ever.
 SEPARATORS = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
 def read_bytes(tokenizer, token_id: int) -> bytes:
-    """Return the bytes of a token; of one without text, such as a special one, none."""
+    """Return the bytes of a token; none for a token without text, such as a special token."""
     if token_id >= tokenizer.vocab_size:  # rows that pad the model's vocabulary
         return b""
     piece = tokenizer.convert_ids_to_tokens(token_id)
@@ -26,16 +26,16 @@ def read_bytes(tokenizer, token_id: int) -> bytes:
 
 
 def check(matcher: LLMatcher):
-    """Raise the error of a matcher, which would allow nothing but the end."""
+    """Raise the error of a matcher, if it has one: it would only allow the answer to end."""
     if matcher.is_error():
         lines = matcher.get_error().splitlines()
-        if not lines[0].endswith(":"):  # of a regex the pattern follows, a mark, and the cause
+        if not lines[0].endswith(":"):  # else the pattern, a mark and the cause follow
             lines = lines[:1]
         raise ValueError(" ".join(line.strip() for line in lines if line.strip(" ^")))
 
 
 class Vocabulary:
-    """A tokenizer as llguidance reads it."""
+    """A tokenizer with the attributes that llguidance reads."""
 
     bos_token_id = None
 
@@ -44,10 +44,10 @@ class Vocabulary:
         self.tokens = [read_bytes(tokenizer, i) for i in range(size)]
         self.special_token_ids = [i for i, token in enumerate(self.tokens) if not token]
         for i in self.special_token_ids:
-            self.tokens[i] = b"\xff[%d]" % i  # no text has this byte
+            self.tokens[i] = b"\xff[%d]" % i  # no UTF-8 text has the byte ff
 
     def __call__(self, data: bytes) -> list[int]:
-        # After a line feed SentencePiece puts no dummy space before the text.
+        # SentencePiece puts a space before a text, but not after a line feed.
         texts = ["\n", "\n" + data.decode()]
         prefix, ids = (self.tokenizer.encode(text, add_special_tokens=False) for text in texts)
         return ids[len(prefix) :]
@@ -57,7 +57,7 @@ class JsonGrammar:
     """Makes the processors of requests whose answers are JSON.
 
     Args:
-        vocab_size: Of the model, which can be more than the tokenizer's.
+        vocab_size: The model's size of the vocabulary, which can exceed the tokenizer's.
     """
 
     def __init__(self, tokenizer, vocab_size: int):
@@ -68,7 +68,7 @@ class JsonGrammar:
         """Return a processor for one answer.
 
         Raises:
-            ValueError: The schema is none, or uses what the grammar does not know.
+            ValueError: The schema is invalid, or llguidance does not support it.
         """
         grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=SEPARATORS)
         matcher = LLMatcher(self.tokenizer, grammar, log_level=0)
@@ -77,10 +77,10 @@ class JsonGrammar:
 
 
 class JsonProcessor(LogitsProcessor):
-    """Keeps the scores of the tokens that the grammar allows next; for one answer.
+    """Sets the scores of the tokens that the grammar forbids to -inf; for one answer.
 
     Raises:
-        ValueError: When called, if the grammar proves to be too large.
+        ValueError: When called, if the grammar turns out to be too large.
     """
 
     def __init__(self, matcher: LLMatcher, prompt_length: int):

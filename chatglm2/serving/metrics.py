@@ -1,4 +1,4 @@
-"""What the servers count and time, for Prometheus at /metrics."""
+"""Counters and times of the servers, for Prometheus at /metrics."""
 
 import time
 
@@ -23,17 +23,21 @@ class Metrics:
 
         self.requests = counter("requests_total", "Requests", "route", "status")
         self.prompt_tokens = counter("prompt_tokens_total", "Tokens of prompts")
-        self.cached_tokens = counter("cached_prompt_tokens_total", "Those not computed anew")
+        self.cached_tokens = counter("cached_prompt_tokens_total", "Prompt tokens from kept caches")
         self.generated_tokens = counter("generated_tokens_total", "Tokens of answers")
-        self.first_token = histogram("time_to_first_token_seconds", "From the request on")
-        self.between_tokens = histogram("time_between_tokens_seconds", "Within an answer")
+        self.first_token = histogram(
+            "time_to_first_token_seconds", "From the request to the first token"
+        )
+        self.between_tokens = histogram(
+            "time_between_tokens_seconds", "Between two tokens of an answer"
+        )
         self.whole = histogram("answer_seconds", "From the request to the end of the answer")
         for state in ("running", "waiting"):
             gauge = Gauge(f"chatglm_requests_{state}", f"Requests {state}", registry=registry)
             gauge.set_function(lambda state=state: len(getattr(batcher, state)))
 
     def follow(self, generation: Generation):
-        """Return a function to be called with each chunk of a generation."""
+        """Return a function that records a chunk of a generation; call it with each."""
         begin = last = time.perf_counter()
         is_first = True
 
@@ -72,6 +76,6 @@ class CountRequests:
 
         try:
             await self.app(scope, receive, send_counted)
-        except Exception:  # becomes an answer further out
+        except Exception:  # an outer middleware answers with the status 500
             count(500)
             raise

@@ -1,14 +1,25 @@
-"""The answers of openai_api.py: their shapes, with the types of the package `openai`."""
+"""The answers of openai_api.py, made with the types of the package `openai`."""
 
+import time
+import uuid
 from base64 import b64encode
 from collections import defaultdict
 from typing import Literal
 
-from openai.types import Completion, CompletionChoice, CreateEmbeddingResponse, Embedding, Model
+from fastapi import Response
+from openai.types import (
+    Completion,
+    CompletionChoice,
+    CompletionUsage,
+    CreateEmbeddingResponse,
+    Embedding,
+    Model,
+)
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from openai.types.completion_usage import PromptTokensDetails
 from pydantic import BaseModel
 
-from .batching import Chunk, TokenLogprob
+from .batching import Chunk, Generation, TokenLogprob
 from .json_grammar import read_bytes
 
 
@@ -18,26 +29,50 @@ class ModelList(BaseModel):
 
 
 class EmbeddingItem(Embedding):
-    embedding: list[float] | str  # in base64, a string
+    embedding: list[float] | str  # a string in base64
 
 
 class EmbeddingList(CreateEmbeddingResponse):
     data: list[EmbeddingItem]
 
 
-class CompletionPiece(CompletionChoice):
+class CompletionChunkChoice(CompletionChoice):
     finish_reason: Literal["stop", "length"] | None
 
 
 class CompletionChunk(Completion):
-    """A `Completion` in a stream: its choices have no `finish_reason` yet."""
+    """A `Completion` in a stream: only the last choice has a `finish_reason`."""
 
-    choices: list[CompletionPiece]
+    choices: list[CompletionChunkChoice]
 
 
-def encode_vector(vector, encoding_format: str | None) -> list[float] | str:
-    data = vector.numpy().astype("<f4")
-    return b64encode(data).decode() if encoding_format == "base64" else data.tolist()
+def as_json(response: BaseModel) -> Response:
+    return Response(response.model_dump_json(exclude_unset=True), media_type="application/json")
+
+
+def count_usage(generations: list[Generation], num_tokens: int, num_choices=1) -> CompletionUsage:
+    """Count the tokens of a request; a prompt with several answers counts once."""
+    prompts = generations[::num_choices]
+    prompt_tokens = sum(generation.prompt_length for generation in prompts)
+    cached_tokens = sum(generation.num_cached for generation in prompts)
+    return CompletionUsage(
+        prompt_tokens=prompt_tokens,
+        completion_tokens=num_tokens,
+        total_tokens=prompt_tokens + num_tokens,
+        prompt_tokens_details=PromptTokensDetails(cached_tokens=cached_tokens),
+    )
+
+
+def list_embeddings(vectors: list, encoding_format: str | None, **fields) -> EmbeddingList:
+    def encode(vector) -> list[float] | str:
+        data = vector.numpy().astype("<f4")
+        return b64encode(data).decode() if encoding_format == "base64" else data.tolist()
+
+    data = [
+        {"object": "embedding", "index": index, "embedding": encode(vector)}
+        for index, vector in enumerate(vectors)
+    ]
+    return EmbeddingList(object="list", data=data, **fields)
 
 
 def read_token(tokenizer, token_id: int) -> tuple[str, list[int]]:
@@ -47,18 +82,31 @@ def read_token(tokenizer, token_id: int) -> tuple[str, list[int]]:
 
 
 class Completions:
-    """Shapes of /v1/completions, for one request."""
+    """The shapes of /v1/completions, for one request.
+
+    The methods `whole_choice`, `begin`, `chunk` and `end` return the choices of a response: of a
+    whole answer, and of the first, middle and last event of a stream.
+    """
 
     param, prefix = "prompt", "cmpl"
     name = chunk_name = "text_completion"
     whole_type, chunk_type = Completion, CompletionChunk
 
-    def __init__(self, tokenizer):
+    def __init__(self, tokenizer, model: str):
         self.tokenizer = tokenizer
-        self.num_chars = defaultdict(int)  # of each choice's tokens so far
+        id = f"{self.prefix}-{uuid.uuid4().hex}"
+        self.envelope = {"id": id, "created": int(time.time()), "model": model}
+        self.num_chars = defaultdict(int)  # characters of each choice so far
+
+    def respond(self, answers: list[Chunk], usage: CompletionUsage) -> BaseModel:
+        choices = [self.whole_choice(index, answer) for index, answer in enumerate(answers)]
+        return self.whole_type(**self.envelope, object=self.name, choices=choices, usage=usage)
+
+    def respond_chunk(self, choices: list[dict], **fields) -> BaseModel:
+        return self.chunk_type(**self.envelope, object=self.chunk_name, choices=choices, **fields)
 
     def report(self, index: int, tokens: list[TokenLogprob]) -> dict:
-        """Return the field `logprobs`, if there is anything to report."""
+        """Return the field `logprobs`; nothing without tokens."""
         if not tokens:
             return {}
         offsets, texts = [], []
@@ -72,23 +120,25 @@ class Completions:
         fields = {"tokens": texts, "token_logprobs": values, "text_offset": offsets}
         return {"logprobs": fields | {"top_logprobs": top}}
 
-    def whole(self, index: int, answer: Chunk) -> dict:
-        reason = {"finish_reason": answer.finish_reason}
-        return {"index": index, "text": answer.text} | reason | self.report(index, answer.logprobs)
+    def choice(self, index: int, text: str, finish_reason=None) -> dict:
+        return {"index": index, "text": text, "finish_reason": finish_reason}
+
+    def whole_choice(self, index: int, answer: Chunk) -> dict:
+        choice = self.choice(index, answer.text, answer.finish_reason)
+        return choice | self.report(index, answer.logprobs)
 
     def begin(self, index: int) -> list[dict]:
         return []
 
-    def piece(self, index: int, chunk: Chunk) -> dict:
-        reason = {"finish_reason": None}
-        return {"index": index, "text": chunk.text} | reason | self.report(index, chunk.logprobs)
+    def chunk(self, index: int, chunk: Chunk) -> dict:
+        return self.choice(index, chunk.text) | self.report(index, chunk.logprobs)
 
     def end(self, index: int, reason: str) -> dict:
-        return {"index": index, "text": "", "finish_reason": reason}
+        return self.choice(index, "", reason)
 
 
 class ChatCompletions(Completions):
-    """Shapes of /v1/chat/completions."""
+    """The shapes of /v1/chat/completions."""
 
     param, prefix = "messages", "chatcmpl"
     name, chunk_name = "chat.completion", "chat.completion.chunk"
@@ -108,19 +158,20 @@ class ChatCompletions(Completions):
         ]
         return {"logprobs": {"content": content}}
 
-    def whole(self, index: int, answer: Chunk) -> dict:
+    def choice(self, index: int, delta: dict, finish_reason=None) -> dict:
+        return {"index": index, "delta": delta, "finish_reason": finish_reason}
+
+    def whole_choice(self, index: int, answer: Chunk) -> dict:
         message = {"role": "assistant", "content": answer.text}
         fields = {"message": message, "finish_reason": answer.finish_reason}
         return {"index": index} | fields | self.report(index, answer.logprobs)
 
-    def delta(self, index: int, delta: dict, finish_reason=None) -> dict:
-        return {"index": index, "delta": delta, "finish_reason": finish_reason}
-
     def begin(self, index: int) -> list[dict]:
-        return [self.delta(index, {"role": "assistant", "content": ""})]
+        return [self.choice(index, {"role": "assistant", "content": ""})]
 
-    def piece(self, index: int, chunk: Chunk) -> dict:
-        return self.delta(index, {"content": chunk.text}) | self.report(index, chunk.logprobs)
+    def chunk(self, index: int, chunk: Chunk) -> dict:
+        delta = {"content": chunk.text}
+        return self.choice(index, delta) | self.report(index, chunk.logprobs)
 
     def end(self, index: int, reason: str) -> dict:
-        return self.delta(index, {}, reason)
+        return self.choice(index, {}, reason)

@@ -1,6 +1,7 @@
-"""The fields of requests: types that api.py too builds on, and the requests of openai_api.py.
+"""The fields of requests: their types, which api.py uses too, and the requests of openai_api.py.
 
-Fields without effect are not listed: unknown ones are ignored.
+A field that `batching.Request` has too is passed on by its name. The others are read in
+openai_api.py, or are `refused` here. Unknown fields are ignored.
 """
 
 from collections.abc import Callable
@@ -20,13 +21,13 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 MIN_TEMPERATURE = 1e-4
-MAX_MESSAGES = 4096  # of a conversation
+MAX_MESSAGES = 4096  # in a conversation
 MAX_CHOICES = 16
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 256
 MAX_LOGPROBS = 20
 MAX_INPUTS = 2048
-MAX_IDS = 2**17  # of a prompt: more than any context
+MAX_IDS = 2**17  # in a prompt: more than any context
 MAX_BIASES = 4096
 
 
@@ -34,12 +35,12 @@ MAX_BIASES = 4096
 
 
 def replace_surrogates(text: str) -> str:
-    """Replace halves of characters, which JSON can hold, by U+FFFD."""
+    """Replace half characters, which JSON can hold, by U+FFFD."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def read_whole(value):
-    """Return 1.0 as 1, as JSON Schema has it; anything else as it is."""
+    """Return 1.0 as 1, because JSON Schema counts it as an integer; other values unchanged."""
     return int(value) if type(value) is float and value.is_integer() else value
 
 
@@ -51,8 +52,8 @@ Text = Annotated[str, AfterValidator(replace_surrogates)]
 Count = integer(1)
 
 
-class StrictModel(BaseModel):
-    """A request or response; unknown fields are ignored."""
+class StrictTypes(BaseModel):
+    """A request, or a part of one. No type is converted: "1" is not accepted as a number."""
 
     model_config = ConfigDict(strict=True)
 
@@ -64,7 +65,7 @@ def real(low: float, high: float | None = None, convert: Callable[[float], float
 
 
 def round_temperature(value: float) -> float:
-    """Return 0, which is greedy, for what is too small to divide by."""
+    """Return 0, which is greedy, for a temperature that is too small to divide by."""
     return value if value >= MIN_TEMPERATURE else 0.0
 
 
@@ -72,7 +73,7 @@ def round_temperature(value: float) -> float:
 
 
 def refused(reason: str, *harmless):
-    """Return the type of a field that must not ask for anything."""
+    """Return the type of an unsupported field, which accepts only `None` and `harmless` values."""
 
     def check(value):
         if not any(type(value) is type(item) and value == item for item in (None, *harmless)):
@@ -83,7 +84,7 @@ def refused(reason: str, *harmless):
 
 
 def wrong_together(param: str, reason: str) -> PydanticCustomError:
-    """Return the error of a field that another one excludes."""
+    """Return the error for a field that another field excludes."""
     return PydanticCustomError("together", "{reason}", {"reason": reason, "param": param})
 
 
@@ -96,13 +97,21 @@ Inputs = Field(min_length=1, max_length=MAX_INPUTS, fail_fast=True)
 
 
 def find_kind(value) -> str | None:
-    """Return the kind of `Texts` by the first item: to try each kind on a long list takes long."""
+    """Return the tag of `Texts` by the first item; to try each type on a long list is slow."""
     if not isinstance(value, list):
         return "a text" if isinstance(value, str) else None
     kinds = {str: "list of texts", int: "list of ids", float: "list of ids", list: "list of lists"}
     return kinds.get(type(value[0])) if value else None
 
 
+def as_list(value):
+    return [value] if isinstance(value, str) else value
+
+
+Stops = Annotated[
+    Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS, fail_fast=True)],
+    AfterValidator(as_list),
+]
 Texts = Annotated[
     Annotated[Text, Tag("a text")]
     | Annotated[list[Text], Inputs, Tag("list of texts")]
@@ -118,7 +127,7 @@ Texts = Annotated[
 
 
 def check_number(biases):
-    """Refuse too many before each is checked."""
+    """Refuse too many biases before each is checked."""
     if isinstance(biases, dict) and len(biases) > MAX_BIASES:
         message = "Input should have at most {number} items"
         raise PydanticCustomError("too_many", message, {"number": MAX_BIASES})
@@ -128,15 +137,15 @@ def check_number(biases):
 Biases = Annotated[dict[TokenId, Bias], BeforeValidator(check_number)]
 
 
-class StreamOptions(StrictModel):
+class StreamOptions(StrictTypes):
     include_usage: bool | None = None
 
 
-class JsonSchema(StrictModel):
+class JsonSchema(StrictTypes):
     json_schema: Annotated[dict, Field(alias="schema")]
 
 
-class ResponseFormat(StrictModel):
+class ResponseFormat(StrictTypes):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 
@@ -147,13 +156,13 @@ class ResponseFormat(StrictModel):
         return self
 
     def read_schema(self) -> dict | None:
-        """Return the JSON schema that is asked for."""
+        """Return the requested JSON schema; `None` for text."""
         if self.type == "json_schema":
             return self.json_schema.json_schema
         return {"type": "object"} if self.type == "json_object" else None
 
 
-class SamplingRequest(StrictModel):
+class SamplingRequest(StrictTypes):
     model: Text = "chatglm2-6b"
     temperature: real(0, 2, round_temperature) = None
     top_p: real(0, 1) = None
@@ -161,7 +170,7 @@ class SamplingRequest(StrictModel):
     max_tokens: Count | None = None
     max_completion_tokens: Count | None = None
     max_length: Count | None = None
-    stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS, fail_fast=True)] | None = None
+    stop: Stops | None = None
     seed: integer(-(2**63), 2**63 - 1) | None = None
     n: integer(1, MAX_CHOICES) | None = None
     presence_penalty: real(-2, 2) = None
@@ -177,13 +186,15 @@ class SamplingRequest(StrictModel):
     def check_together(self):
         is_json = self.response_format is not None and self.response_format.type != "text"
         if self.ignore_eos and is_json:
-            raise wrong_together("ignore_eos", "JSON ends, so response_format excludes it")
+            raise wrong_together(
+                "ignore_eos", "not allowed with a response_format for JSON, which ends"
+            )
         if self.stream_options is not None and not self.stream:
             raise wrong_together("stream_options", "only allowed with stream: true")
         return self
 
 
-class TextPart(StrictModel):
+class TextPart(StrictTypes):
     type: Literal["text"]
     text: Text
 
@@ -191,7 +202,7 @@ class TextPart(StrictModel):
 Parts = Annotated[list[TextPart], Field(max_length=MAX_MESSAGES, fail_fast=True)]
 
 
-class Message(StrictModel):
+class Message(StrictTypes):
     role: Literal["system", "developer", "user", "assistant"]
     content: Text | Parts | None = None
     tool_calls: refused("ChatGLM2 is not trained for tools", []) = None
@@ -220,13 +231,13 @@ class ChatRequest(SamplingRequest):
 class CompletionRequest(SamplingRequest):
     prompt: Texts
     logprobs: integer(0, MAX_LOGPROBS) | None = None
-    echo: refused("The prompt is not sent back", False) = None
-    suffix: refused("ChatGLM2 writes onwards only", "") = None
-    best_of: refused("All answers are sent: use n", 1) = None
+    echo: refused("The prompt cannot be returned", False) = None
+    suffix: refused("ChatGLM2 cannot insert text before a suffix", "") = None
+    best_of: refused("All answers are returned: use n", 1) = None
 
 
-class EmbeddingRequest(StrictModel):
+class EmbeddingRequest(StrictTypes):
     input: Texts
     model: Text = "chatglm2-6b"
     encoding_format: Literal["float", "base64"] | None = None
-    dimensions: refused("The number of dimensions is the model's") = None
+    dimensions: refused("The model fixes the number of dimensions") = None

@@ -1,9 +1,10 @@
-"""What api.py and openai_api.py share: flags, guards, errors, answers, running and stopping.
+"""The parts that api.py and openai_api.py share: flags, guards, errors, answers, start and stop.
 
 Every error is an OpenAI error object: {"error": {"message", "type", "param", "code"}}.
 """
 
 import asyncio
+import dataclasses
 import gc
 import hmac
 import ipaddress
@@ -14,35 +15,26 @@ import socket
 import sys
 
 import uvicorn
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI, Response
+from fastapi import Request as HTTPRequest
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel
+from starlette.datastructures import State
 from starlette.exceptions import HTTPException
 
 from chatglm2.hardware import listen
 
-from .batching import Batcher, Chunk, Generation, Unavailable
+from .batching import Batcher, Chunk, PromptTooLong, Request, Unavailable, read_chunks
 from .metrics import CountRequests, Metrics
 
 OPEN_PATHS = ("/health", "/openapi.json")  # need no key
 RETRY_AFTER_S = 1
 FLUSH_S = 5  # for clients to read their last chunk
-SHOWN_VALUE_LENGTH = 80  # of a wrong value in an error message
+SHOWN_VALUE_LENGTH = 80  # characters of a wrong value that an error message shows
 EVENT_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-
-
-# Requests.
-
-
-def count_room(num_ids: int, max_length: int) -> int:
-    """Return the tokens that `max_length` leaves for the answer."""
-    if num_ids >= max_length:
-        message = f"The prompt has {num_ids} tokens, max_length is {max_length}: raise it."
-        raise RequestError(400, message, "max_length", "context_length_exceeded")
-    return max_length - num_ids
 
 
 # Errors.
@@ -59,12 +51,12 @@ class ErrorResponse(BaseModel):
     error: ErrorDetail
 
 
-# For the OpenAPI schema of a route that answers; 4XX is 400 or 422 (wrong), 401 (no key), 413.
+# For the OpenAPI schema; 4XX is 400 or 422 (a wrong field), 401 (no key) or 413 (too large).
 ERROR_RESPONSES = {"4XX": {"model": ErrorResponse}, 503: {"model": ErrorResponse}}
 
 
 class RequestError(HTTPException):
-    """What is wrong with a request: a message, the field's name, a code for programs."""
+    """A refused request: a message, the name of the wrong field, a code for programs."""
 
     def __init__(self, status: int, message: str, param=None, code=None, headers=None):
         super().__init__(status, message, headers)
@@ -72,7 +64,7 @@ class RequestError(HTTPException):
 
 
 def describe_error(status: int, message: str, param=None, code=None) -> str:
-    """Return an error object as JSON, in ASCII, for a wrong value can be any text."""
+    """Return an error object as JSON, in ASCII, because a wrong value can be any text."""
     kind = "server_error" if status >= 500 else "invalid_request_error"
     error = {"message": message, "type": kind, "param": param, "code": code}
     return json.dumps({"error": error})
@@ -84,13 +76,13 @@ def error_response(status: int, message: str, param=None, code=None, headers=Non
 
 
 def describe_invalid(error: RequestValidationError) -> tuple[str, str | None]:
-    """Return a line on a wrong field, and the field's name."""
-    # Of a field of several types, what went wrong deepest is what was meant.
+    """Return a message about a wrong field, and the field's name."""
+    # A field of several types has an error for each; the deepest is of the type that was meant.
     detail = max(error.errors(), key=lambda item: len(item["loc"]))
-    # Names of types are parts of the path too; they are no identifiers.
+    # The path also has names of types, which are no identifiers.
     path = [str(p) for p in detail["loc"][1:] if isinstance(p, int) or p.isidentifier()]
     if detail["type"] == "json_invalid":
-        return f"The body is no JSON: {detail['ctx']['error']}.", None
+        return f"The body is not JSON: {detail['ctx']['error']}.", None
     if detail["type"] == "together":
         param = detail["ctx"]["param"]
         return f"{param}: {detail['msg']}.", param
@@ -103,36 +95,36 @@ def describe_invalid(error: RequestValidationError) -> tuple[str, str | None]:
 
 
 def add_error_handlers(app: FastAPI, invalid_status: int):
-    """Answer every error with an error object, a wrong field with `invalid_status`."""
+    """Answer every error with an error object; a wrong field has the status `invalid_status`."""
 
     @app.exception_handler(RequestValidationError)
-    async def on_invalid(request: Request, error: RequestValidationError):
+    async def on_invalid(request: HTTPRequest, error: RequestValidationError):
         return error_response(invalid_status, *describe_invalid(error))
 
     @app.exception_handler(HTTPException)
-    async def on_http_error(request: Request, error: HTTPException):
-        # FastAPI hides why a body could not be parsed.
+    async def on_http_error(request: HTTPRequest, error: HTTPException):
+        # FastAPI hides why it could not parse a body.
         if isinstance(error.__cause__, UnicodeDecodeError):
-            return error_response(invalid_status, "The body is no JSON: it is not in UTF-8.")
+            return error_response(invalid_status, "The body is not JSON: it is not in UTF-8.")
         if isinstance(error.__cause__, RecursionError):
             return error_response(invalid_status, "The body is nested too deeply.")
         param, code = getattr(error, "param", None), getattr(error, "code", None)
         return error_response(error.status_code, error.detail, param, code, error.headers)
 
     @app.exception_handler(Unavailable)
-    async def on_unavailable(request: Request, error: Unavailable):
+    async def on_unavailable(request: HTTPRequest, error: Unavailable):
         headers = {"Retry-After": str(RETRY_AFTER_S)}
         return error_response(503, str(error), code="unavailable", headers=headers)
 
     @app.exception_handler(Exception)
-    async def on_failure(request: Request, error: Exception):
-        message = "The server failed; its log tells why."
+    async def on_failure(request: HTTPRequest, error: Exception):
+        message = "The server failed; its log has the cause."
         headers = {"Connection": "close"}  # uvicorn closes it
         return error_response(500, message, code="internal_error", headers=headers)
 
 
 class Guard:
-    """ASGI middleware: the key is checked before anything is read, and no more than allowed."""
+    """ASGI middleware: checks the key before anything is read, and limits the body's size."""
 
     def __init__(self, app, api_key: str | None, max_body: int):
         self.app, self.max_body = app, max_body
@@ -150,11 +142,12 @@ class Guard:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         if not self.is_allowed(scope):
-            message = "A valid key is needed, in the header Authorization: Bearer KEY."
+            message = "A valid key is required, in the header Authorization: Bearer KEY."
             headers = {"WWW-Authenticate": "Bearer"}
             response = error_response(401, message, code="invalid_api_key", headers=headers)
             return await response(scope, receive, send)
-        # Starlette's own limit answers in plain text. The HTTP parser has checked the number.
+        # Starlette has a limit too, but answers in plain text. The HTTP parser has checked that
+        # the header is a number.
         if int(dict(scope["headers"]).get(b"content-length", 0)) > self.max_body:
             response = error_response(413, self.too_large)
             return await response(scope, receive, send)
@@ -174,104 +167,103 @@ class Guard:
 # Answers.
 
 
-def submit_all(
-    batcher: Batcher, requests: list, param: str, num_choices: int = 1
-) -> list[Generation]:
-    """Submit requests, all or none; `param` names the field of their prompts.
+def build_request(body: BaseModel, input_ids: list[int], **settings) -> Request:
+    """Return a request for the batcher.
+
+    A field of the body that `Request` has too is passed on by its name, unless `settings` has it.
+    """
+    names = {field.name for field in dataclasses.fields(Request)} & type(body).model_fields.keys()
+    return Request(input_ids, **body.model_dump(include=names, exclude_none=True) | settings)
+
+
+class Answers:
+    """The answers to one HTTP request; their chunks come through one queue.
+
+    Args:
+        state: `app.state` of an app of `create_app`.
+        requests: Either all are submitted or none.
+        param: The field of the prompts, named in errors.
+        num_choices: Answers to each prompt.
 
     Raises:
-        RequestError: They can never be served together, or a prompt is too long.
-        Unavailable: They cannot now.
+        RequestError: The requests never fit into the queue together, or a prompt is too long.
+        Unavailable: The queue is full, or the server is stopping.
     """
-    if len(requests) > (limit := batcher.max_batch + batcher.max_queue):
-        message = f"{len(requests)} answers in one request; at most {limit}."
-        raise RequestError(400, message, param if num_choices == 1 else "n")
-    generations = []
-    try:
-        for request in requests:
-            generations.append(batcher.submit(request))
-    except (ValueError, Unavailable) as error:
-        for generation in generations:
-            generation.cancel()
-        if isinstance(error, ValueError):
-            raise RequestError(400, str(error), param, "context_length_exceeded") from error
-        raise
-    return generations
 
-
-async def follow(generations: list[Generation], metrics: Metrics):
-    """Yield (index, chunk) of all generations as they come; end them if the reader goes away."""
-    queue = asyncio.Queue()
-
-    async def forward(index: int, generation: Generation):
-        record = metrics.follow(generation)
+    def __init__(self, state: State, requests: list[Request], param: str, num_choices: int = 1):
+        batcher, self.queue, self.generations = state.batcher, asyncio.Queue(), []
+        if len(requests) > (limit := batcher.max_batch + batcher.max_queue):
+            message = f"{len(requests)} answers in one request; at most {limit} are allowed."
+            raise RequestError(400, message, param if num_choices == 1 else "n")
         try:
-            async for chunk in generation:
-                record(chunk)
-                queue.put_nowait((index, chunk))
-        except Exception as error:  # raised again below, where it is awaited
-            queue.put_nowait((index, error))
+            for index, request in enumerate(requests):
+                self.generations.append(batcher.submit(request, self.queue, index))
+        except PromptTooLong as error:
+            self.cancel()
+            param = param if error.limit == "context" else error.limit
+            raise RequestError(400, str(error), param, "context_length_exceeded") from error
+        except Unavailable:
+            self.cancel()
+            raise
+        self.records = [state.metrics.follow(generation) for generation in self.generations]
 
-    tasks = [asyncio.create_task(forward(*item)) for item in enumerate(generations)]
-    remaining = len(tasks)
-    try:
-        while remaining:
-            index, chunk = await queue.get()
-            if isinstance(chunk, Exception):
-                raise chunk
-            remaining -= chunk.finish_reason is not None
+    def cancel(self):
+        """End the generations that still run."""
+        for generation in self.generations:
+            generation.cancel()
+
+    async def __aiter__(self):
+        """Yield (index of the answer, chunk) as they come."""
+        async for index, chunk in read_chunks(self.queue, len(self.generations)):
+            self.records[index](chunk)
             yield index, chunk
-    finally:
-        for task, generation in zip(tasks, generations, strict=True):
-            generation.cancel()
-            task.cancel()
 
+    async def collect(self, request: HTTPRequest) -> list[Chunk]:
+        """Wait for whole answers.
 
-async def collect(request: Request, generations: list[Generation], metrics: Metrics) -> list[Chunk]:
-    """Wait for whole answers.
+        Raises:
+            RequestError: The client closed the connection; the generations are cancelled.
+        """
 
-    Raises:
-        RequestError: The client went away; the generations are ended.
-    """
+        async def gather() -> list[Chunk]:
+            answers = [Chunk() for _ in self.generations]
+            async for index, chunk in self:
+                answers[index].add(chunk)
+            return answers
 
-    async def gather() -> list[Chunk]:
-        answers = [Chunk() for _ in generations]
-        async for index, chunk in follow(generations, metrics):
-            answers[index].add(chunk)
-        return answers
+        async def wait_for_disconnect():
+            while (await request.receive())["type"] != "http.disconnect":
+                pass
 
-    async def wait_for_disconnect():
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    tasks = work, _ = [asyncio.create_task(gather()), asyncio.create_task(wait_for_disconnect())]
-    try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        if not work.done():
-            raise RequestError(499, "The client closed the connection.")
-        return work.result()
-    finally:
-        for task in tasks:
-            task.cancel()
-        for generation in generations:
-            generation.cancel()
+        tasks = work, _ = [
+            asyncio.create_task(gather()),
+            asyncio.create_task(wait_for_disconnect()),
+        ]
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            if not work.done():
+                raise RequestError(499, "The client closed the connection.")
+            return work.result()
+        finally:
+            for task in tasks:
+                task.cancel()
+            self.cancel()
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events of some generations, which end with the connection."""
+    """Server-sent events; the answers are cancelled when the connection closes."""
 
     media_type = "text/event-stream"
 
-    def __init__(self, events, generations: list[Generation]):
+    def __init__(self, events, answers: Answers):
         super().__init__(events, headers=EVENT_HEADERS)
-        self.generations = generations
+        self.answers = answers
 
     async def __call__(self, scope, receive, send):
         try:
             await super().__call__(scope, receive, send)
         finally:  # also if the events were never begun
-            for generation in self.generations:
-                generation.cancel()
+            self.answers.cancel()
 
 
 def event(data: str) -> str:
@@ -279,13 +271,13 @@ def event(data: str) -> str:
 
 
 def error_event(error: Exception) -> str:
-    """Return the last event of a stream that failed; the batcher has logged the cause."""
+    """Return the last event of a failed stream; the batcher has logged the cause."""
     if isinstance(error, Unavailable):
         return event(describe_error(503, str(error), code="unavailable"))
-    return event(describe_error(500, "The answer failed; the server's log tells why."))
+    return event(describe_error(500, "The answer failed; the server's log has the cause."))
 
 
-# The app, and running it.
+# The app, and how it runs.
 
 
 def create_app(model, tokenizer, args, title: str, invalid_status=400, **options) -> FastAPI:
@@ -295,11 +287,11 @@ def create_app(model, tokenizer, args, title: str, invalid_status=400, **options
     )
     if args.context > batcher.context:
         print(
-            f"--context {args.context}: the model's {batcher.context} tokens are taken.",
+            f"--context {args.context}: the model has {batcher.context}, which is used.",
             file=sys.stderr,
         )
     metrics = Metrics(batcher)
-    # No pages with documentation: they load scripts from other hosts.
+    # No documentation pages: they load scripts from other hosts.
     app = FastAPI(title=title, docs_url=None, redoc_url=None, **options)
     app.state.batcher, app.state.metrics = batcher, metrics
     add_error_handlers(app, invalid_status)
@@ -316,7 +308,9 @@ def create_app(model, tokenizer, args, title: str, invalid_status=400, **options
         if batcher.deadline is not None:
             raise Unavailable("The server is shutting down.")
         if not batcher.thread.is_alive():
-            raise Unavailable("The server computes no more; its log tells why: restart it.")
+            raise Unavailable(
+                "The server has stopped computing; its log has the cause: restart it."
+            )
         return JSONResponse({"status": "ok"})
 
     errors = {"4XX": ERROR_RESPONSES["4XX"]}
@@ -329,26 +323,22 @@ def create_app(model, tokenizer, args, title: str, invalid_status=400, **options
 
 
 def bind(args) -> socket.socket:
-    """Return a socket at `--host` and `--port`; before the model is loaded, which takes time.
+    """Return a socket at `--host` and `--port`; called before the model loads, which takes time.
 
     Raises:
-        SystemExit: The port is taken, or the address is none of this machine's.
+        SystemExit: The port is taken, or the address does not belong to this machine.
     """
     try:
         listener = listen(args.host, args.port)
-    except socket.gaierror as error:
-        raise SystemExit(
-            f"--host {args.host}: {error.strerror or error}: give a name or an address of this "
-            "machine, such as 127.0.0.1."
-        ) from error
     except OSError as error:
+        where = f"--host {args.host} --port {args.port}"
         raise SystemExit(
-            f"--host {args.host} --port {args.port}: {error.strerror or error}: choose another, "
-            "such as --port 8001, or stop what listens there."
+            f"{where}: {error.strerror or error}: give an address of this machine, such as "
+            "127.0.0.1, and a free port, such as --port 8001."
         ) from error
     if not is_loopback(listener.getsockname()[0]) and not args.api_key:
         print(
-            f"{args.host}: other machines can reach the server, and it asks for no key: "
+            f"--host {args.host}: other machines can use the server without a key; "
             "--api-key sets one.",
             file=sys.stderr,
         )
@@ -360,7 +350,7 @@ def is_loopback(address: str) -> bool:
 
 
 class Server(uvicorn.Server):
-    """uvicorn, but stopping it ends the running answers properly and refuses new requests."""
+    """uvicorn, but at shutdown running answers end properly and new requests are refused."""
 
     def __init__(self, app: FastAPI, grace_s: float):
         super().__init__(uvicorn.Config(app, timeout_graceful_shutdown=FLUSH_S))
@@ -375,12 +365,12 @@ class Server(uvicorn.Server):
 
 def run(app: FastAPI, args, listener: socket.socket):
     """Serve until SIGINT or SIGTERM, then exit with code 0."""
-    for stop in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises them again when it has stopped
+    for stop in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises the signal again at its end
         signal.signal(stop, lambda *_: sys.exit(0))
     host, port, *_ = listener.getsockname()
     host = f"[{host}]" if ":" in host else host
     print(f"http://{host}:{port} (Ctrl-C: 停止 / stop)", file=sys.stderr)
     gc.collect()
-    gc.freeze()  # else parsing a large body walks all objects of the libraries again and again
-    sys.setswitchinterval(2e-4)  # the computing thread waits less for the one that sends
+    gc.freeze()  # else parsing a large body visits all objects of the libraries again and again
+    sys.setswitchinterval(2e-4)  # lets the computing thread wait less for the sending one
     Server(app, args.grace).run(sockets=[listener])
