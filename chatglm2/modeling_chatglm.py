@@ -534,10 +534,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         return mask | is_padding if mask.dtype == torch.bool else mask * ~is_padding
 
     def encode(self, inputs_embeds, attention_mask, position_ids, cache, /, **kwargs):
-        """Compute all layers; return the result of `GLMTransformer.forward`.
-
-        `kwargs` may have another `cache`: the paged one of continuous batching.
-        """
+        """Compute all layers; return the result of `GLMTransformer.forward`."""
         device = inputs_embeds.device  # a model can be on several
         attention_mask = None if attention_mask is None else attention_mask.to(device)
         offset = 0 if cache is None else cache.get_query_offset(0)
