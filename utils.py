@@ -118,7 +118,7 @@ def add_model_arguments(parser: argparse.ArgumentParser):
 
 def read_key(text: str) -> str:
     if not text:
-        raise argparse.ArgumentTypeError("'' is no key: give one, or leave the flag out")
+        raise argparse.ArgumentTypeError("the key is empty: give one, or leave the flag out")
     return text
 
 

@@ -276,13 +276,6 @@ def test_answers_that_are_json(server):
     assert text_of(chat(server, response_format={"type": "text"})) == GREETING
 
 
-def test_the_cause_of_a_wrong_pattern(server):
-    wanted = json_schema({"type": "string", "pattern": "a(b"})
-    response = server.post(CHAT, json=HELLO | {"response_format": wanted})
-    message = check_refused(response, "response_format")
-    assert message.endswith("regex parse error: a(b error: unclosed group")
-
-
 # Fields without effect, and refused fields.
 
 
