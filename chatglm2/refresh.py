@@ -3,11 +3,11 @@
     python -m chatglm2.refresh DIR
     python -m chatglm2.refresh DIR --undo
 
-DIR is a folder of chatglm2-6b, -int4 or another ChatGLM2 checkpoint, or a snapshot in the Hugging
-Face cache. The remote-code files are replaced, `auto_map` is set in config.json and
-tokenizer_config.json, and nothing else changes. The first refresh keeps the files it found in
-DIR/.before_refresh, later ones leave that backup alone, `--undo` puts it back. Links are replaced
-by files, never written through.
+DIR is the folder of chatglm2-6b, -int4 or another ChatGLM2 checkpoint, or a snapshot in the Hugging
+Face cache. The command replaces the remote-code files and sets `auto_map` in config.json and
+tokenizer_config.json; nothing else changes. The first refresh moves the files that it found to
+DIR/.before_refresh, later ones leave this backup alone, and `--undo` restores it. Links are
+replaced by files; the files that they point to stay as they are.
 """
 
 import argparse
@@ -20,10 +20,10 @@ from pathlib import Path
 
 from huggingface_hub.constants import HF_HOME
 
-from .configuration_chatglm import AUTO_MAP
+from .configuration_chatglm import AUTO_MAP, TRANSFORMERS_RANGE
 
 BACKUP = ".before_refresh"
-STAGING = ".before_refresh.tmp"  # holds what is not complete yet, or not needed any more
+STAGING = ".before_refresh.tmp"  # files that are not complete yet or no longer needed
 PACKAGE = Path(__file__).parent
 CODE_FILES = sorted([*PACKAGE.glob("*_chatglm.py"), PACKAGE / "quantization.py"])
 AUTO_MAPS = {
@@ -37,7 +37,7 @@ def read_json(path: Path) -> dict:
     """Return the object in a JSON file.
 
     Raises:
-        ValueError: It is not JSON in UTF-8, or no object.
+        ValueError: The file is not JSON in UTF-8, or holds no object.
     """
     try:
         fields = json.loads(path.read_text("utf-8"))
@@ -52,7 +52,7 @@ def check_folder(folder: Path):
     """Check that a folder holds a ChatGLM2 checkpoint.
 
     Raises:
-        ValueError: It does not; one line with what it is and what to do.
+        ValueError: It does not; the message is one line that names the problem and the remedy.
     """
     path = folder / "config.json"
     if not path.is_file():
@@ -60,31 +60,31 @@ def check_folder(folder: Path):
     config = read_json(path)
     if config.get("model_type") != "chatglm":
         raise ValueError(
-            f"{path} has model_type {config.get('model_type')!r}, not 'chatglm': take a ChatGLM2 "
+            f"{path} has model_type {config.get('model_type')!r}, not 'chatglm': use a ChatGLM2 "
             "checkpoint (such as THUDM/chatglm2-6b)."
         )
     if "multi_query_attention" not in config:
         raise ValueError(
-            f"{path} has no multi_query_attention, so it is not ChatGLM2 (the first ChatGLM-6B?): "
-            "take a ChatGLM2 checkpoint (such as THUDM/chatglm2-6b)."
+            f"{path} has no multi_query_attention, so it is not ChatGLM2 but perhaps ChatGLM-6B: "
+            "use a ChatGLM2 checkpoint (such as THUDM/chatglm2-6b)."
         )
-    # The configs of ChatGLM3 and GLM-4 have the same fields; their tokenizers know roles.
+    # The configs of ChatGLM3 and GLM-4 have the same fields; their tokenizers have role tokens.
     for name in ("tokenizer_config.json", "tokenization_chatglm.py"):
         if (folder / name).is_file() and b"<|user|>" in (folder / name).read_bytes():
             raise ValueError(
-                f"{folder / name} knows the token <|user|>, so it is ChatGLM3 or GLM-4: take a "
+                f"{folder / name} knows the token <|user|>, so it is ChatGLM3 or GLM-4: use a "
                 "ChatGLM2 checkpoint (such as THUDM/chatglm2-6b)."
             )
 
 
 def set_auto_map(path: Path, auto_map: dict) -> bytes:
-    """Return the text of a JSON file with this `auto_map`, the other fields as they are."""
+    """Return the text of a JSON file with `auto_map` set and the other fields unchanged."""
     fields = (read_json(path) if path.exists() else {}) | {"auto_map": auto_map}
     return (json.dumps(fields, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def put(folder: Path, contents: dict[str, bytes]):
-    """Make `contents` (name: bytes) the managed files of a folder, each replaced in one step."""
+    """Replace the managed files of a folder by `contents`, each file in one step."""
     staging = folder / STAGING
     staging.mkdir()
     for name, content in contents.items():
@@ -96,9 +96,9 @@ def put(folder: Path, contents: dict[str, bytes]):
 
 
 def drop_cached_code(folder: Path):
-    """Delete the copies that transformers made of a Hugging Face snapshot's code.
+    """Delete the copies that transformers made of the code in a Hugging Face snapshot.
 
-    It keeps one for each commit and never compares it with the snapshot again.
+    transformers keeps one copy for each commit and never compares it with the snapshot again.
     """
     folder = folder.resolve()
     if folder.parent.name == "snapshots":
@@ -111,7 +111,7 @@ def refresh(folder: Path):
     """Put today's code and `auto_map` into a checkpoint folder; keep the old files in the backup.
 
     Raises:
-        ValueError: It is no ChatGLM2 checkpoint.
+        ValueError: The folder holds no ChatGLM2 checkpoint.
     """
     check_folder(folder)
     contents = {file.name: file.read_bytes() for file in CODE_FILES}
@@ -129,7 +129,7 @@ def refresh(folder: Path):
 
 
 def undo(folder: Path):
-    """Put the files of the backup back and remove it.
+    """Restore the files of the backup and remove the backup.
 
     Raises:
         ValueError: There is no backup.
@@ -145,11 +145,11 @@ def undo(folder: Path):
 
 
 def describe(folder: Path) -> str:
-    """Return the line that tells what `refresh` did."""
+    """Return the line that `refresh` prints."""
     names = ", ".join(file.name for file in CODE_FILES)
     return (
-        f"{folder}: put {names} and auto_map in {' and '.join(AUTO_MAPS)}; the old files are in "
-        f"{folder / BACKUP}; undo with: "
+        f"{folder}: wrote {names} for transformers {' to '.join(TRANSFORMERS_RANGE)}, and auto_map "
+        f"in {' and '.join(AUTO_MAPS)}; the old files are in {folder / BACKUP}; undo with: "
         f"python -m chatglm2.refresh {shlex.quote(str(folder))} --undo"
     )
 
@@ -160,7 +160,7 @@ def main(argv=None):
         description="Put today's code into a downloaded ChatGLM2 folder.",
     )
     parser.add_argument("folder", metavar="DIR", type=Path, help="the checkpoint folder")
-    parser.add_argument("--undo", action="store_true", help="put the old files back")
+    parser.add_argument("--undo", action="store_true", help="restore the old files")
     args = parser.parse_args(argv)
     folder = args.folder
     try:
@@ -174,11 +174,11 @@ def main(argv=None):
         sys.exit(str(error))
     except OSError as error:
         sys.exit(
-            f"{folder} cannot be changed ({error}): nothing is lost; make it writable or use a "
-            "copy, then run the command again."
+            f"{folder} cannot be changed ({error}). Nothing is lost: make the folder writable or "
+            "use a copy, and run the command again."
         )
     if args.undo:
-        print(f"{folder}: the old code and auto_map are back, {BACKUP} is removed.")
+        print(f"{folder}: restored the old code and auto_map, and removed {BACKUP}.")
     else:
         print(describe(folder))
 

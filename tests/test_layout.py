@@ -1,12 +1,15 @@
 """Where files are, and what may import what: scripts, utils, the package, its remote code."""
 
 import ast
+import sys
 import tomllib
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from transformers.dynamic_module_utils import get_imports, get_relative_imports
 
+from chatglm2.configuration_chatglm import AUTO_MAP
 from chatglm2.refresh import CODE_FILES
 
 SCRIPTS = {"api", "cli_demo", "openai_api", "web_demo", "web_demo2"}
@@ -70,16 +73,23 @@ def test_only_scripts_import_what_they_share(part):
 
 
 @pytest.mark.parametrize("file", CODE_FILES, ids=name_of)
-def test_remote_code_imports_what_is_beside_it(file):
-    """Nothing else of the package, unless within a function or `try`: then the kernels."""
+def test_remote_code_imports_only_its_siblings(file):
+    """Other files of the package only within a function or `try`, and only the kernels."""
     tree = ast.parse(file.read_text("utf-8"))
     assert find_imports(tree.body, "chatglm2") <= REMOTE_CODE
     guarded = find_imports(ast.walk(tree), "chatglm2") - REMOTE_CODE
     assert all(name.split(".")[1:2] in ([], ["kernels"]) for name in guarded)
-    relative = [node for node in ast.walk(tree) if getattr(node, "level", 0)]
-    assert {(node.level, f"chatglm2.{node.module}") for node in relative} <= {
-        (1, name) for name in REMOTE_CODE
-    }
+    required = {name.split(".")[0] for name in get_imports(file)} - sys.stdlib_module_names
+    assert required <= {"torch", "transformers", "safetensors", "sentencepiece", "packaging"}
+
+
+def test_transformers_finds_all_remote_code():
+    """It copies the files that AUTO_MAP names and the files that these import."""
+    imported = {file.stem: set(get_relative_imports(file)) for file in CODE_FILES}
+    named = {reference.split(".")[0] for reference in AUTO_MAP.values()} | {"tokenization_chatglm"}
+    found = named.union(*(imported[module] for module in named))
+    assert found == set(imported)
+    assert all(imported[module] <= imported["modeling_chatglm"] for module in found - named)
 
 
 def test_remote_code_has_no_cycle():

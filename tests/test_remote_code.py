@@ -4,10 +4,8 @@ One other process, which cannot import this project, loads every kind of folder 
 trust_remote_code=True; what it computes is compared with the package itself.
 """
 
-import ast
 import importlib
 import inspect
-import io
 import json
 import os
 import re
@@ -19,9 +17,9 @@ from pathlib import Path
 
 import pytest
 import safetensors.torch
-import sentencepiece
 import torch
 import transformers
+from conftest import TINY
 
 import chatglm2
 from chatglm2 import refresh
@@ -52,7 +50,7 @@ CONFIG = {
     "num_attention_heads": 4,
     "num_layers": 2,
     "original_rope": True,
-    "padded_vocab_size": 448,
+    "padded_vocab_size": 4096,
     "seq_length": 256,
     "use_cache": True,
     "torch_dtype": "float32",
@@ -61,14 +59,12 @@ CONFIG = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
-REQUIRED = ("torch", "transformers", "safetensors", "sentencepiece", "packaging")  # packages
 HUB_NAME, COMMIT = "THUDM/chatglm2-6b", "d" * 40
-CODE_NAMES = ("configuration_chatglm.py", "modeling_chatglm.py", "quantization.py")
-CODE_NAMES += ("tokenization_chatglm.py",)
+CODE_NAMES = [file.name for file in refresh.CODE_FILES]
 
 
 def probe(model, tokenizer) -> dict:
-    """Return what a model computes, as plain data."""
+    """Return logits and answers of a model as plain data."""
     import torch
 
     inputs = tokenizer(["你好", "Where do you live?"], padding=True, return_tensors="pt")
@@ -134,28 +130,6 @@ def load_as_remote_code(work):
     (work / "results.json").write_text(json.dumps(results))
 
 
-def train_tokenizer() -> bytes:
-    """Return a small tokenizer.model of the official one's kind."""
-    texts = [
-        "你好，请问你是谁？",
-        "我住在北京。今天天气很好。",
-        "[Round 1]\n\n问：你好\n\n答：你好！",
-    ]
-    texts += ["Hello, who are you?", "Where do you live? I live in a small house by the sea."]
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts * 4),
-        model_writer=model,
-        model_type="bpe",
-        vocab_size=400,
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        minloglevel=2,
-    )
-    return model.getvalue()
-
-
 def random_weights(seed: int) -> dict[str, torch.Tensor]:
     """Return weights under the official names; bytes and special tokens are never the likeliest."""
     torch.manual_seed(seed)
@@ -163,15 +137,15 @@ def random_weights(seed: int) -> dict[str, torch.Tensor]:
     model = chatglm2.ChatGLMForConditionalGeneration(config, empty_init=False)
     weights = {name: torch.randn_like(x) * 0.2 for name, x in model.state_dict().items()}
     output = weights["transformer.output_layer.weight"]
-    output[:259] = output[400:] = 0
+    output[:259] = output[4091:] = 0
     return weights
 
 
-def write_data(folder: Path, tokenizer_model: bytes, config=CONFIG):
+def write_data(folder: Path, config=CONFIG):
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config), "utf-8")
     (folder / "tokenizer_config.json").write_text(json.dumps(TOKENIZER_CONFIG), "utf-8")
-    (folder / "tokenizer.model").write_bytes(tokenizer_model)
+    shutil.copy(TINY / "tokenizer.model", folder)
 
 
 def write_shards(folder: Path, weights: dict[str, torch.Tensor]):
@@ -190,7 +164,7 @@ def write_shards(folder: Path, weights: dict[str, torch.Tensor]):
 def write_int4(folder: Path, source: Path):
     """Write an INT4 checkpoint as the official one is: `.bin`, only quantization_bit."""
     config = CONFIG | {"quantization_bit": 4, "torch_dtype": "float16"}
-    write_data(folder, (source / "tokenizer.model").read_bytes(), config)
+    write_data(folder, config)
     model = chatglm2.ChatGLMForConditionalGeneration.from_pretrained(source, dtype=torch.float16)
     write_shards(folder, model.quantize(4).state_dict())
     for file in refresh.CODE_FILES:
@@ -231,11 +205,11 @@ def refresh_snapshot(modules: Path, snapshot: Path):
 @pytest.fixture(scope="module")
 def work(tmp_path_factory, tiny_checkpoint) -> Path:
     """A folder of checkpoints: by hand, refreshed, from the hub, saved by the package, bundled."""
-    work, tokenizer_model = tmp_path_factory.mktemp("remote code"), train_tokenizer()
+    work = tmp_path_factory.mktemp("remote code")
     marker = work / "executed"
     first, second = work / "first" / "checkpoint", work / "second" / "checkpoint"
     for folder in (first, second):
-        write_data(folder, tokenizer_model)
+        write_data(folder)
     safetensors.torch.save_file(random_weights(1), first / "model.safetensors", {"format": "pt"})
     for file in refresh.CODE_FILES:
         shutil.copy(file, first)
@@ -290,6 +264,7 @@ def probe_package(folder: Path, bits: int = 0) -> dict:
     return json.loads(json.dumps(results))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "source", "bits"),
     [
@@ -316,21 +291,17 @@ def test_remote_code_computes_what_the_package_does(work, remote, name, source, 
     assert response and first[-1] == response and response in second and len(second) > len(first)
 
 
-def test_two_folders_in_one_process(work, remote):
+@pytest.mark.slow
+def test_two_folders_in_one_process(remote):
     assert remote["first"]["logits"] != remote["second"]["logits"]
     assert remote["first"]["logits"] == remote["first, still"]["logits"]
     assert remote["first"]["modules"] != remote["second"]["modules"]
     origins = [remote[name]["origin"] for name in ("first", "second", "first, still")]
     assert origins == [None, "second", None]
+    assert len(remote["classes"]) == 2 and remote["classes"].items() <= MODEL_CLASSES.items()
 
 
-def test_quantized_folders_say_so(work):
-    fields = json.loads((work / "int8 saved" / "config.json").read_bytes())
-    assert fields["quantization_bit"] == fields["quantization_config"]["bits"] == 8
-    assert (work / "int8 saved" / "quantization.py").exists()
-    assert "quantization_config" not in json.loads((work / "int4" / "config.json").read_bytes())
-
-
+@pytest.mark.slow
 def test_old_code_is_not_executed(work, remote):
     assert not (work / "executed").exists()
     with pytest.raises(RuntimeError, match="was executed"):  # it would have been noticed
@@ -338,25 +309,31 @@ def test_old_code_is_not_executed(work, remote):
     (work / "executed").unlink()
 
 
-def test_other_auto_classes(remote):
-    assert len(remote["classes"]) == 2 and remote["classes"].items() <= MODEL_CLASSES.items()
-
-
-@pytest.mark.parametrize("name", ["saved", "saved again"])
-def test_saved_folder(work, remote, name):
-    folder = work / name
-    assert AUTO_MAP.items() <= json.loads((folder / "config.json").read_bytes())["auto_map"].items()
+def check_saved(folder: Path):
+    fields = json.loads((folder / "config.json").read_bytes())
+    assert AUTO_MAP.items() <= fields["auto_map"].items()
     tokenizer_config = json.loads((folder / "tokenizer_config.json").read_bytes())
     assert tokenizer_config["auto_map"] == TOKENIZER_CONFIG["auto_map"]
     for file in refresh.CODE_FILES:
         assert (folder / file.name).read_bytes() == file.read_bytes()
-    vocabulary = (work / "first" / "checkpoint" / "tokenizer.model").read_bytes()
-    assert (folder / "tokenizer.model").read_bytes() == vocabulary
+    assert (folder / "tokenizer.model").read_bytes() == (TINY / "tokenizer.model").read_bytes()
+
+
+def test_the_package_saves_its_code(work):
+    check_saved(work / "saved")
+
+
+@pytest.mark.slow
+def test_remote_code_saves_itself(work, remote):
+    check_saved(work / "saved again")
+    assert (work / "int8 saved" / "quantization.py").exists()
+    fields = json.loads((work / "int8 saved" / "config.json").read_bytes())
+    assert fields["quantization_bit"] == fields["quantization_config"]["bits"] == 8
 
 
 @pytest.fixture
 def poisoned(work, tmp_path, request) -> Path:
-    """A checkpoint folder with code that must not run; `marker` beside it would tell."""
+    """A checkpoint folder with code that would create the file `executed` beside the folder."""
     folder = tmp_path / "poisoned"
     shutil.copytree(work / "first" / "checkpoint", folder)
     poison(folder, tmp_path / "executed")
@@ -406,57 +383,3 @@ def test_registering_twice_is_harmless(work):
         sys.modules.update(modules)
         importlib.reload(chatglm2)
     assert type(transformers.AutoConfig.from_pretrained(folder)) is chatglm2.ChatGLMConfig
-
-
-def catches_import_error(node: ast.AST) -> bool:
-    """Whether a node is a `try` whose body may import what is absent."""
-    return isinstance(node, ast.Try) and any(
-        isinstance(name, ast.Name) and name.id in ("ImportError", "ModuleNotFoundError")
-        for handler in node.handlers
-        if handler.type
-        for name in ast.walk(handler.type)
-    )
-
-
-def find_imports(node: ast.AST, is_optional=False) -> list[tuple[ast.AST, bool]]:
-    """Return all import statements below a node, and whether each may fail."""
-    found = []
-    for field, value in ast.iter_fields(node):
-        optional = is_optional or (field == "body" and catches_import_error(node))
-        for child in value if isinstance(value, list) else [value]:
-            if isinstance(child, ast.Import | ast.ImportFrom):
-                found.append((child, optional))
-            elif isinstance(child, ast.AST):
-                found += find_imports(child, optional)
-    return found
-
-
-def find_siblings(file: Path) -> set[str]:
-    """Return the modules that a remote-code file imports from beside it; check each import."""
-    siblings = set()
-    for node, is_optional in find_imports(ast.parse(file.read_text("utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.level:
-            place = f"{file.name}:{node.lineno}"
-            assert node.level == 1 and node.module and "." not in node.module, place
-            assert not is_optional, f"{place}: transformers copies the sibling in any case"
-            siblings.add(node.module)
-            continue
-        names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module]
-        for package in {name.split(".")[0] for name in names} - sys.stdlib_module_names:
-            is_required = package in REQUIRED
-            assert is_required or is_optional, f"{file.name}:{node.lineno} needs {package}"
-    return siblings
-
-
-def test_imports_of_the_remote_code_files():
-    siblings = {file.stem: find_siblings(file) for file in refresh.CODE_FILES}
-    assert siblings["configuration_chatglm"] == set()
-    assert siblings["tokenization_chatglm"] == {"configuration_chatglm"}
-    for modules in siblings.values():
-        for module in modules:
-            assert siblings[module] == set()  # one level deep, so there is no cycle
-    named = {reference.split(".")[0] for reference in AUTO_MAP.values()} | {"tokenization_chatglm"}
-    assert named.union(*(siblings[module] for module in named)) == set(siblings)
-    for file in refresh.CODE_FILES:  # transformers finds them with a regular expression
-        found = transformers.dynamic_module_utils.get_relative_imports(file)
-        assert set(found) == siblings[file.stem]
