@@ -24,6 +24,8 @@ from tempfile import TemporaryDirectory
 # Workers import this file, and the one of llama.cpp must not load torch: neither does this file.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from tables import format_table
+
 import utils
 
 OWN_ENGINES = {
@@ -282,8 +284,6 @@ def number(value: float | None, digits: int, unit: str = "") -> str:
 
 
 def format_engines(report: dict) -> list[str]:
-    from core import format_table
-
     engines, rates = report["engines"], report["read_bandwidth_rounds"]
     ratio = f"{engines[0]['name']} is faster: first token"
     header = ["engine", "prompt", "first token, s", "prompt tokens/s", "tokens/s", "characters/s"]

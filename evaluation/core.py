@@ -34,6 +34,7 @@ from reading import (  # also makes utils and chatglm2 importable
     read_json_lines,
     select,
 )
+from tables import format_table
 from tqdm import tqdm
 
 import utils
@@ -432,17 +433,6 @@ def score(items: list[Item], records: list[dict], weigh_subjects_equally=False) 
         total = mean(subjects.values())
     categories = {name: 100 * mean(scores) for name, scores in by_category.items()}
     return {**results, "accuracy": total, "categories": categories, "subjects": subjects}
-
-
-def format_table(header: list[str], rows: list[list[str]]) -> str:
-    """Return a Markdown table that is aligned in a terminal too; its first column is text."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    lines = [header, ["-" * width for width in widths], *rows]
-    texts = []
-    for name, *cells in lines:
-        cells = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
-        texts.append(f"| {' | '.join([name.ljust(widths[0]), *cells])} |")
-    return "\n".join(texts)
 
 
 def format_results(results: dict) -> str:
