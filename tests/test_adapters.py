@@ -342,9 +342,10 @@ def test_without_peft(tiny_checkpoint, tmp_path, monkeypatch):
 
 def test_results_of_an_evaluation_name_the_adapter(prefix, tiny_checkpoint):
     import core
+    import evaluate_gsm8k
 
     base, adapted = load(tiny_checkpoint), load_adapter(load(tiny_checkpoint), prefix)
-    args = core.create_parser("", "").parse_args(["--adapter", str(prefix), "--model", "a"])
+    args = core.parse_args(evaluate_gsm8k.BENCHMARK, ["--adapter", str(prefix), "--model", "a"])
     assert core.locate_output("x", adapted, args).name == f"x-a+{prefix.name}-chat-float32"
     runs = [core.describe_run("x", [], model, args) for model in (base, adapted)]
     assert runs[0]["weights"] != runs[1]["weights"]  # the one is not continued by the other
