@@ -1,7 +1,6 @@
 """For the tests of benchmarks: models without weights, which answer by a function of the prompt."""
 
 import json
-import random
 import sys
 from types import SimpleNamespace
 
@@ -54,11 +53,6 @@ class FakeModel(torch.nn.Module):
 def last_question(prompt: str, answers: dict[str, str]) -> str:
     """Return the answer to the question that stands last in a prompt."""
     return max((prompt.rfind(question), answer) for question, answer in answers.items())[1]
-
-
-def random_letters(seed=0):
-    rng = random.Random(seed)
-    return lambda prompt: rng.choice("ABCD")
 
 
 def evaluate(script, model, tokenizer, data, folder, *options) -> dict:

@@ -147,23 +147,16 @@ def test_the_official_examples(evaldata):
 @pytest.mark.parametrize("missing", ["", "bbh", "cot-prompts"])
 def test_missing_data_is_one_line(data, missing):
     shutil.rmtree(data / missing)
-    with pytest.raises(
-        SystemExit, match=r"https://github\.com/suzgunmirac/BIG-Bench-Hard"
-    ) as error:
+    source = r"https://github\.com/suzgunmirac/BIG-Bench-Hard"
+    with pytest.raises(SystemExit, match=source) as error:
         bbh.main(["--data", str(data)])
     assert "\n" not in str(error.value)
 
 
-def test_damaged_data_is_one_line(data):
-    (data / "bbh" / "navigate.json").write_text('{"examples": [')
-    with pytest.raises(SystemExit, match=r"navigate\.json is damaged .* download it again"):
-        bbh.main(["--data", str(data)])
-
-
 @pytest.mark.parametrize(
-    "text", ["[]", '{"examples": 1}', '{"examples": [1]}', '{"examples": [{}]}']
+    "text", ["[]", '{"examples": 1}', '{"examples": [1]}', '{"examples": [{}]}', '{"examples": [']
 )
 def test_foreign_data_is_one_line(data, text):
     (data / "bbh" / "navigate.json").write_text(text)
-    with pytest.raises(SystemExit, match=r"navigate\.json, item 1: there is no (examples|input)"):
+    with pytest.raises(SystemExit, match=r"navigate\.json(, item 1: there| is damaged)"):
         bbh.main(["--data", str(data)])

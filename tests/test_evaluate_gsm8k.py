@@ -3,7 +3,6 @@
 import json
 import re
 
-import core
 import evaluate_gsm8k as gsm8k
 import pytest
 from fake_models import FakeModel, evaluate, last_question, load_items, pretend_hub
@@ -105,18 +104,6 @@ def test_examples_in_another_language(tiny_tokenizer, data, tmp_path):
     evaluate(gsm8k, model, tiny_tokenizer, data, tmp_path, "--examples", str(examples))
     prompts, _ = model.generate_calls[0]
     assert all("问：1 加 1 等于几？\n答：答案是2。\n\nQ: " in prompt for prompt in prompts)
-
-
-def test_batch_and_single_give_the_same_outputs(
-    tiny_model, tiny_tokenizer, data, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(core, "MAX_NEW_TOKENS", 30)
-    texts = {}
-    for size in ("1", "3"):
-        folder = tmp_path / size
-        evaluate(gsm8k, tiny_model, tiny_tokenizer, data, folder, "--batch-size", size)
-        texts[size] = sorted((folder / "items.jsonl").read_text("utf-8").splitlines())
-    assert texts["1"] == texts["3"] and len(texts["1"]) == 4
 
 
 def test_a_folder_or_a_file_or_the_hub(data, monkeypatch):

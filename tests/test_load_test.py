@@ -100,7 +100,7 @@ def test_the_report(capsys):
     argv = ["--clients", "6", "--requests", "3", "--new-tokens", "4"]
     report = asyncio.run(WordServer().measure(argv))
     low, _, high = report["prompt_tokens"]
-    assert 15 <= low < 40 and 450 < high < 550  # the costs are calibrated
+    assert 10 < low < 40 and 450 < high < 550  # the costs are calibrated
     one, many = report["clients"][1], report["clients"][6]
     assert many["tokens_per_s"] > one["tokens_per_s"] > 0 and report["ratio"] > 1
     assert min(one["between_tokens_ms"]["p50"], many["first_token_ms"]["p50"]) > 0
