@@ -1,4 +1,4 @@
-"""Make the READMEs' pictures from real runs with the bundled model.
+"""Make the pictures of both READMEs from real runs with the bundled model.
 
     python resources/make_pictures.py [FOLDER]
 
@@ -38,7 +38,7 @@ font: 15px/1.5 'Noto Sans Mono CJK SC', monospace">{}</pre>"""
 
 
 class PacedModel:
-    """Answers as the model, greedily and at a speed at which an animation shows tokens."""
+    """The model with greedy answers, slowed down so that an animation shows the tokens."""
 
     def __init__(self, model):
         self.model, self.config = model, model.config
@@ -91,7 +91,7 @@ class Film:
         self.frames.append(Image.open(io.BytesIO(self.page.screenshot())))
 
     def save(self, path: Path):
-        """Write an animation as fast as it was; the last frame stays for three seconds."""
+        """Write an animation with the recorded times; the last frame stays for three seconds."""
         pairs = zip(self.times, self.times[1:], strict=False)
         durations = [int(1000 * (after - before)) for before, after in pairs] + [3000]
         colors = self.frames[-1].convert("RGB").quantize(64)
@@ -122,7 +122,7 @@ def film_an_answer(browser, address: str, path: Path):
 
 
 def ask(page, query: str, answer: str):
-    """Ask, and wait for an answer with these words that is complete."""
+    """Ask, and wait until an answer with these words is complete."""
     page.locator("textarea").fill(query)
     page.locator("textarea").press("Enter")
     page.get_by_text(answer).wait_for()
@@ -130,7 +130,7 @@ def ask(page, query: str, answer: str):
 
 
 def picture_page(browser, address: str, path: Path, settings: str | None = None):
-    """Picture a page after two rounds, with the settings under this heading opened."""
+    """Picture a page after two rounds; open the settings with the given heading first."""
     page = open_page(browser, address, 1080, 960)
     if settings:
         page.get_by_text(settings).click()
@@ -142,7 +142,7 @@ def picture_page(browser, address: str, path: Path, settings: str | None = None)
 
 @contextmanager
 def served_gradio(model, tokenizer):
-    """Serve the page of `web_demo.py` from this process; give its address."""
+    """Serve the page of `web_demo.py` from this process; yield its address."""
     demo = web_demo.build_demo(model, tokenizer, MODEL)
     _, address, _ = demo.launch(prevent_thread_lock=True, quiet=True, **web_demo.LOOK)
     yield address
@@ -151,7 +151,7 @@ def served_gradio(model, tokenizer):
 
 @contextmanager
 def served_streamlit():
-    """Serve the page of `web_demo2.py`; give its address."""
+    """Serve the page of `web_demo2.py`; yield its address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -171,7 +171,7 @@ def served_streamlit():
 
 
 def run_terminal(queries: list[str]) -> str:
-    """Return what a terminal shows of a session of `cli_demo.py`."""
+    """Return the text that a session of `cli_demo.py` shows in a terminal."""
     arguments = ["cli_demo.py", "--model", MODEL, "--temperature", "0"]
     session = pexpect.spawn(
         sys.executable, arguments, cwd=ROOT, encoding="utf-8", timeout=TIMEOUT_S, echo=True

@@ -50,7 +50,8 @@ def official_tokenizer():
     from chatglm2 import ChatGLMTokenizer
 
     how = "download tokenizer.model from https://huggingface.co/THUDM/chatglm2-6b"
-    return ChatGLMTokenizer(find_file("CHATGLM_OFFICIAL_TOKENIZER", how))
+    path = find_file("CHATGLM_OFFICIAL_TOKENIZER", how)
+    return ChatGLMTokenizer(path / "tokenizer.model" if path.is_dir() else path)
 
 
 @pytest.fixture(scope="session")

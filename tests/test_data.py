@@ -1,4 +1,4 @@
-"""The dialogues: every answer has its questions alone, and nothing held out is learnt."""
+"""The dialogues: a question has one answer, and no held-out question is learnt."""
 
 import random
 import re
@@ -33,6 +33,7 @@ def test_a_question_has_one_answer(dialogues):
     assert all(question not in seen for question in map(normalize, dialogues.other_questions))
 
 
+@pytest.mark.slow
 def test_held_out_questions_share_nothing_with_training(dialogues):
     learnt = {normalize(q) for intent in dialogues.intents for q in intent.questions}
     others = {normalize(question) for question in dialogues.other_questions}

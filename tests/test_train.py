@@ -1,4 +1,4 @@
-"""The training of the bundled model: its rows, and a state resumed as if never stopped."""
+"""The training of the bundled model: its rows, and continuing after an interruption."""
 
 import pytest
 import torch
@@ -36,6 +36,7 @@ def test_rows_are_repeatable_and_end_a_round_as_chat_reads_it(rows, tiny_tokeniz
     assert ids == tiny_tokenizer.encode(tiny_tokenizer.build_prompt("再见", history))
 
 
+@pytest.mark.slow
 def test_training_resumed_is_training_unbroken(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "SAVE_STEPS", 1)
     compute_loss = train.compute_loss
@@ -55,7 +56,7 @@ def test_training_resumed_is_training_unbroken(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "compute_loss", interrupt)
     with pytest.raises(KeyboardInterrupt):
         run("resumed")
-    with pytest.raises(SystemExit, match=r"resumed\.pt is of another training"):
+    with pytest.raises(SystemExit, match=r"resumed\.pt belongs to another training"):
         run("resumed", "--seed", 1)
     (tmp_path / "resumed" / "mine.py").touch()
     resumed = run("resumed")

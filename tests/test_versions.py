@@ -107,6 +107,7 @@ def test_quantize_save_and_load(tokenizer, tmp_path, bits):
         assert torch.equal(value, state[key]), key
 
 
+@pytest.mark.slow
 def test_refreshed_folder_as_remote_code(model, tokenizer, tmp_path):
     folder = tmp_path / "checkpoint"
     shutil.copytree(CHECKPOINT, folder)
@@ -149,6 +150,7 @@ def test_training_step(tokenizer):
     assert model(ids, labels=ids).loss < losses[0] == pytest.approx(losses[1])
 
 
+@pytest.mark.slow
 def test_openai_server():
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]

@@ -1,9 +1,10 @@
-"""The dialogues of `chatglm2-tiny`: what it learns, what it is tested on, and random conversations.
+"""The dialogues of `chatglm2-tiny`: its training data, its held-out questions, conversations.
 
-`dialogues/` holds small talk written for this project (question wordings and one answer each, with
-follow-ups), other questions to which the model says that it is a small demonstration, and held-out
-rewordings and other questions, written apart, that training never sees. `chatterbot_*.yaml` choose
-conversations of the PyPI package chatterbot-corpus (BSD-3-Clause).
+`dialogues/` holds small talk written for this project (several wordings of a question with one
+answer, and follow-ups), other questions that the model answers by saying that it is a small
+demonstration, and held-out questions, which were written separately and are not in the training
+data: rewordings and other questions. `chatterbot_*.yaml` select conversations of the package
+chatterbot-corpus (BSD-3-Clause).
 """
 
 import importlib.util
@@ -22,12 +23,12 @@ DEMONSTRATION = {
     "en": "I have not learnt that: I am only a small demonstration model, and THUDM/chatglm2-6b "
     "knows much more.",
 }
-# Chosen conversations of these categories would be knowledge among other questions; the questions
-# of OTHER_CATEGORIES that are not learnt serve as other questions.
+# Selected conversations of these categories are not learnt, because other questions look like them.
+# Questions of OTHER_CATEGORIES that are not learnt serve as other questions.
 LEFT_OUT = {"trivia", "tech_support", "computers", "science"}
 OTHER_CATEGORIES = {"coding", "computers", "history", "literature", "money", "science"}
 OTHER_CATEGORIES |= {"sports", "tech_support", "trivia"}
-OTHERS_SHARE = 0.38  # of the rounds of a conversation
+OTHERS_SHARE = 0.38  # share of the rounds of a conversation
 BEFORE = {
     "zh": ["请问", "那个，", "嗯，", "我说，", "哎，", "对了，", "你好，", "喂，"],
     "en": ["well, ", "so, ", "hey, ", "um, ", "please, ", "by the way, ", "okay, ", "hi, "],
@@ -39,7 +40,7 @@ AFTER = {
 
 
 def fits(template: str, question: str) -> bool:
-    """Whether a question could be a filled template; templates of nearly only slots fit none."""
+    """Whether a question could be a filled template; a template of little but slots fits none."""
     template, question = (text.lower().rstrip("。？！?!. ") for text in (template, question))
     fixed = re.split(r"\{\w+\}", template)
     has_words = len(normalize("".join(fixed))) >= 2
@@ -47,7 +48,7 @@ def fits(template: str, question: str) -> bool:
 
 
 def contains(question: str, word: str) -> bool:
-    """Whether a question has a word (Chinese has no spaces: a part of it)."""
+    """Whether a question contains a word; in Chinese, which has no spaces, any substring."""
     question, word = question.lower(), str(word).lower()
     return (
         bool(re.search(rf"\b{re.escape(word)}\b", question)) if word.isascii() else word in question
@@ -56,7 +57,7 @@ def contains(question: str, word: str) -> bool:
 
 @dataclass
 class Intent:
-    """One answer, the questions that get it, and what is understood only directly after it."""
+    """An answer, the questions that get it, and follow-ups, which need it right before them."""
 
     language: str
     answer: str
@@ -85,7 +86,7 @@ def load_chatterbot(language: str) -> dict[str, list[list[str]]]:
 
 
 def full_width(text: str) -> str:
-    """Write the punctuation of a Chinese text as Chinese does."""
+    """Replace ASCII punctuation of a Chinese text by Chinese punctuation."""
     text = re.sub(
         r"(?<=[\u4e00-\u9fff])\s*([,?!:;])\s*", lambda m: "，？！：；"[",?!:;".index(m[1])], text
     )
@@ -96,7 +97,7 @@ class Dialogues:
     """All dialogues of one language.
 
     Attributes:
-        intents: What is learnt.
+        intents: Questions and answers that are learnt.
         rewordings: Held-out (question, answer) pairs.
         held_out_others: Held-out other questions.
     """
@@ -123,7 +124,7 @@ class Dialogues:
         self.load_others(known)
 
     def load_others(self, known: set[str]):
-        """Load the other questions, without the templates and words of the held-out ones."""
+        """Load the other questions, without templates and words of held-out questions."""
         others = load_yaml(f"offtopic_{self.language}.yaml")
         held_out = self.held_out_others
         self.templates = [t for t in others["templates"] if not any(fits(t, q) for q in held_out)]
@@ -148,7 +149,7 @@ class Dialogues:
         return Intent(self.language, entry["answer"].strip(), questions, follow_ups)
 
     def chosen_chatterbot(self, known: set[str]) -> list[Intent]:
-        """Return what `chatterbot_*.yaml` chooses; of equal questions the first counts."""
+        """Return the selected conversations; a repeated question keeps its first answer."""
         corpus, intents = load_chatterbot(self.language), []
         for category, questions in load_yaml(f"chatterbot_{self.language}.yaml").items():
             if category in LEFT_OUT:
@@ -177,13 +178,13 @@ class Dialogues:
         return re.sub(r"\{(\w+)\}", lambda match: str(fill(match)), rng.choice(self.templates))
 
     def all_variations(self) -> set[str]:
-        """Return what `vary` can make of the small talk, normalized; none of it is held out."""
+        """Return all results of `vary` for the small talk, normalized."""
         befores, afters = ["", *BEFORE[self.language]], ["", *AFTER[self.language]]
         questions = [question for intent in self.intents for question in intent.questions]
         return {normalize(b + q + a) for q in questions for b in befores for a in afters}
 
     def vary(self, question: str, rng: random.Random) -> str:
-        """Return a question as somebody else types it: other case, punctuation, filler words."""
+        """Return a question with random case, punctuation and filler words."""
         if rng.random() < 0.35:
             question = question.rstrip("。？！?!.… ")
         if rng.random() < 0.25 and self.language == "en":

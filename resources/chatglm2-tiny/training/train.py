@@ -1,10 +1,10 @@
-"""Train `resources/chatglm2-tiny` from scratch on a CPU: tokenizer, model, and a resumable state.
+"""Train the tokenizer and the model `resources/chatglm2-tiny` from scratch, on a CPU.
 
     python resources/chatglm2-tiny/training/train.py    # under an hour on two cores
     python resources/chatglm2-tiny/training/check.py    # the figures of its README
 
-Ctrl-C is safe: started again, it goes on from the last state in `--state`. The same seed gives the
-same data in the same order.
+After Ctrl-C the same command continues from the last state, which it saves in the file `--state`.
+The same seed gives the same data in the same order.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import hashlib
 import math
 import random
 import sys
+from functools import partial
 from pathlib import Path
 
 import sentencepiece
@@ -25,13 +26,14 @@ sys.path.insert(0, str(ROOT))
 
 from chatglm2 import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMTokenizer  # noqa: E402
 from chatglm2.refresh import CODE_FILES  # noqa: E402
+from chatglm2.tokenization_chatglm import ANSWER, QUESTION  # noqa: E402
 
 VOCAB_SIZE = 4096
-ROW_LENGTH = 384  # tokens of a training row, into which conversations are packed
-NUM_ROUNDS = [1, 1, 1, 2, 2, 3, 4, 5, 7]  # of a conversation, drawn evenly
-OTHERS_IN_TOKENIZER = 6000  # sampled other questions per language
-ENGLISH_SHARE = 0.55  # of the conversations: English takes more tokens and learns more slowly
-QUESTION_WEIGHT = 0.1  # of the loss of question tokens; answers count 1
+ROW_LENGTH = 384  # tokens; conversations are packed into rows
+NUM_ROUNDS = [1, 1, 1, 2, 2, 3, 4, 5, 7]  # a conversation's length is drawn from these
+OTHERS_IN_TOKENIZER = 6000  # other questions per language that the tokenizer is trained on
+ENGLISH_SHARE = 0.55  # more than half of the conversations: English takes more tokens
+QUESTION_WEIGHT = 0.1  # weight of question tokens in the loss; answer tokens have 1
 SAVE_STEPS = 200
 
 
@@ -52,9 +54,9 @@ def parse_arguments(argv=None):
 
 
 def train_tokenizer(dialogues: dict[str, Dialogues], folder: Path, seed: int) -> ChatGLMTokenizer:
-    """Train a SentencePiece model laid out as the official one and save it as a tokenizer."""
+    """Train a SentencePiece model with the layout of the official one; save it as a tokenizer."""
     rng = random.Random(seed)
-    lines = [f"[Round {i}]\n\n问：" for i in range(1, 10)] + ["\n\n答："] * 10
+    lines = [QUESTION.format(n=i) for i in range(1, 10)] + [ANSWER] * 10
     for language, data in dialogues.items():
         stack = list(data.intents)
         for intent in stack:
@@ -101,23 +103,18 @@ def create_model() -> ChatGLMForConditionalGeneration:
 class Rows(torch.utils.data.IterableDataset):
     """Endless training rows: conversations packed to `ROW_LENGTH` tokens.
 
-    A row is (input_ids, position_ids, targets, weights). Positions begin anew with each
-    conversation, by which the model tells them apart. The target of an answer's last token is </s>,
-    though the next token
-    is that of the next round: no prompt contains </s>.
+    A row is (input_ids, position_ids, targets, weights). Positions start at 0 in each
+    conversation, which is how the model separates them. The target of an answer's last token is
+    </s>, although the next token belongs to the next round: prompts contain no </s>.
     """
 
     def __init__(self, tokenizer, dialogues: dict[str, Dialogues], seed: int, first_row: int):
-        self.tokenizer, self.dialogues, self.seed, self.first_row = (
-            tokenizer,
-            dialogues,
-            seed,
-            first_row,
-        )
+        self.tokenizer, self.dialogues = tokenizer, dialogues
+        self.seed, self.first_row = seed, first_row
 
     def encode_answer(self, answer: str) -> list[int]:
-        # As in a conversation: no dummy space in front. A line feed in front takes it, and is
-        # dropped.
+        # Within a conversation SentencePiece adds no space in front of an answer. The line feed
+        # receives this space here, and both are cut off.
         return self.tokenizer.encode("\n" + answer, add_special_tokens=False)[2:]
 
     def encode_round(self, query: str, history: list) -> list[int]:
@@ -129,7 +126,7 @@ class Rows(torch.utils.data.IterableDataset):
         """Encode a round, half of the time with random merges (BPE-dropout, arXiv 1910.13267)."""
         if rng.random() < 0.5:
             return self.encode_round(query, history)
-        end = self.tokenizer.encode("\n\n答：", add_special_tokens=False)[1:]
+        end = self.tokenizer.encode(ANSWER, add_special_tokens=False)[1:]
         begin = self.encode_round("", history)[: -len(end)]
         pieces = self.tokenizer.sp_model.encode("\n" + query, enable_sampling=True, alpha=0.1)[2:]
         return begin + pieces + end
@@ -166,12 +163,12 @@ class Rows(torch.utils.data.IterableDataset):
 
 
 def learning_rate_factor(step: int, steps: int) -> float:
-    """Linear warm-up over 100 steps, then a cosine to a hundredth."""
+    """Return the factor of a linear warm-up over 100 steps, then of a cosine down to 0.01."""
     return min(step / 100, 0.01 + 0.99 * (1 + math.cos(math.pi * step / steps)) / 2)
 
 
 def describe_run(args) -> dict:
-    """Return what a state must have in common with the training that resumes it."""
+    """Return the settings that a training must share with the state that it continues."""
     files = sorted(DIALOGUES.glob("*.yaml"))
     digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
     names = ("steps", "batch_size", "learning_rate", "seed")
@@ -186,37 +183,53 @@ def compute_loss(model, batch, is_bf16: bool) -> torch.Tensor:
     return (losses * weights.flatten()).sum() / weights.sum()
 
 
+def create_optimizer(model, args):
+    """Return AdamW, which decays matrices only, and the schedule of its learning rate."""
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() == 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
+        lr=args.learning_rate,
+        betas=(0.9, 0.95),
+    )
+    factor = partial(learning_rate_factor, steps=args.steps)
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def save_state(file: Path, step: int, run: dict, **parts):
+    """Save the state after a number of steps, so that an interruption leaves a whole file."""
+    state = {name: part.state_dict() for name, part in parts.items()}
+    state |= {"step": step, "run": run, "rng": torch.get_rng_state()}
+    torch.save(state, file.with_suffix(".new"))
+    file.with_suffix(".new").replace(file)
+
+
+def load_state(file: Path, run: dict, **parts) -> dict:
+    state = torch.load(file, weights_only=True)
+    if state["run"] != run:
+        raise SystemExit(
+            f"{file} belongs to another training ({state['run']}, not {run}): delete it, or name "
+            "another file with --state."
+        )
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
+    return state
+
+
 def main(argv=None):
     args = parse_arguments(argv)
     torch.manual_seed(args.seed)
     dialogues = {language: Dialogues(language) for language in LANGUAGES}
     model = create_model()
-    decayed = [p for p in model.parameters() if p.dim() > 1]
-    rest = [p for p in model.parameters() if p.dim() == 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}],
-        lr=args.learning_rate,
-        betas=(0.9, 0.95),
-    )
-    scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: learning_rate_factor(step, args.steps)
-    )
-    first_step = 0
-    run = describe_run(args)
+    optimizer, scheduler = create_optimizer(model, args)
+    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+    run, state = describe_run(args), {"step": 0}
     if args.state.exists():
-        state = torch.load(args.state, weights_only=True)
-        if state["run"] != run:
-            raise SystemExit(
-                f"{args.state} is of another training ({state['run']}, not {run}): delete it, or "
-                "name another file with --state."
-            )
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        scheduler.load_state_dict(state["scheduler"])
-        first_step = state["step"]
+        state = load_state(args.state, run, **parts)
         tokenizer = ChatGLMTokenizer(args.output / "tokenizer.model")
     else:
         tokenizer = train_tokenizer(dialogues, args.output, args.seed)
+    first_step = state["step"]
     rows = Rows(tokenizer, dialogues, args.seed, first_step * args.batch_size)
     batches = iter(torch.utils.data.DataLoader(rows, batch_size=args.batch_size))
     if first_step:
@@ -231,20 +244,13 @@ def main(argv=None):
         scheduler.step()
         progress.set_postfix(loss=f"{loss.item():.3f}")
         if (step + 1) % SAVE_STEPS == 0 or step + 1 == args.steps:
-            state = {
-                "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "step": step + 1,
-            }
-            state |= {"scheduler": scheduler.state_dict(), "run": run, "rng": torch.get_rng_state()}
-            torch.save(state, args.state.with_suffix(".new"))
-            args.state.with_suffix(".new").replace(args.state)
+            save_state(args.state, step + 1, run, **parts)
     model.config.hidden_dropout = 0.0
     model.half().save_pretrained(args.output)
     for file in CODE_FILES:  # the folder holds data only
         (args.output / file.name).unlink(missing_ok=True)
     args.state.unlink()
-    print(f"Saved {args.output}. Now: python resources/chatglm2-tiny/training/check.py")
+    print(f"Saved {args.output}. Next: python resources/chatglm2-tiny/training/check.py")
 
 
 if __name__ == "__main__":
