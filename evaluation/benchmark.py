@@ -153,10 +153,10 @@ def start_engine(words: str, args: argparse.Namespace, shape: dict, folder: Path
         import benchmark_llama
 
         try:
-            path = benchmark_llama.write_gguf(folder, shape, *LLAMA_ENGINES[name])
+            settings = benchmark_llama.write_gguf(folder, shape, *LLAMA_ENGINES[name])
         except (OSError, ValueError) as error:
             raise WorkerError(f"{words}: {error}") from error
-        module, settings = "benchmark_llama", {"path": path, "threads": args.threads}
+        module, settings["threads"] = "benchmark_llama", args.threads
     elif name:
         parser = argparse.ArgumentParser(prog=f"--compare {name}", usage=argparse.SUPPRESS)
         utils.add_model_arguments(parser)
@@ -279,57 +279,55 @@ def summarize_case(case: dict, rounds: list[dict], weight_bytes: int) -> dict:
 # Tables and the plot.
 
 
-def number(value: float | None, digits: int, unit: str = "") -> str:
-    return "" if value is None else f"{value:.{digits}f}{unit}"
+SPEED = [  # header, key of a row, format
+    ("first token, s", "first_token_s", ".3f"),
+    ("prompt tokens/s", "prompt_tokens_per_s", ".1f"),
+    ("tokens/s", "tokens_per_s", ".2f"),
+    ("characters/s", "characters_per_s", ".1f"),
+    ("memory, GB", "memory_gb", ".2f"),
+    ("{} is faster: first token", "first_token", ".2f"),
+    ("tokens/s", "decode", ".2f"),
+]
+READS = [
+    ("GB/token", "read_gb_per_token", ".3f"),
+    ("weights, GB", "weights_gb_per_token", ".3f"),
+    ("GB/s", "read_gb_per_s", ".1f"),
+    ("of the bandwidth", "fraction_of_bandwidth", ".0%"),
+]
 
 
-def format_engines(report: dict) -> list[str]:
-    engines, rates = report["engines"], report["read_bandwidth_rounds"]
-    ratio = f"{engines[0]['name']} is faster: first token"
-    header = ["engine", "prompt", "first token, s", "prompt tokens/s", "tokens/s", "characters/s"]
-    header += ["memory, GB", ratio, "tokens/s"]
-    speeds, reading = [], []
+def format_engines(engines: list[dict], columns: list[tuple[str, str, str]]) -> str:
+    """Return a table with a row for each case of each engine."""
+    rows = []
     for engine in engines:
         for case in engine["cases"]:
-            ratios = case.get("reference_is_faster", {})
-            first = [engine["name"], str(case["prompt_tokens"])]
-            figures = [
-                (case["first_token_s"], 3),
-                (case["prompt_tokens_per_s"], 1),
-                (case["tokens_per_s"], 2),
-                (case["characters_per_s"], 1),
-                (engine["memory_gb"], 2),
-                (ratios.get("first_token"), 2),
-                (ratios.get("decode"), 2),
-            ]
-            speeds.append(first + [number(*figure) for figure in figures])
-            figures = [(case["read_gb_per_token"], 3), (engine["weights_gb_per_token"], 3)]
-            figures += [(case["read_gb_per_s"], 1), (100 * case["fraction_of_bandwidth"], 0, "%")]
-            reading.append(first + [number(*figure) for figure in figures])
-    notes = [f"{e['name']}: {e['description']}; loaded in {e['load_s']:.1f} s" for e in engines]
-    notes += [f"left out: {error}" for error in report["left_out"].values()]
-    header_of_reading = ["engine", "prompt", "GB/token", "weights, GB", "GB/s", "of the bandwidth"]
-    return [
-        f"Medians of {report['rounds']} rounds, the engines in turn; answers of "
-        f"{engines[0]['cases'][0]['new_tokens']} tokens:",
-        format_table(header, speeds),
-        f"Reads of a new token (read bandwidth, measured in turn with the engines: "
-        f"{report['read_bandwidth_gb_per_s']:.1f} GB/s, {min(rates):.1f} to {max(rates):.1f}):",
-        format_table(header_of_reading, reading),
-        "\n".join(notes),
-    ]
+            row = engine | case | case.get("reference_is_faster", {})
+            figures = [(row.get(key), spec) for _, key, spec in columns]
+            cells = ["" if figure is None else format(figure, spec) for figure, spec in figures]
+            rows.append([engine["name"], str(case["prompt_tokens"]), *cells])
+    header = [title.format(engines[0]["name"]) for title, *_ in columns]
+    return format_table(["engine", "prompt", *header], rows)
 
 
 def print_report(report: dict):
-    machine = report["machine"]
+    machine, engines = report["machine"], report["engines"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     device = "" if machine["device"] == "cpu" else f", {machine['device']}"
+    notes = [f"{e['name']}: {e['description']}; loaded in {e['load_s']:.1f} s" for e in engines]
+    notes += [f"left out: {error}" for error in report["left_out"].values()]
+    rates = report["read_bandwidth_rounds"]
     parts = [
         f"{report['model']}, {report['shape']['num_layers']} layers of "
         f"{report['shape']['hidden_size']}; {machine['processor']}{device}, {machine['threads']} "
-        f"threads; {versions}"
+        f"threads; {versions}",
+        f"Medians of {report['rounds']} rounds, the engines in turn; answers of "
+        f"{engines[0]['cases'][0]['new_tokens']} tokens:",
+        format_engines(engines, SPEED),
+        f"Reads of a new token (read bandwidth, measured in turn with the engines: "
+        f"{report['read_bandwidth_gb_per_s']:.1f} GB/s, {min(rates):.1f} to {max(rates):.1f}):",
+        format_engines(engines, READS),
+        "\n".join(notes),
     ]
-    parts += format_engines(report)
     if report["model"] == "random weights":
         parts.append(
             f"Characters: {CHARACTERS_PER_TOKEN} for each token, as in C-Eval's questions with the "

@@ -33,8 +33,13 @@ def make_matrix(rows: int, columns: int, kind: str):
     return blocks.reshape(rows, -1)
 
 
-def write_gguf(folder: Path, shape: dict, kind: str, output_kind: str) -> str:
-    """Write a model whose layers are equal, so that memory holds one; return the file's path."""
+def write_gguf(folder: Path, shape: dict, kind: str, output_kind: str) -> dict:
+    """Write a model whose layers are equal, so that memory holds one.
+
+    Returns:
+        Arguments of `Worker.load`: the file's path, and the bytes that a new token reads: all
+        weights but one row of the embedding, and keys and values of each token before it.
+    """
     import gguf
     import numpy as np
 
@@ -59,7 +64,11 @@ def write_gguf(folder: Path, shape: dict, kind: str, output_kind: str) -> str:
     writer.add_tokenizer_model("no_vocab")
     writer.add_add_bos_token(False)
 
-    def add(name, matrix, kind):
+    weight_bytes = 0
+
+    def add(name, matrix, kind="F32"):
+        nonlocal weight_bytes
+        weight_bytes += matrix.nbytes
         writer.add_tensor(name, matrix, raw_dtype=gguf.GGMLQuantizationType[kind])
 
     qkv_size = (heads + 2 * kv_heads) * head_dim
@@ -71,53 +80,36 @@ def write_gguf(folder: Path, shape: dict, kind: str, output_kind: str) -> str:
     }
     layer = {name: make_matrix(*rows_columns, kind) for name, rows_columns in sizes.items()}
     ones = np.ones(hidden, np.float32)
-    add("token_embd.weight", make_matrix(vocab_size, hidden, kind), kind)
+    embedding = make_matrix(vocab_size, hidden, kind)
+    add("token_embd.weight", embedding, kind)
     for i in range(shape["num_layers"]):
         for name in ("attn_norm", "ffn_norm"):
-            writer.add_tensor(f"blk.{i}.{name}.weight", ones)
-        writer.add_tensor(f"blk.{i}.attn_qkv.bias", np.zeros(qkv_size, np.float32))
+            add(f"blk.{i}.{name}.weight", ones)
+        add(f"blk.{i}.attn_qkv.bias", np.zeros(qkv_size, np.float32))
         for name, matrix in layer.items():
             add(f"blk.{i}.{name}.weight", matrix, kind)
-    writer.add_tensor("output_norm.weight", ones)
+    add("output_norm.weight", ones)
     add("output.weight", make_matrix(vocab_size, hidden, output_kind), output_kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return path
-
-
-def read_sizes(path: str) -> dict:
-    """Return what a new token reads: all weights but one row of the embedding, keys and values."""
-    import gguf
-
-    reader = gguf.GGUFReader(path)
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
-    embedding = tensors["token_embd.weight"]
-    vocab_size = int(embedding.shape[1])
-    weights = sum(int(tensor.n_bytes) for tensor in tensors.values())
-
-    def read(name: str) -> int:
-        return int(reader.fields[f"chatglm.{name}"].contents())
-
     return {
+        "path": path,
         "vocab_size": vocab_size,
-        "weight_bytes": weights - int(embedding.n_bytes) * (vocab_size - 1) // vocab_size,
-        "cache_bytes": 2
-        * 2  # keys and values, float16
-        * read("block_count")
-        * read("attention.head_count_kv")
-        * read("attention.key_length"),
+        "weight_bytes": weight_bytes - embedding.nbytes + embedding[0].nbytes,
+        "cache_bytes": 2 * 2 * shape["num_layers"] * kv_heads * head_dim,  # keys, values; float16
     }
 
 
 class Worker:
     """Loads and measures a file through the C interface of llama.cpp."""
 
-    def load(self, path: str, threads: int) -> dict:
+    def load(self, path: str, threads: int, vocab_size: int, weight_bytes: int, cache_bytes: int):
         import llama_cpp
 
-        self.library, self.threads, self.sizes = llama_cpp, threads, read_sizes(path)
+        self.library, self.threads = llama_cpp, threads
+        self.vocab_size, self.cache_bytes = vocab_size, cache_bytes
         self.quiet = llama_cpp.llama_log_callback(lambda *_: None)  # kept: C calls it
         llama_cpp.llama_log_set(self.quiet, ctypes.c_void_p(0))
         llama_cpp.llama_backend_init()
@@ -129,7 +121,7 @@ class Worker:
             raise RuntimeError(f"llama.cpp cannot load {path}")
         return {
             "load_s": time.perf_counter() - start,
-            "weight_bytes": self.sizes["weight_bytes"],
+            "weight_bytes": weight_bytes,
             "description": f"llama-cpp-python {version('llama-cpp-python')}, cache float16",
         }
 
@@ -164,9 +156,8 @@ class Worker:
         if not session:
             raise RuntimeError("llama.cpp cannot make a context")
         sampler = self.make_sampler()
-        vocab_size = self.sizes["vocab_size"]
         times, start = [], time.perf_counter()
-        ids = [i * 7919 % (vocab_size - 5) + 5 for i in range(prompt_tokens)]
+        ids = [i * 7919 % (self.vocab_size - 5) + 5 for i in range(prompt_tokens)]
         for _ in range(new_tokens):
             self.feed(session, ids)
             ids = [llama.llama_sampler_sample(sampler, session, -1)]
@@ -176,5 +167,5 @@ class Worker:
         return {
             "first_token_s": times[0] - start,
             "decode_s": times[-1] - times[0],
-            "cache_bytes": self.sizes["cache_bytes"],
+            "cache_bytes": self.cache_bytes,
         }

@@ -84,11 +84,7 @@ BENCHMARK = core.Benchmark(
     answer=partial(core.answer_few_shot, stop=STOP, extract=extract_prediction),
     weigh_subjects_equally=True,
 )
-
-
-def main(argv=None):
-    core.main(BENCHMARK, argv)
-
+main = partial(core.main, BENCHMARK)
 
 if __name__ == "__main__":
     main()

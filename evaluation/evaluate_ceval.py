@@ -15,8 +15,7 @@ from pathlib import Path
 
 import core
 import reading
-from reading import LETTERS, Item
-from subjects import CEVAL, invert
+from reading import LETTERS, SUBJECTS, Item, map_categories
 
 SOURCE = (
     "get the processed data from https://cloud.tsinghua.edu.cn/f/e84444333b6d434ea7b0 (unpacked, "
@@ -25,8 +24,8 @@ SOURCE = (
 HUB_NAME = "ceval/ceval-exam"
 EXTRACTION_PROMPT = "综上所述，ABCD中正确的选项是："
 LEAD = "答案："
-CATEGORY = invert(CEVAL)
-CHINESE_NAME = {name: text for subjects in CEVAL.values() for name, text in subjects.items()}
+CATEGORY = map_categories("C-Eval")
+CHINESE_NAME = {key: name for group in SUBJECTS["C-Eval"].values() for key, name in group.items()}
 
 
 def check_answer(path: Path, number: int, answer: str):
@@ -136,11 +135,7 @@ BENCHMARK = core.Benchmark(
     add_arguments=add_arguments,
     finish=write_submission,
 )
-
-
-def main(argv=None):
-    core.main(BENCHMARK, argv)
-
+main = partial(core.main, BENCHMARK)
 
 if __name__ == "__main__":
     main()

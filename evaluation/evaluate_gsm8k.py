@@ -92,11 +92,7 @@ BENCHMARK = core.Benchmark(
     hub_name=HUB_NAME,
     add_arguments=add_arguments,
 )
-
-
-def main(argv=None):
-    core.main(BENCHMARK, argv)
-
+main = partial(core.main, BENCHMARK)
 
 if __name__ == "__main__":
     main()

@@ -10,7 +10,6 @@ Without --url it starts openai_api.py, which gets all other flags (--model, --qu
 import argparse
 import asyncio
 import json
-import math
 import os
 import random
 import socket
@@ -24,6 +23,7 @@ from itertools import chain, pairwise, product
 from pathlib import Path
 
 import aiohttp
+import numpy
 import psutil
 import yaml
 from tables import format_table
@@ -147,12 +147,8 @@ class Conversations:
 
 
 def percentiles(seconds: list[float]) -> dict[str, float]:
-    """Return nearest-rank percentiles in milliseconds."""
-    ordered = sorted(seconds)
-    return {
-        f"p{percent}": round(1e3 * ordered[math.ceil(percent / 100 * len(ordered)) - 1], 2)
-        for percent in (50, 99)
-    }
+    """Return percentiles in milliseconds."""
+    return {f"p{p}": round(1e3 * float(numpy.percentile(seconds, p)), 2) for p in (50, 99)}
 
 
 async def run_clients(client: Client, conversations: Conversations, num_clients: int, args):

@@ -13,6 +13,7 @@ sys.path.insert(0, str(HERE.parent))
 
 from chatglm2.errors import one_line  # noqa: E402
 
+SUBJECTS = json.loads((HERE / "subjects.json").read_text("utf-8"))  # by benchmark and category
 LETTERS = "ABCD"
 NUM_EXAMPLES = 5  # of a few-shot prompt, answer only
 
@@ -28,6 +29,11 @@ class Item:
     @property
     def key(self) -> str:
         return f"{self.subject}/{self.id}"
+
+
+def map_categories(benchmark: str) -> dict[str, str]:
+    """Return the category of each subject."""
+    return {subject: name for name, subjects in SUBJECTS[benchmark].items() for subject in subjects}
 
 
 @contextmanager
