@@ -2,8 +2,10 @@
 
 import json
 import sys
+from statistics import mean
 from types import SimpleNamespace
 
+import pytest
 import torch
 
 from chatglm2 import ChatGLMConfig
@@ -64,6 +66,20 @@ def evaluate(script, model, tokenizer, data, folder, *options) -> dict:
     items = script.load_items(args)
     selected = core.select(items, args.subjects, args.limit)
     return core.run(script.BENCHMARK, selected, items, model, tokenizer, args)
+
+
+def check_scores(script, tokenizer, data, folder, *options) -> dict:
+    """Check the scores of a model that knows the answers, and of one that always takes C."""
+    items = load_items(script, data)
+    answers = {item.prompt: item.answer for item in items}
+    oracle = FakeModel(tokenizer, letter=lambda text: last_question(text, answers))
+    results = evaluate(script, oracle, tokenizer, data, folder / "oracle", *options)
+    assert results["accuracy"] == 100 and set(results["categories"].values()) == {100}
+    always_c = FakeModel(tokenizer)
+    accuracy = evaluate(script, always_c, tokenizer, data, folder / "c", *options)["accuracy"]
+    assert 0 < accuracy < 100
+    assert accuracy == pytest.approx(100 * mean(item.answer == "C" for item in items))
+    return results
 
 
 def load_items(script, data, *options) -> list:

@@ -1,11 +1,13 @@
 """evaluate_bbh.py: extraction from hard outputs, prompts, the repository's layout."""
 
 import json
+import re
 import shutil
 
 import evaluate_bbh as bbh
 import pytest
 from fake_models import FakeModel, evaluate, last_question, load_items
+from loading import fail
 
 TASKS = {
     "navigate": {"Do you return? Turn left.": "No", "Do you return? Turn around.": "Yes"},
@@ -24,6 +26,39 @@ Do {task}.
 Q: First.
 A: Let's think step by step.
 Thinking. So the answer is {answer}."""
+OPTIONS = {
+    "": ["I like (A) and (B).", "Let us see which answer is right. (A) is not."],
+    "(a)": ["So the answer is A big red car"],
+    "(b)": [
+        "(A) is wrong, so is (C). So the answer is (B).",
+        "Let us see which answer is right. (A) is not. So the answer is B.",
+        "The correct answer is not A. The answer is (B)",
+        "The answer is not (A) but (B).",
+        "The answer is (b) red",
+        "The answer is B, since (A) is wrong.",
+        "所以答案是B。",
+        "答案是（B）。",
+        "答案：(B) 红色",
+    ],
+    "(c)": ["The answer is I think (C)."],
+    "(d)": ["The answer is **(D)** 03/04/1987.", "The answer is a red ball, (D)."],
+    "(e)": ["The final answer is:\n**(E)**"],
+    "(f)": ["the answer is option F"],
+    "(i)": ["The answer is I."],
+    "monsters, inc": ["So the answer is Monsters, Inc."],
+    "what i said": ["The answer is what I said."],
+}
+TEXTS = {
+    "": ["I do not know.", ""],
+    "-219": ["The answer is 5. So the answer is -219."],
+    "] } ]": ["So the answer is ] } ].\nMore"],
+    "apple, pear": ["So the answer is apple, pear."],
+    "barn damp drumhead": ["So the answer is barn  damp drumhead."],
+    "no": ["So the answer is no? Yes", "The answer is No, because he left.", "The answer is No."],
+    "true": ["So the answer is **True**."],
+    "valid": ["答案：valid，因为如此。", 'So the answer is "valid."'],
+    "yes": ["So the answer is Yes!", "So the answer is Yes. That is because ..."],
+}
 
 
 @pytest.fixture
@@ -40,82 +75,34 @@ def data(tmp_path):
     return folder
 
 
+@pytest.mark.parametrize(("has_options", "extracted"), [(True, OPTIONS), (False, TEXTS)])
+def test_extraction(has_options, extracted):
+    for expected, outputs in extracted.items():
+        assert [bbh.extract(x, has_options) for x in outputs] == [expected] * len(outputs)
+
+
 @pytest.mark.parametrize(
-    ("output", "has_options", "expected"),
-    [
-        ("(A) is wrong, so is (C). So the answer is (B).", True, "(b)"),
-        ("So the answer is B.", True, "(b)"),
-        ("The answer is **(D)** 03/04/1987.", True, "(d)"),
-        ("所以答案是B。", True, "(b)"),
-        ("答案：(C) 红色", True, "(c)"),
-        ("the answer is option F", True, "(f)"),
-        ("So the answer is A big red car", True, "(a)"),
-        ("So the answer is Monsters, Inc.", True, "monsters, inc"),
-        ("I like (A) and (B).", True, ""),
-        ("Let us see which answer is right. (A) is not. So the answer is (B).", True, "(b)"),
-        ("Let us see which answer is right. (A) is not.", True, ""),
-        ("The correct answer is not A. The answer is (B)", True, "(b)"),
-        ("The answer is not (A) but (B).", True, "(b)"),
-        ("The answer is (b) red", True, "(b)"),
-        ("The answer is B, since (A) is wrong.", True, "(b)"),
-        ("The answer is a red ball, (D).", True, "(d)"),
-        ("The answer is I think (C).", True, "(c)"),
-        ("The answer is what I said.", True, "what i said"),
-        ("The answer is I.", True, "(i)"),
-        ("The final answer is:\n**(E)**", True, "(e)"),
-        ("答案是（B）。", True, "(b)"),
-        ("So the answer is Yes!", False, "yes"),
-        ("So the answer is no? Yes", False, "no"),
-        ("So the answer is No, because he left.", False, "no"),
-        ("答案：valid，因为如此。", False, "valid"),
-        ("So the answer is apple, pear.", False, "apple, pear"),
-        ("So the answer is No.", False, "no"),
-        ("So the answer is Yes. That is because ...", False, "yes"),
-        ("So the answer is **True**.", False, "true"),
-        ('So the answer is "valid."', False, "valid"),
-        ("So the answer is ] } ].\nMore", False, "] } ]"),
-        ("So the answer is -219.", False, "-219"),
-        ("So the answer is barn  damp drumhead.", False, "barn damp drumhead"),
-        ("The answer is 5. So the answer is 6.", False, "6"),
-        ("I do not know.", False, ""),
-        ("", False, ""),
-    ],
+    ("mode", "begin", "end"), [("chat", "[Round 1]\n\n问：", "\n\n答："), ("base", "", "")]
 )
-def test_extraction(output, has_options, expected):
-    assert bbh.extract(output, has_options) == expected
-
-
-@pytest.mark.parametrize("mode", ["chat", "base"])
-def test_oracle_and_a_wrong_model(tiny_tokenizer, data, tmp_path, mode):
+def test_prompts_and_scores(tiny_tokenizer, data, tmp_path, mode, begin, end):
     """The accuracy is the mean of the tasks'."""
 
     def reply(text):
-        return (
-            f"Well. So the answer is {last_question(text, QUESTIONS)}.\n\nQ: Next. The answer is 1."
-        )
+        return f"So the answer is {last_question(text, QUESTIONS)}.\n\nQ: Next. The answer is 1."
 
-    options = ("--mode", mode)
-    oracle = FakeModel(tiny_tokenizer, reply)
+    oracle, options = FakeModel(tiny_tokenizer, reply), ("--mode", mode)
     assert evaluate(bbh, oracle, tiny_tokenizer, data, tmp_path / "1", *options)["accuracy"] == 100
+    prompts, settings = oracle.generate_calls[0]
+    assert settings["stop_strings"] == ["\n\nQ:"] and settings["max_new_tokens"] == 512
+    assert (
+        f"{begin}Do navigate.\n\nQ: First.\nA: Let's think step by step.\n"
+        "Thinking. So the answer is No.\n\n"
+        f"Q: Do you return? Turn left.\nA: Let's think step by step.{end}"
+    ) in prompts
     wrong = FakeModel(tiny_tokenizer, lambda text: "So the answer is (A).")
     results = evaluate(bbh, wrong, tiny_tokenizer, data, tmp_path / "2", *options)
     assert results["subjects"] == {"navigate": 0, "hyperbaton": 50, "dyck_languages": 0}
     assert results["accuracy"] == pytest.approx(50 / 3)
-
-
-def test_prompts(tiny_tokenizer, data, tmp_path):
-    seen = {}
-    for mode in ("chat", "base"):
-        model = FakeModel(tiny_tokenizer)
-        evaluate(bbh, model, tiny_tokenizer, data, tmp_path / mode, "--mode", mode)
-        (seen[mode], settings) = model.generate_calls[0]
-        assert settings["stop_strings"] == ["\n\nQ:"] and settings["max_new_tokens"] == 512
-    assert [f"[Round 1]\n\n问：{prompt}\n\n答：" for prompt in seen["base"]] == seen["chat"]
-    assert (
-        "Do navigate.\n\nQ: First.\nA: Let's think step by step.\n"
-        "Thinking. So the answer is No.\n\n"
-        "Q: Do you return? Turn left.\nA: Let's think step by step."
-    ) in seen["base"]
 
 
 def test_the_official_repository(evaldata):
@@ -129,28 +116,22 @@ def test_the_official_repository(evaldata):
 
 
 def test_the_official_examples(evaldata):
-    """Their own sentences name a target of the task, and each option that its question has."""
-    targets, count = {}, 0
-    for item in load_items(bbh, evaldata / "bbh"):
-        targets.setdefault(item.subject, set()).add(item.answer)
-    for path in (evaldata / "bbh").glob("cot-prompts/*.txt"):
-        for example in path.read_text("utf-8").split("\nQ: ")[1:]:
-            question, _, output = example.partition("\nA: ")
-            answer = bbh.extract(output, "\n(A) " in question)
-            assert output.rstrip().lower().endswith(f"answer is {answer}."), (path, output)
-            few_targets = len(targets[path.stem]) < 20
-            assert answer in targets[path.stem] or not few_targets, (path, answer)
-            count += 1
-    assert count == 3 * len(targets) == 81
+    """Their own sentences name the answer."""
+    examples = [
+        example.partition("\nA: ")[::2]
+        for path in (evaldata / "bbh").glob("cot-prompts/*.txt")
+        for example in path.read_text("utf-8").split("\nQ: ")[1:]
+    ]
+    assert len(examples) == 81
+    for question, output in examples:
+        answer = bbh.extract(output, "\n(A) " in question)
+        assert output.rstrip().lower().endswith(f"answer is {answer}.")
 
 
 @pytest.mark.parametrize("missing", ["", "bbh", "cot-prompts"])
 def test_missing_data_is_one_line(data, missing):
     shutil.rmtree(data / missing)
-    source = r"https://github\.com/suzgunmirac/BIG-Bench-Hard"
-    with pytest.raises(SystemExit, match=source) as error:
-        bbh.main(["--data", str(data)])
-    assert "\n" not in str(error.value)
+    assert "https://github.com/suzgunmirac/BIG-Bench-Hard" in fail(bbh.main, ["--data", str(data)])
 
 
 @pytest.mark.parametrize(
@@ -158,5 +139,5 @@ def test_missing_data_is_one_line(data, missing):
 )
 def test_foreign_data_is_one_line(data, text):
     (data / "bbh" / "navigate.json").write_text(text)
-    with pytest.raises(SystemExit, match=r"navigate\.json(, item 1: there| is damaged)"):
-        bbh.main(["--data", str(data)])
+    message = fail(bbh.main, ["--data", str(data)])
+    assert re.search(r"navigate\.json(, item 1: there| is damaged)", message)

@@ -13,7 +13,7 @@ import evaluate_mmlu
 import pytest
 import reading
 from fake_models import evaluate, load_items, read_records
-from test_evaluate_mmlu import LETTERS, make_rows, write_data
+from test_evaluate_mmlu import COUNTS, LETTERS, make_rows, write_data
 
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 lm_eval = pytest.importorskip("lm_eval")
@@ -60,7 +60,7 @@ def test_mmlu(lm, tiny_model, tiny_tokenizer, tmp_path):
     tasks = []
     for subject in sorted(subjects):
         files = {}
-        for split, count in (("test", 9), ("dev", 6)):
+        for split, count in COUNTS.items():
             rows = [
                 {"question": question, "choices": options, "answer": LETTERS.index(letter)}
                 for question, *options, letter in make_rows(subject, count)
