@@ -1,4 +1,4 @@
-"""Adapters: random ones against PEFT and the original's way; slow tests train them first."""
+"""Adapters with random weights, against PEFT and the original's way."""
 
 import asyncio
 import json
@@ -9,7 +9,7 @@ import loading
 import pytest
 import torch
 from loading import parse
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from servers import gather_answers, serve
 from torch.testing import assert_close
 
@@ -17,12 +17,11 @@ import api
 import cli_demo
 import utils
 from chatglm2 import ChatGLMConfig, ChatGLMForConditionalGeneration, placement
-from chatglm2.adapters import load_adapter, read_adapter
+from chatglm2.adapters import load_adapter
 from chatglm2.chat.conversation import Conversation
 from chatglm2.quantization import QuantizedLinear
 from chatglm2.serving.batching import Batcher, Request
 
-TAUGHT = {"你好": "我是适配器。", "What is the capital of France?": "It is Lyon."}
 TARGETS = ["query_key_value", "dense_h_to_4h"]
 PREFIX_KEY, PREFIX_LENGTH, EOS = "transformer.prefix_encoder.embedding.weight", 8, 2
 BIN, SAFETENSORS = "pytorch_model.bin", "model.safetensors"
@@ -114,31 +113,26 @@ def test_lora_beside_quantized_weights(bits, load_with_peft, lora, tiny_checkpoi
     assert_close(compute_logits(model), compute_logits(load_with_peft(lora, bits)), **CLOSE)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("bits", [0, 4])
 def test_lora_in_the_dtype_of_the_model(dtype, bits, load_with_peft, lora, tiny_checkpoint):
-    argv = "--model", tiny_checkpoint, "--adapter", lora, "--dtype", dtype, "--quantize", bits
-    model = load_with(*argv[: None if bits else -2])
+    model = load_adapter(load(tiny_checkpoint, bits).to(dtype), lora)
     dtypes = {p.dtype for name, p in model.named_parameters() if "lora_" in name}
-    assert dtypes == ({model.dtype} if bits else set())
+    assert dtypes == ({dtype} if bits else set())
     logits, expected = compute_logits(model).float(), compute_logits(load_with_peft(lora, bits))
     assert torch.cosine_similarity(logits.flatten(), expected.flatten(), 0) > 0.999
 
 
 def test_lora_of_2023(load_with_peft, lora, tiny_checkpoint, tmp_path):
     """An adapter_config.json with the fields of 2023, and a pickle."""
-    folder = shutil.copytree(lora, tmp_path / "old")
-    fields = json.loads((folder / "adapter_config.json").read_text("utf-8"))
-    old = ["bias", "fan_in_fan_out", "inference_mode", "init_lora_weights", "lora_alpha"]
-    old += ["lora_dropout", "modules_to_save", "peft_type", "r", "target_modules"]
-    fields = {name: fields[name] for name in old} | {"task_type": "CAUSAL_LM"}
+    fields = json.loads((lora / "adapter_config.json").read_text("utf-8"))
+    old = "bias fan_in_fan_out inference_mode init_lora_weights lora_alpha lora_dropout "
+    old += "modules_to_save peft_type r target_modules"
+    fields = {name: fields[name] for name in old.split()} | {"task_type": "CAUSAL_LM"}
     fields["base_model_name_or_path"] = "THUDM/chatglm2-6b"
-    (folder / "adapter_config.json").write_text(json.dumps(fields))
-    tensors = read_adapter(lora, ChatGLMConfig.from_pretrained(tiny_checkpoint), False).tensors
-    (folder / "adapter_model.safetensors").unlink()
-    tensors = {f"base_model.model.{name}": tensor for name, tensor in tensors.items()}
-    torch.save(tensors, folder / "adapter_model.bin")
-    logits = compute_logits(load_adapter(load(tiny_checkpoint, 4), folder))
+    (tmp_path / "adapter_config.json").write_text(json.dumps(fields))
+    torch.save(load_file(lora / "adapter_model.safetensors"), tmp_path / "adapter_model.bin")
+    logits = compute_logits(load_adapter(load(tiny_checkpoint, 4), tmp_path))
     assert_close(logits, compute_logits(load_with_peft(lora, 4)), **CLOSE)
 
 
@@ -271,27 +265,21 @@ def test_offload_folder(checkpoint, free, where, lora, request, capsys, tmp_path
 # What is refused.
 
 
+LORA, PEFT_CONFIG = b'{"peft_type": "LORA"}', "adapter_config.json"
+
+
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        (None, "{0}: there is no such folder."),
-        ({}, "{0}: no adapter, neither adapter_config.json (LoRA) nor"),
-        (
-            {"adapter_config.json": b"{}", BIN: b""},
-            "{0}: two adapters, adapter_config.json of PEFT and pytorch_model.bin of",
-        ),
-        ({"adapter_config.json": b"{"}, "{0}: adapter_config.json is damaged"),
-        ({"adapter_config.json": b"[]"}, "{0}: adapter_config.json is damaged"),
-        (
-            {"adapter_config.json": b'{"peft_type": "PREFIX_TUNING"}'},
-            "{0}: an adapter of PEFT's type PREFIX_TUNING: only LORA and",
-        ),
-        ({"adapter_config.json": b'{"peft_type": "LORA"}'}, "{0}: no adapter_model.safetensors"),
-        (
-            {BIN: b"version https://git-lfs.github.com/spec/v1\n"},
-            "{0}/pytorch_model.bin (43 bytes) is a Git LFS pointer",
-        ),
-        ({BIN: b"PK"}, "{0}/pytorch_model.bin (2 bytes) is truncated or damaged"),
+        (None, ": there is no such folder."),
+        ({}, ": no adapter, neither adapter_config.json (LoRA) nor"),
+        ({PEFT_CONFIG: b"{}", BIN: b""}, ": two adapters, adapter_config.json of PEFT and pyt"),
+        ({PEFT_CONFIG: b"{"}, ": adapter_config.json is damaged"),
+        ({PEFT_CONFIG: b"[]"}, ": adapter_config.json is damaged"),
+        ({PEFT_CONFIG: LORA.replace(b"LORA", b"IA3")}, ": an adapter of PEFT's type IA3: only"),
+        ({PEFT_CONFIG: LORA}, ": no adapter_model.safetensors"),
+        ({BIN: b"version https://git-lfs"}, "/pytorch_model.bin (23 bytes) is a Git LFS pointer"),
+        ({BIN: b"PK"}, "/pytorch_model.bin (2 bytes) is truncated or damaged"),
     ],
 )
 def test_folders_without_an_adapter(tiny_checkpoint, tmp_path, files, message):
@@ -301,10 +289,10 @@ def test_folders_without_an_adapter(tiny_checkpoint, tmp_path, files, message):
         for name, content in files.items():
             (folder / name).write_bytes(content)
     line = fail_to_load(tiny_checkpoint, "--adapter", folder)
-    assert line.startswith("--adapter " + message.format(folder)), line
+    assert line.startswith(f"--adapter {folder}{message}"), line
 
 
-def test_what_is_no_adapter(tiny_checkpoint, tmp_path, capsys):
+def test_what_is_no_adapter(tiny_checkpoint, tmp_path, capsys, monkeypatch):
     file = tiny_checkpoint / "config.json"
     line = fail_to_load(tiny_checkpoint, "--adapter", file)
     assert line == f"--adapter {file}: this is a file: give its folder."
@@ -316,6 +304,11 @@ def test_what_is_no_adapter(tiny_checkpoint, tmp_path, capsys):
     with pytest.raises(SystemExit):
         parse("--adapter", "a", "--adapter", "b")
     assert "--adapter is given twice: a model takes one" in capsys.readouterr().err
+    (tmp_path / BIN).rename(tmp_path / "adapter_model.bin")
+    (tmp_path / PEFT_CONFIG).write_bytes(LORA)
+    monkeypatch.setitem(sys.modules, "peft", None)
+    line = fail_to_load(tiny_checkpoint, "--adapter", tmp_path)
+    assert "a LoRA needs PEFT" in line and "pip install peft==" in line
 
 
 def test_adapters_of_another_model(lora, tiny_checkpoint, tmp_path):
@@ -332,14 +325,6 @@ def test_adapters_of_another_model(lora, tiny_checkpoint, tmp_path):
     assert "dense_h_to_4h.lora_A.weight: (8, 256) in the file, (4, 256) in this model" in line
 
 
-def test_without_peft(tiny_checkpoint, tmp_path, monkeypatch):
-    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
-    (tmp_path / "adapter_model.bin").write_bytes(b"")
-    monkeypatch.setitem(sys.modules, "peft", None)
-    line = fail_to_load(tiny_checkpoint, "--adapter", tmp_path)
-    assert "a LoRA needs PEFT" in line and "pip install peft==" in line
-
-
 def test_results_of_an_evaluation_name_the_adapter(prefix, tiny_checkpoint):
     import core
     import evaluate_gsm8k
@@ -351,69 +336,28 @@ def test_results_of_an_evaluation_name_the_adapter(prefix, tiny_checkpoint):
     assert runs[0]["weights"] != runs[1]["weights"]  # the one is not continued by the other
 
 
-# Adapters that were trained, and change the answers.
+# Programs.
 
 
-def train(model, tokenizer, learning_rate: float, steps: int):
-    """Teach a model the answers to `TAUGHT`."""
-    rows, labels = [], []
-    for question, answer in TAUGHT.items():
-        prompt = tokenizer.encode(tokenizer.build_prompt(question))
-        ids = [*tokenizer.encode(answer, add_special_tokens=False), tokenizer.eos_token_id]
-        padding = [0] * (48 - len(prompt) - len(ids))
-        rows.append(prompt + ids + padding)
-        labels.append([-100] * len(prompt) + ids + [-100] * len(padding))
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=learning_rate)
-    for _ in range(steps):
-        model(input_ids=torch.tensor(rows), labels=torch.tensor(labels)).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-
-@pytest.fixture(scope="module")
-def trained_lora(peft, tiny_checkpoint, tiny_tokenizer, tmp_path_factory):
-    torch.manual_seed(0)
-    config = peft.LoraConfig(r=8, lora_alpha=32, lora_dropout=0.1, target_modules=TARGETS)
-    model = peft.get_peft_model(load(tiny_checkpoint), config).train()
-    train(model, tiny_tokenizer, 3e-3, 60)
-    folder = tmp_path_factory.mktemp("lora")
-    model.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def trained_prefix(tiny_checkpoint, tiny_tokenizer, tmp_path_factory):
-    model = create_prefix_model(tiny_checkpoint, False).train()
-    train(model, tiny_tokenizer, 1e-1, 120)
-    folder = tmp_path_factory.mktemp("prefix")
-    save_prefix(model, folder)
-    return folder
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("adapter", "bits"), [("trained_lora", 0), ("trained_lora", 4), ("trained_prefix", 0)]
-)
+@pytest.mark.parametrize(("adapter", "bits"), [("lora", 0), ("lora", 4), ("prefix", 0)])
 def test_kept_caches_and_batches(adapter, bits, request, tiny_checkpoint, tiny_tokenizer):
     """A kept cache, and several requests at a time, change no answer."""
     adapted = load_adapter(load(tiny_checkpoint, bits), request.getfixturevalue(adapter))
     conversation, prompts, expected = Conversation(adapted, tiny_tokenizer), [], []
-    for query in (*TAUGHT, "再说一遍", *TAUGHT):
+    for query in ("你好", "What is the capital of France?", "再说一遍"):
         cache, history = conversation.cache, conversation.history
         ids, num_kept = cache.continue_with(tiny_tokenizer, query, history)
         assert num_kept == cache.get_seq_length() >= 20 * len(history)
         prompts.append(ids)
-        settings = {"do_sample": False, "max_new_tokens": 40}
+        settings = {"do_sample": False, "max_new_tokens": 12}
         expected.append(adapted.generate(torch.tensor([ids]), **settings)[0].tolist())
-        for _ in conversation.stream(query, do_sample=False, max_new_tokens=40):
+        for _ in conversation.stream(query, **settings):
             pass
         assert cache.input_ids + cache.pending_ids == [i for i in expected[-1] if i != EOS]
-    assert conversation.rounds[0][1] == TAUGHT["你好"]
 
     batcher = Batcher(adapted, tiny_tokenizer)
     try:
-        requests = [Request(ids, 40, temperature=0) for ids in prompts]
+        requests = [Request(ids, 12, temperature=0) for ids in prompts]
         answers = asyncio.run(gather_answers(batcher, *requests))
     finally:
         batcher.end()
@@ -421,14 +365,17 @@ def test_kept_caches_and_batches(adapter, bits, request, tiny_checkpoint, tiny_t
     assert answers == [[i for i in ids if i != EOS] for ids in expected]
 
 
-@pytest.mark.slow
-def test_scripts(trained_lora, trained_prefix, tiny_checkpoint, capsys, monkeypatch):
+def test_scripts(lora, prefix, tiny_checkpoint, tiny_tokenizer, capsys, monkeypatch):
+    def answer(adapter, **settings):
+        model = load_adapter(load(tiny_checkpoint, **settings), adapter)
+        return model.chat(tiny_tokenizer, "你好", do_sample=False, max_length=40)[0]
+
     monkeypatch.setattr(cli_demo, "use_utf8", lambda: None)
-    argv = ["--model", str(tiny_checkpoint), "--adapter", str(trained_prefix), "-p", "你好"]
-    cli_demo.main([*argv, "--temperature", "0"])
-    assert capsys.readouterr().out == "我是适配器。\n"
-    argv = "--model", str(tiny_checkpoint), "--adapter", str(trained_lora), "--quantize", "4"
+    argv = ["--model", str(tiny_checkpoint), "--adapter", str(prefix), "-p", "你好"]
+    cli_demo.main([*argv, "--temperature", "0", "--max-length", "40"])
+    assert capsys.readouterr().out == answer(prefix) + "\n"
+    argv = "--model", str(tiny_checkpoint), "--adapter", str(lora), "--quantize", "4"
     tokenizer, model = utils.load_model(parse(*argv))
     with serve(api.create_app, model, tokenizer) as client:
-        answer = client.post("/", json={"prompt": "你好", "temperature": 0}).json()
-    assert answer["response"] == "我是适配器。"
+        body = {"prompt": "你好", "temperature": 0, "max_length": 40}
+        assert client.post("/", json=body).json()["response"] == answer(lora, bits=4)

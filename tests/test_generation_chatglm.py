@@ -1,12 +1,15 @@
 """Generation, chat and the cache against golden data of the official code, and themselves."""
 
+import itertools
 import json
 import subprocess
 import sys
 import threading
 import time
 import warnings
+from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import Mock, patch
 
 import pytest
 import torch
@@ -60,14 +63,8 @@ class Chat:
 
     def stream(self, *args, max_length=64, **settings):
         """Return the last (answer, history, cache), and set `num_fed`, the ids computed."""
-        lengths = []
-        hook = self.model.transformer.register_forward_pre_hook(
-            lambda _, inputs: lengths.append(inputs[0].shape[1])
-        )
-        try:
+        with counting(self.model) as lengths:
             *_, last = self.steps(*args, max_length=max_length, **settings)
-        finally:
-            hook.remove()
         self.num_fed = sum(lengths)
         return last
 
@@ -76,6 +73,19 @@ class Chat:
 
     def encode_text(self, text):
         return self.tokenizer.encode("\n" + text, add_special_tokens=False)[2:]
+
+
+@contextmanager
+def counting(model):
+    """Yield a list that gets the number of ids in each step of the model."""
+    lengths = []
+    hook = model.transformer.register_forward_pre_hook(
+        lambda _, inputs: lengths.append(inputs[0].shape[1])
+    )
+    try:
+        yield lengths
+    finally:
+        hook.remove()
 
 
 def as_lists(history):
@@ -96,9 +106,13 @@ def check(model, name, given=None, **settings):
 
 
 @pytest.mark.parametrize("name", ["single", "short", "one", "left_padded_batch"])
-@CACHES
-def test_greedy_generation(model, name, cache_class):
-    check(model, name, past_key_values=cache_class())
+def test_greedy_generation(model, name):
+    for cache in (ChatGLMCache(), DynamicCache()):
+        check(model, name, past_key_values=cache)
+    if name == "single":
+        cache = StaticCache(config=model.config, max_cache_len=64)
+        check(model, name, past_key_values=cache)
+        check(model, name, prompt_lookup_num_tokens=3)
 
 
 def test_generation_ends_at_any_eos_and_pads_finished_rows(model):
@@ -121,20 +135,15 @@ def test_beams_and_repetition_penalty(model, cache_class):
     check(model, "repetition_penalty_1.5", "beam3", repetition_penalty=1.5)
 
 
-def test_static_cache_and_prompt_lookup(model):
-    check(model, "single", past_key_values=StaticCache(config=model.config, max_cache_len=64))
-    check(model, "single", prompt_lookup_num_tokens=3)
-
-
 @pytest.mark.parametrize("name", ["past_key_values", "cache"])
+@torch.no_grad()
 def test_the_cache_has_two_names_and_no_warning(model, tiny_chat, name):
-    expected = GENERATION["single"]["output_ids"]
-    with warnings.catch_warnings(), torch.no_grad():
+    expected, cache = GENERATION["single"]["output_ids"], ChatGLMCache()
+    settings = {"max_length": len(expected[0]), "eos_token_id": None, name: ChatGLMCache()}
+    with warnings.catch_warnings():
         warnings.simplefilter("error")
-        cache = ChatGLMCache()
         check(model, "single", **{name: cache})
         assert cache.get_seq_length() == len(expected[0]) - 1
-        settings = {"max_length": len(expected[0]), "eos_token_id": None, name: ChatGLMCache()}
         *_, ids = model.stream_generate(SINGLE, **settings)
         assert ids.tolist() == expected
         cache = ChatGLMCache()
@@ -158,10 +167,10 @@ def test_two_different_caches_are_refused(model):
 
 def test_generation_in_training_with_checkpointing():
     """Nothing is computed again without a gradient, so the cache is used."""
-    model, lengths = create_model().train(), []
+    model = create_model().train()
     model.gradient_checkpointing_enable()
-    model.transformer.register_forward_pre_hook(lambda _, x: lengths.append(x[0].shape[1]))
-    check(model, "single")
+    with counting(model) as lengths:
+        check(model, "single")
     assert lengths[0] == SINGLE.shape[1] and set(lengths[1:]) == {1}
 
 
@@ -173,16 +182,13 @@ def test_the_end_of_an_answer():
     assert find_end(200, 100, max_new_tokens=7) == 100
 
 
-def test_stream_generate_yields_all_ids_at_each_step(model):
+def test_stream_generate(model):
     steps = model.stream_generate(SINGLE, max_length=25, eos_token_id=None)
     golden = GENERATION["stream_generate_max_length_25"]["yielded"]
     assert [step[0].tolist() for step in steps] == golden
     for ids, cache in model.stream_generate(SINGLE, max_length=19, return_past_key_values=True):
         assert cache.get_seq_length() >= ids.shape[1] - 1
     assert cache.get_seq_length() == 18
-
-
-def test_stream_generate_ends_when_it_is_closed_and_raises_errors(model):
     num_threads, cache = threading.active_count(), ChatGLMCache()
     steps = model.stream_generate(SINGLE, max_length=120, eos_token_id=None, past_key_values=cache)
     next(steps)
@@ -204,63 +210,34 @@ def test_stream_generate_computes_under_the_callers_autocast(model):
     assert dtypes == {torch.bfloat16}
 
 
-def test_batch_of_the_golden_chat_model(golden_chat):
-    ids = torch.tensor(CHAT["batch"]["input_ids"])
-    settings = {"attention_mask": (ids != 0).long(), "max_length": 18}
-    generated = golden_chat.model.generate(ids, **settings)
-    assert generated.tolist() == CHAT["batch"]["output_ids"]
-
-
 # Sampling
 
 
-class FixedTokenizer:
-    """Returns the golden ids for any prompt."""
-
-    def build_prompt(self, query, history=None):
-        return query
-
-    def encode(self, text, **kwargs):
-        return IDS[0].tolist()
-
-    def __call__(self, texts, return_tensors):
-        return BatchEncoding({"input_ids": IDS})
-
-
-class Sampled(Exception):
-    """Carries the probabilities of the first token."""
-
-
-@pytest.fixture(params=["chat", "stream_chat"])
-def sample(request, monkeypatch):
-    """A function that returns the probabilities of the first token."""
+def sample(model, method, **settings):
+    """Return the probabilities of the first token that `chat` or `stream_chat` samples."""
+    found, tokenizer = [], Mock(return_value=BatchEncoding({"input_ids": IDS}))
+    tokenizer.encode.return_value, tokenizer.decode.return_value = IDS[0].tolist(), ""
 
     def multinomial(probabilities, num_samples):
-        raise Sampled(probabilities)
+        found.append(probabilities)
+        return probabilities.argmax(-1, keepdim=True)
 
-    def sample(model, **settings):
-        with pytest.raises(Sampled) as sampled:
-            method = getattr(model, request.param)
-            next(iter(method(FixedTokenizer(), "x", max_length=64, **settings)))
-        return sampled.value.args[0]
-
-    monkeypatch.setattr(torch, "multinomial", multinomial)
-    return sample
+    with patch.object(torch, "multinomial", multinomial):
+        list(getattr(model, method)(tokenizer, "x", max_new_tokens=1, **settings))
+    return found[0]
 
 
-def test_chat_samples_from_the_golden_probabilities(model, sample):
-    """Temperature, top_k and top_p of the original, by default and as given."""
+@pytest.mark.parametrize("method", ["chat", "stream_chat"])
+def test_sampling_from_the_golden_probabilities(method):
+    """Temperature, top_k and top_p of the original, by default and as given; id 5 for NaN."""
+    model = create_model()
     for golden, settings in (("chat_defaults", {}), ("top_p.8_t.95", {"temperature": 0.95})):
-        probabilities = sample(model, **settings)
+        probabilities = sample(model, method, **settings)
         expected = OUTPUTS[f"e.warped_scores_{golden}"].softmax(-1)
         assert_close(probabilities, expected, 1e-5)
         assert (probabilities > 0).sum() == (expected > 0).sum()
-
-
-def test_scores_that_are_no_numbers_force_id_5(sample):
-    model = create_model()
     torch.nn.init.constant_(model.transformer.output_layer.weight, float("nan"))
-    assert sample(model).argmax() == 5
+    assert sample(model, method).argmax() == 5
 
 
 def test_chat_samples_by_its_seed_and_temperature_0_is_greedy(tiny_chat):
@@ -289,6 +266,9 @@ def test_chat_rounds(golden_chat):
         assert given == as_lists(history), "the given history is not changed"
         assert as_lists(new_history) == case["history_after"]
         history = new_history
+    ids = torch.tensor(CHAT["batch"]["input_ids"])
+    settings = {"attention_mask": (ids != 0).long(), "max_length": 18}
+    assert golden_chat.model.generate(ids, **settings).tolist() == CHAT["batch"]["output_ids"]
 
 
 def test_chat_and_stream_chat_end_at_eos_or_after_max_new_tokens(golden_chat):
@@ -411,23 +391,21 @@ def test_further_arguments_of_generate(tiny_chat):
     assert tiny_chat.stream("你好", prompt_lookup_num_tokens=3, **settings)[0] == answer
 
 
-@CACHES
 @pytest.mark.parametrize("held", [20, 149])
-def test_generate_continues_with_a_kept_cache(tiny_chat, cache_class, held):
+@torch.no_grad()
+def test_generate_continues_with_a_kept_cache(tiny_chat, held):
     """Given all ids, or the new ones alone with the mask of all; with prompt lookup or without."""
     model = tiny_chat.model
     _, history = tiny_chat.answer("讲个故事")
     ids = torch.tensor([tiny_chat.encode("讲个故事", history)])
     settings = {"do_sample": False, "max_new_tokens": 20, "attention_mask": torch.ones_like(ids)}
     expected = model.generate(ids, **settings)[0, -20:].tolist()
-    for given, lookup in ((ids, {}), (ids[:, held:], {}), (ids, {"prompt_lookup_num_tokens": 5})):
-        cache, lengths = cache_class(), []
+    cases = (ids, {}), (ids[:, held:], {}), (ids, {"prompt_lookup_num_tokens": 5})
+    for cache_class, (given, lookup) in itertools.product((ChatGLMCache, DynamicCache), cases):
+        cache = cache_class()
         model(ids[:, :held], past_key_values=cache)
-        hook = model.transformer.register_forward_pre_hook(
-            lambda _, args, lengths=lengths: lengths.append(args[0].shape[1])
-        )
-        sequences = model.generate(given, past_key_values=cache, **settings, **lookup)
-        hook.remove()
+        with counting(model) as lengths:
+            sequences = model.generate(given, past_key_values=cache, **settings, **lookup)
         assert sequences[0, -20:].tolist() == expected
         assert lengths[0] == ids.shape[1] - held + (5 if lookup else 0)
 
@@ -492,19 +470,12 @@ def test_kept_cache_and_new_ids_never_exceed_the_context(tiny_chat, monkeypatch)
     assert cache.input_ids == before and cache.history == history, "nothing is lost"
 
 
-def test_build_inputs(tiny_chat):
-    build, history = tiny_chat.model.build_stream_inputs, [("你好", "你好！")]
-    whole = tiny_chat.model.build_inputs(tiny_chat.tokenizer, "再见", history)["input_ids"].tolist()
-    assert whole == [tiny_chat.encode("再见", history)]
-    first, second = build(tiny_chat.tokenizer, "你好"), build(tiny_chat.tokenizer, "再见", history)
-    assert second["position_ids"][0, 0] == 0
-    first, second = first["input_ids"][0].tolist(), second["input_ids"][0].tolist()
-    assert [*first, *tiny_chat.encode_text("你好！"), *second] == whole[0]
-
-
-def test_process_response(tiny_model):
+def test_build_inputs_and_process_response(tiny_chat):
+    history = [("你好", "你好！")]
+    inputs = tiny_chat.model.build_inputs(tiny_chat.tokenizer, "再见", history)
+    assert inputs["input_ids"].tolist() == [tiny_chat.encode("再见", history)]
     for text, expected in CHAT["process_response"].items():
-        assert tiny_model.process_response(text) == expected
+        assert tiny_chat.model.process_response(text) == expected
 
 
 # The cache
@@ -554,17 +525,9 @@ def test_batch_operations_of_the_cache(model):
     assert cache.get_seq_length() == 0
 
 
-def list_buffers(cache):
-    return [buffer for layer in cache.layers for buffer in layer.buffers]
-
-
-def count_bytes(cache) -> int:
-    return sum(buffer.nbytes for buffer in list_buffers(cache))
-
-
-@torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@torch.no_grad()
 def test_narrow_cache(model, dtype, implementation):
     narrow = create_model(attn_implementation=implementation)
     narrow.base_model.cache_dtype = dtype
@@ -575,16 +538,16 @@ def test_narrow_cache(model, dtype, implementation):
         expected = model(chunk, past_key_values=wide).logits
         assert logits.dtype == torch.float32 and not torch.equal(logits, expected)
         assert_close(logits, expected, tolerance)
-    assert {(x.dtype, x.is_contiguous()) for x in list_buffers(cache)} == {(dtype, True)}
     copied = cache.copy_prefix(10)
-    assert 2 * count_bytes(cache) == 2 * count_bytes(copied) == count_bytes(wide)
     cache.crop(10 - IDS.shape[1])
     for past in (cache, copied):
-        logits = narrow(IDS[:, 10:], past_key_values=past).logits
-        assert_close(logits, OUTPUTS["a.logits"][:, 10:], tolerance)
+        assert_close(
+            narrow(IDS[:, 10:], past_key_values=past).logits, OUTPUTS["a.logits"][:, 10:], tolerance
+        )
         past.reorder_cache(torch.tensor([0, 0]))
         narrow(IDS[:, :1].repeat(2, 1), past_key_values=past)
-        assert {buffer.dtype for buffer in list_buffers(past)} == {dtype}
+        buffers = [buffer for layer in past.layers for buffer in layer.buffers]
+        assert {(x.dtype, x.is_contiguous()) for x in buffers} == {(dtype, True)}
 
 
 @CACHES

@@ -10,23 +10,18 @@ import pytest
 from chatglm2 import refresh
 from chatglm2.configuration_chatglm import AUTO_MAP, TRANSFORMERS_RANGE
 
-OLD_AUTO_MAP = {"AutoConfig": "configuration_chatglm.OldConfig"}
+TOKENIZER_AUTO_MAP = {"AutoTokenizer": ["tokenization_chatglm.ChatGLMTokenizer", None]}
 CONFIG = {
     "_name_or_path": "测试/chatglm2-6b",
     "model_type": "chatglm",
-    "architectures": ["ChatGLMModel"],
-    "auto_map": OLD_AUTO_MAP,
+    "auto_map": {"AutoConfig": "configuration_chatglm.OldConfig"},
     "layernorm_epsilon": 1e-05,
     "multi_query_attention": True,
-    "padded_vocab_size": 65024,
 }
-TOKENIZER_CONFIG = {
-    "remove_space": False,
-    "tokenizer_class": "ChatGLMTokenizer",
-    "auto_map": {"AutoTokenizer": ["tokenization_chatglm.ChatGLMTokenizer", None]},
-}
+AUTO_MAPS = {"config.json": AUTO_MAP, "tokenizer_config.json": TOKENIZER_AUTO_MAP}
 OLD_CODE = [f"{name}_chatglm.py" for name in ("configuration", "modeling", "tokenization")]
 OLD_CODE += ["quantization.py"]
+COMMIT = "d" * 40
 NEW_CODE = {file.name: file.read_bytes() for file in refresh.CODE_FILES}
 
 
@@ -36,9 +31,32 @@ def write_checkpoint(folder: Path, **config) -> Path:
     for name in OLD_CODE:
         (folder / name).write_bytes(f"# {name} of 2023，原文件\r\n".encode())
     (folder / "config.json").write_text(json.dumps(CONFIG | config, indent=4), "utf-8")
-    (folder / "tokenizer_config.json").write_text(json.dumps(TOKENIZER_CONFIG), "utf-8")
+    fields = {"remove_space": False, "auto_map": TOKENIZER_AUTO_MAP}
+    (folder / "tokenizer_config.json").write_text(json.dumps(fields), "utf-8")
     (folder / "tokenizer.model").write_bytes(b"\x00\x01")
     return folder
+
+
+def write_snapshot(hub: Path, source: Path) -> Path:
+    """Write a folder as the Hugging Face cache holds it, links to blobs; return the snapshot."""
+    repo = hub / "models--THUDM--chatglm2-6b"
+    snapshot = repo / "snapshots" / COMMIT
+    for folder in (snapshot, repo / "blobs", repo / "refs"):
+        folder.mkdir(parents=True)
+    (repo / "refs" / "main").write_text(COMMIT)
+    for i, file in enumerate(source.iterdir()):
+        shutil.copy(file, repo / "blobs" / f"{i}")
+        (snapshot / file.name).symlink_to(Path("..", "..", "blobs", f"{i}"))
+    return snapshot
+
+
+def write_copies(modules: Path, snapshot: Path) -> Path:
+    """Copy the code of a snapshot as transformers does before it executes the code."""
+    copies = modules / "transformers_modules" / "THUDM" / "chatglm2_hyphen_6b" / COMMIT
+    copies.mkdir(parents=True)
+    for file in snapshot.glob("*.py"):
+        shutil.copy(file, copies)
+    return copies
 
 
 def read_files(folder: Path) -> dict[str, bytes]:
@@ -56,22 +74,15 @@ def run_and_fail(capsys, *args) -> str:
     return message
 
 
-@pytest.fixture(params=[{}, {"quantization_bit": 4}], ids=["fp16", "int4"])
-def folder(request, tmp_path):
-    return write_checkpoint(tmp_path / "my model", **request.param)
-
-
-def test_refresh(folder, capsys):
+def test_refresh(tmp_path, capsys):
+    folder = write_checkpoint(tmp_path / "my model", quantization_bit=4)
     old = read_files(folder)
     refresh.main([str(folder)])
     new = read_files(folder)
-    for name, code in NEW_CODE.items():
-        assert new[name] == code
+    assert new.items() >= NEW_CODE.items()
     assert new["tokenizer.model"] == old["tokenizer.model"]
-    names = {name for name in new if "/" not in name}
-    assert names == {"tokenizer.model", "config.json", "tokenizer_config.json", *NEW_CODE}
-    auto_maps = {"config.json": AUTO_MAP, "tokenizer_config.json": TOKENIZER_CONFIG["auto_map"]}
-    for name, auto_map in auto_maps.items():
+    assert {name for name in new if "/" not in name} == {"tokenizer.model", *AUTO_MAPS, *NEW_CODE}
+    for name, auto_map in AUTO_MAPS.items():
         old_fields, fields = json.loads(old[name]), json.loads(new[name])
         assert fields == old_fields | {"auto_map": auto_map}
         assert list(fields) == list(old_fields)
@@ -80,28 +91,20 @@ def test_refresh(folder, capsys):
     assert output.count("\n") == 1
     assert f"python -m chatglm2.refresh '{folder}' --undo" in output
     assert all(name in output for name in (*NEW_CODE, ".before_refresh", *TRANSFORMERS_RANGE))
+    # A second refresh keeps the originals.
+    (folder / "modeling_chatglm.py").write_text("# last year's version")
+    (folder / "config.json").write_text(json.dumps(CONFIG | {"seq_length": 8192}))
+    refresh.main([str(folder)])
+    again = read_files(folder)
+    config = CONFIG | {"auto_map": AUTO_MAP, "seq_length": 8192}
+    assert json.loads(again["config.json"]) == config
+    assert again == new | {"config.json": again["config.json"]}
+    capsys.readouterr()
     refresh.main([str(folder), "--undo"])
     assert read_files(folder) == old
     assert not (folder / ".before_refresh").exists()
     assert capsys.readouterr().out.count("\n") == 1
     assert "nothing to undo" in run_and_fail(capsys, folder, "--undo")
-
-
-def test_second_refresh_keeps_the_originals(folder):
-    old = read_files(folder)
-    refresh.main([str(folder)])
-    first = read_files(folder)
-    (folder / "modeling_chatglm.py").write_text("# last year's version")
-    (folder / "config.json").write_text(json.dumps(CONFIG | {"seq_length": 8192}))
-    refresh.main([str(folder)])
-    second = read_files(folder)
-    assert json.loads(second.pop("config.json")) == CONFIG | {
-        "auto_map": AUTO_MAP,
-        "seq_length": 8192,
-    }
-    assert second == {name: content for name, content in first.items() if name != "config.json"}
-    refresh.main([str(folder), "--undo"])
-    assert read_files(folder) == old
 
 
 def test_folder_without_code(tmp_path):
@@ -111,73 +114,57 @@ def test_folder_without_code(tmp_path):
     old = read_files(folder)
     refresh.main([str(folder)])
     assert NEW_CODE.items() <= read_files(folder).items()
-    auto_map = {"auto_map": TOKENIZER_CONFIG["auto_map"]}
-    assert json.loads((folder / "tokenizer_config.json").read_bytes()) == auto_map
+    fields = json.loads((folder / "tokenizer_config.json").read_bytes())
+    assert fields == {"auto_map": TOKENIZER_AUTO_MAP}
     refresh.main([str(folder), "--undo"])
     assert read_files(folder) == old
+
+
+CHATGLM3 = b'{"added_tokens_decoder": {"64795": {"content": "<|user|>"}}}'
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("config.json", None, "has no config.json"),
-        ("config.json", "{", "config.json is not valid JSON (Expecting property name"),
+        ("config.json", b"{", "config.json is not valid JSON (Expecting property name"),
         ("config.json", b"\xff\xfe", "config.json is not valid JSON ("),
-        ("config.json", "[]", "config.json holds no JSON object"),
-        ("config.json", "{}", "config.json has model_type None, not 'chatglm'"),
-        ("config.json", '{"model_type": "glm"}', "has model_type 'glm', not 'chatglm'"),
-        (
-            "config.json",
-            '{"model_type": "chatglm", "position_encoding_2d": true}',
-            "has no multi_query_attention, so it is not ChatGLM2",
-        ),
-        ("tokenizer_config.json", "nonsense", "tokenizer_config.json is not valid JSON"),
-        (
-            "tokenizer_config.json",
-            '{"added_tokens_decoder": {"64795": {"content": "<|user|>"}}}',
-            "tokenizer_config.json knows the token <|user|>, so it is ChatGLM3",
-        ),
-        (
-            "tokenization_chatglm.py",
-            'special_tokens = ["<|system|>", "<|user|>"]',
-            "tokenization_chatglm.py knows the token <|user|>, so it is ChatGLM3",
-        ),
+        ("config.json", b"[]", "config.json holds no JSON object"),
+        ("config.json", b"{}", "config.json has model_type None, not 'chatglm'"),
+        ("config.json", b'{"model_type": "glm"}', "has model_type 'glm', not 'chatglm'"),
+        ("config.json", b'{"model_type": "chatglm"}', "has no multi_query_attention, so it is not"),
+        ("tokenizer_config.json", b"nonsense", "tokenizer_config.json is not valid JSON"),
+        ("tokenizer_config.json", CHATGLM3, "knows the token <|user|>, so it is ChatGLM3"),
+        ("tokenization_chatglm.py", b'"<|user|>"', "knows the token <|user|>, so it is ChatGLM3"),
     ],
 )
 def test_refused_folders(tmp_path, capsys, name, content, message):
     folder = write_checkpoint(tmp_path / "model")
     (folder / name).unlink()
     if content is not None:
-        (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+        (folder / name).write_bytes(content)
     old = read_files(folder)
     assert message in run_and_fail(capsys, folder)
     assert read_files(folder) == old
 
 
-def test_no_such_folder(tmp_path, capsys):
-    for option in ([], ["--undo"]):
-        message = run_and_fail(capsys, tmp_path / "THUDM" / "chatglm2-6b", *option)
-        assert "THUDM/chatglm2-6b is not a folder" in message and "hf download" in message
-
-
 @pytest.mark.parametrize("option", [(), ("--undo",)])
-def test_read_only_folder(tmp_path, capsys, monkeypatch, option):
+def test_folders_that_cannot_be_changed(tmp_path, capsys, monkeypatch, option):
+    message = run_and_fail(capsys, tmp_path / "chatglm2-6b", *option)
+    assert "chatglm2-6b is not a folder" in message and "hf download" in message
     folder = write_checkpoint(tmp_path / "model")
     if option:
         refresh.main([str(folder)])
         capsys.readouterr()
     old = read_files(folder)
-    folder.chmod(0o555)
-    if os.access(folder, os.W_OK):  # root may write everywhere
 
-        def refuse(path, *args):
-            raise PermissionError(13, "Permission denied", str(path))
+    def refuse(path, *args):  # permissions do not stop root
+        raise PermissionError(13, "Permission denied", str(path))
 
-        monkeypatch.setattr(os, "mkdir", refuse)
+    monkeypatch.setattr(os, "mkdir", refuse)
     message = run_and_fail(capsys, folder, *option)
     assert "cannot be changed ([Errno 13] Permission denied: " in message
     assert "make the folder writable" in message
-    folder.chmod(0o755)
     assert read_files(folder) == old
 
 
@@ -226,29 +213,22 @@ def test_interruption_loses_nothing(tmp_path, option):
 
 
 def test_snapshot_of_links(tmp_path, monkeypatch):
-    blobs, commit = tmp_path / "models--THUDM--chatglm2-6b" / "blobs", "d" * 40
-    original = write_checkpoint(tmp_path / "original")
-    old = read_files(original)
-    snapshot = blobs.parent / "snapshots" / commit
-    snapshot.mkdir(parents=True)
-    blobs.mkdir()
-    for i, (name, content) in enumerate(old.items()):
-        (blobs / f"{i}").write_bytes(content)
-        (snapshot / name).symlink_to(Path("..", "..", "blobs", f"{i}"))
-    stored = read_files(blobs)
-    modules = tmp_path / "modules"
-    monkeypatch.setenv("HF_MODULES_CACHE", str(modules))
-    copy = modules / "transformers_modules" / "THUDM" / "chatglm2_hyphen_6b" / commit
-    other = copy.with_name("e" * 40)
-    link = tmp_path / "link"
-    link.symlink_to(snapshot)
+    """The blobs stay; what transformers copied from this snapshot is deleted, another commit not.
 
+    DIR may be a link to the snapshot.
+    """
+    original = write_checkpoint(tmp_path / "original")
+    snapshot, modules = write_snapshot(tmp_path / "hub", original), tmp_path / "modules"
+    blobs, old = snapshot.parent.parent / "blobs", read_files(original)
+    stored = read_files(blobs)
+    monkeypatch.setenv("HF_MODULES_CACHE", str(modules))
+    (tmp_path / "link").symlink_to(snapshot)
     for option, expected in (((), NEW_CODE), (("--undo",), old)):
-        for path in (copy, other):
-            path.mkdir(parents=True, exist_ok=True)
-            (path / "modeling_chatglm.py").write_text("# what transformers copied")
-        refresh.main([str(link), *option])
+        copies = write_copies(modules, snapshot)
+        other = copies.with_name("e" * 40)
+        other.mkdir(exist_ok=True)
+        refresh.main([str(tmp_path / "link"), *option])
         assert expected.items() <= read_files(snapshot).items()
         assert read_files(blobs) == stored
-        assert not copy.exists() and other.exists()
+        assert not copies.exists() and other.exists()
     assert read_files(snapshot) == old

@@ -8,7 +8,6 @@ import importlib
 import inspect
 import json
 import os
-import re
 import runpy
 import shutil
 import subprocess
@@ -20,47 +19,26 @@ import safetensors.torch
 import torch
 import transformers
 from conftest import TINY
+from test_modeling_chatglm import save_shards
+from test_refresh import AUTO_MAPS, write_copies, write_snapshot
 
 import chatglm2
 from chatglm2 import refresh
-from chatglm2.configuration_chatglm import AUTO_MAP
 
 MODEL_CLASSES = {
-    "AutoModel": "ChatGLMForConditionalGeneration",
-    "AutoModelForCausalLM": "ChatGLMForConditionalGeneration",
-    "AutoModelForSeq2SeqLM": "ChatGLMForConditionalGeneration",
+    **dict.fromkeys(
+        ("AutoModel", "AutoModelForCausalLM", "AutoModelForSeq2SeqLM"),
+        "ChatGLMForConditionalGeneration",
+    ),
     "AutoModelForSequenceClassification": "ChatGLMForSequenceClassification",
 }
-TOKENIZER_CONFIG = {
-    "remove_space": False,
-    "do_lower_case": False,
-    "tokenizer_class": "ChatGLMTokenizer",
-    "auto_map": {"AutoTokenizer": ["tokenization_chatglm.ChatGLMTokenizer", None]},
-}
-CONFIG = {
-    "model_type": "chatglm",
-    "architectures": ["ChatGLMModel"],
-    "auto_map": AUTO_MAP,
-    "add_qkv_bias": True,
-    "ffn_hidden_size": 48,
-    "hidden_size": 32,
-    "kv_channels": 8,
-    "multi_query_attention": True,
-    "multi_query_group_num": 2,
-    "num_attention_heads": 4,
-    "num_layers": 2,
-    "original_rope": True,
-    "padded_vocab_size": 4096,
-    "seq_length": 256,
-    "use_cache": True,
-    "torch_dtype": "float32",
-    "transformers_version": "4.27.1",
-    "tie_word_embeddings": False,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
-HUB_NAME, COMMIT = "THUDM/chatglm2-6b", "d" * 40
-CODE_NAMES = [file.name for file in refresh.CODE_FILES]
+CONFIG = json.loads("""{
+"model_type": "chatglm", "architectures": ["ChatGLMModel"], "add_qkv_bias": true,
+"ffn_hidden_size": 48, "hidden_size": 32, "kv_channels": 8, "multi_query_attention": true,
+"multi_query_group_num": 2, "num_attention_heads": 4, "num_layers": 2, "original_rope": true,
+"padded_vocab_size": 4096, "seq_length": 256, "use_cache": true, "torch_dtype": "float32",
+"transformers_version": "4.27.1", "tie_word_embeddings": false, "eos_token_id": 2,
+"pad_token_id": 0}""")
 
 
 def probe(model, tokenizer) -> dict:
@@ -73,10 +51,9 @@ def probe(model, tokenizer) -> dict:
     greedy = {"do_sample": False, "max_new_tokens": 6}
     response, history = model.chat(tokenizer, "你好", **greedy)
     first = [text for text, _ in model.stream_chat(tokenizer, "你好", **greedy)]
-    turns = list(model.stream_chat(tokenizer, "你好", return_past_key_values=True, **greedy))
-    turns += model.stream_chat(
-        tokenizer, "Again?", history, turns[-1][2], return_past_key_values=True, **greedy
-    )
+    greedy["return_past_key_values"] = True
+    turns = list(model.stream_chat(tokenizer, "你好", **greedy))
+    turns += model.stream_chat(tokenizer, "Again?", history, turns[-1][2], **greedy)
     second = [text for text, _, _ in turns]
     return {"logits": logits, "chat": [response, history], "streams": [first, second]}
 
@@ -92,41 +69,38 @@ def load_as_remote_code(work):
     import torch
     import transformers
 
+    results, work = {}, Path(work)
+
     def load(name, auto_class="AutoModel", **more):
         options = {"trust_remote_code": True}
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, **options)
         options |= {"dtype": torch.float32, **more}
         return getattr(transformers, auto_class).from_pretrained(name, **options), tokenizer
 
-    def describe(model, tokenizer):
-        module = sys.modules[type(model).__module__]
-        return probe(model, tokenizer) | {
+    def describe(name, model, tokenizer):
+        results[name] = probe(model, tokenizer) | {
             "modules": [type(x).__module__ for x in (model, model.config, tokenizer)],
-            "origin": getattr(module, "ORIGIN", None),
+            "origin": getattr(sys.modules[type(model).__module__], "ORIGIN", None),
         }
 
-    work = Path(work)
-    first = load(work / "first" / "checkpoint", "AutoModelForCausalLM")
-    second = load(work / "second" / "checkpoint")
-    results = {"first": describe(*first), "second": describe(*second)}
-    results["hub"] = describe(*load("THUDM/chatglm2-6b"))
-    results["bundled"] = describe(*load(work / "bundled" / "checkpoint"))
-    results["saved"] = describe(*load(work / "saved"))
-    for part in first:
-        part.save_pretrained(work / "saved again")
-    results["saved again"] = describe(*load(work / "saved again"))
-    results["first, still"] = describe(*first)
-    results["int4"] = describe(*load(work / "int4"))
+    def save(name, *parts):
+        for part in parts:
+            part.save_pretrained(work / name)
+        describe(name, *load(work / name))
+
+    first = load(work / "first", "AutoModelForCausalLM")
+    describe("first", *first)
+    for name in ("second", "bundled", "saved", "int4"):
+        describe(name, *load(work / name))
+    describe("hub", *load("THUDM/chatglm2-6b"))
+    save("saved again", *first)
+    describe("first, still", *first)
     quantization = {"quant_method": "chatglm", "bits": 8}
-    quantized = load(work / "second" / "checkpoint", quantization_config=quantization)
-    results["int8"] = describe(*quantized)
-    for part in quantized:
-        part.save_pretrained(work / "int8 saved")
-    results["int8 saved"] = describe(*load(work / "int8 saved"))
-    results["classes"] = {
-        name: type(load(work / "first" / "checkpoint", name)[0]).__name__
-        for name in ("AutoModelForSeq2SeqLM", "AutoModelForSequenceClassification")
-    }
+    quantized = load(work / "second", quantization_config=quantization)
+    describe("int8", *quantized)
+    save("int8 saved", *quantized)
+    for name in ("AutoModelForSeq2SeqLM", "AutoModelForSequenceClassification"):
+        results.setdefault("classes", {})[name] = type(load(work / "first", name)[0]).__name__
     (work / "results.json").write_text(json.dumps(results))
 
 
@@ -141,90 +115,56 @@ def random_weights(seed: int) -> dict[str, torch.Tensor]:
     return weights
 
 
-def write_data(folder: Path, config=CONFIG):
+def write_data(folder: Path, **fields):
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(config), "utf-8")
-    (folder / "tokenizer_config.json").write_text(json.dumps(TOKENIZER_CONFIG), "utf-8")
+    files = {"config.json": CONFIG | fields, "tokenizer_config.json": {"remove_space": False}}
+    for name, content in files.items():
+        text = json.dumps(content | {"auto_map": AUTO_MAPS[name]})
+        (folder / name).write_text(text, "utf-8")
     shutil.copy(TINY / "tokenizer.model", folder)
-
-
-def write_shards(folder: Path, weights: dict[str, torch.Tensor]):
-    """Write `.bin` shards and their index, with the buffer of the official checkpoint."""
-    weights = {"transformer.rotary_pos_emb.inv_freq": torch.ones(2), **weights}
-    shards = {f"pytorch_model-0000{i + 1}-of-00003.bin": list(weights)[i::3] for i in range(3)}
-    for file, names in shards.items():
-        torch.save({name: weights[name].clone() for name in names}, folder / file)
-    index = {
-        "metadata": {"total_size": sum(x.nbytes for x in weights.values())},
-        "weight_map": {name: file for file, names in shards.items() for name in names},
-    }
-    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
 
 
 def write_int4(folder: Path, source: Path):
     """Write an INT4 checkpoint as the official one is: `.bin`, only quantization_bit."""
-    config = CONFIG | {"quantization_bit": 4, "torch_dtype": "float16"}
-    write_data(folder, config)
+    write_data(folder, quantization_bit=4, torch_dtype="float16")
     model = chatglm2.ChatGLMForConditionalGeneration.from_pretrained(source, dtype=torch.float16)
-    write_shards(folder, model.quantize(4).state_dict())
+    save_shards(folder, model.quantize(4).state_dict())
     for file in refresh.CODE_FILES:
         shutil.copy(file, folder)
 
 
 def poison(folder: Path, marker: Path):
     """Write code files that leave `marker` when they are executed."""
-    for name in (*CODE_NAMES, "__init__.py"):
+    for name in (*(file.name for file in refresh.CODE_FILES), "__init__.py"):
         text = f"open({str(marker)!r}, 'w').close()\nraise RuntimeError('{name} was executed')\n"
         (folder / name).write_text(text)
-
-
-def write_snapshot(hub: Path, source: Path) -> Path:
-    """Write a folder as the Hugging Face cache holds it, links to blobs."""
-    repo = hub / f"models--{HUB_NAME.replace('/', '--')}"
-    snapshot = repo / "snapshots" / COMMIT
-    for folder in (snapshot, repo / "blobs", repo / "refs"):
-        folder.mkdir(parents=True)
-    (repo / "refs" / "main").write_text(COMMIT)
-    for i, file in enumerate(source.iterdir()):
-        shutil.copy(file, repo / "blobs" / f"{i}")
-        (snapshot / file.name).symlink_to(Path("..", "..", "blobs", f"{i}"))
-    return snapshot
-
-
-def refresh_snapshot(modules: Path, snapshot: Path):
-    """Refresh a snapshot whose old code transformers has copied already, in a failed attempt."""
-    copies = modules / "transformers_modules" / "THUDM" / "chatglm2_hyphen_6b" / COMMIT
-    copies.mkdir(parents=True)
-    for name in CODE_NAMES:
-        shutil.copy(snapshot / name, copies / name)
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setenv("HF_MODULES_CACHE", str(modules))
-        refresh.main([str(snapshot)])
 
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory, tiny_checkpoint) -> Path:
     """A folder of checkpoints: by hand, refreshed, from the hub, saved by the package, bundled."""
     work = tmp_path_factory.mktemp("remote code")
-    marker = work / "executed"
-    first, second = work / "first" / "checkpoint", work / "second" / "checkpoint"
+    first, second = work / "first", work / "second"
     for folder in (first, second):
         write_data(folder)
     safetensors.torch.save_file(random_weights(1), first / "model.safetensors", {"format": "pt"})
     for file in refresh.CODE_FILES:
         shutil.copy(file, first)
 
-    write_shards(second, random_weights(2))
-    poison(second, marker)
+    save_shards(second, random_weights(2))
+    poison(second, work / "executed")
     snapshot = write_snapshot(work / "hub", second)
-    refresh_snapshot(work / "modules", snapshot)
+    write_copies(work / "modules", snapshot)  # of the old code, in an attempt that failed
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv("HF_MODULES_CACHE", str(work / "modules"))
+        refresh.main([str(snapshot)])
     refresh.main([str(second)])
     with open(second / "modeling_chatglm.py", "a") as file:
         file.write('\nORIGIN = "second"\n')
     write_int4(work / "int4", first)
 
-    shutil.copytree(tiny_checkpoint, work / "bundled" / "checkpoint")
-    refresh.main([str(work / "bundled" / "checkpoint")])
+    shutil.copytree(tiny_checkpoint, work / "bundled")
+    refresh.main([str(work / "bundled")])
 
     model = chatglm2.ChatGLMForConditionalGeneration.from_pretrained(first)
     model.save_pretrained(work / "saved")
@@ -235,23 +175,13 @@ def work(tmp_path_factory, tiny_checkpoint) -> Path:
 @pytest.fixture(scope="module")
 def remote(work) -> dict:
     """The results of `load_as_remote_code`."""
-    script = work / "load.py"
     functions = "\n\n".join(inspect.getsource(f) for f in (probe, load_as_remote_code))
-    script.write_text(f"{functions}\n\nload_as_remote_code({str(work)!r})\n", "utf-8")
+    script = f"{functions}\n\nload_as_remote_code({str(work)!r})\n"
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "HF_HOME")}
-    environment |= {
-        "HF_HUB_OFFLINE": "1",
-        "HF_HUB_CACHE": str(work / "hub"),
-        "HF_MODULES_CACHE": str(work / "modules"),
-    }
-    done = subprocess.run(
-        [sys.executable, str(script)],
-        cwd=work,
-        env=environment,
-        capture_output=True,
-        encoding="utf-8",
-        timeout=300,
-    )
+    environment |= {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(work / "hub")}
+    environment["HF_MODULES_CACHE"] = str(work / "modules")
+    command, options = [sys.executable, "-c", script], {"encoding": "utf-8", "timeout": 300}
+    done = subprocess.run(command, cwd=work, env=environment, capture_output=True, **options)
     assert done.returncode == 0, done.stderr
     assert "inv_freq" not in done.stderr
     return json.loads((work / "results.json").read_text())
@@ -266,35 +196,30 @@ def probe_package(folder: Path, bits: int = 0) -> dict:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "source", "bits"),
+    ("source", "bits", "names"),
     [
-        ("first", "first/checkpoint", 0),
-        ("second", "second/checkpoint", 0),
-        ("hub", "second/checkpoint", 0),
-        ("bundled", "bundled/checkpoint", 0),
-        ("saved", "first/checkpoint", 0),
-        ("saved again", "first/checkpoint", 0),
-        ("first, still", "first/checkpoint", 0),
-        ("int4", "int4", 0),
-        ("int8", "second/checkpoint", 8),
-        ("int8 saved", "second/checkpoint", 8),
+        ("first", 0, ["first", "saved", "saved again", "first, still"]),
+        ("second", 0, ["second", "hub"]),
+        ("bundled", 0, ["bundled"]),
+        ("int4", 0, ["int4"]),
+        ("second", 8, ["int8", "int8 saved"]),
     ],
 )
-def test_remote_code_computes_what_the_package_does(work, remote, name, source, bits):
-    expected, result = probe_package(work / source, bits), remote[name]
-    assert all(module.startswith("transformers_modules.") for module in result["modules"])
-    logits, expected_logits = (torch.tensor(x["logits"]) for x in (result, expected))
-    torch.testing.assert_close(logits, expected_logits, rtol=0, atol=1e-5)
-    assert result["chat"] == expected["chat"]
-    assert result["streams"] == expected["streams"]
-    response, (first, second) = result["chat"][0], result["streams"]
+def test_remote_code_computes_what_the_package_does(work, remote, source, bits, names):
+    expected = probe_package(work / source, bits)
+    response, (first, second) = expected["chat"][0], expected["streams"]
     assert response and first[-1] == response and response in second and len(second) > len(first)
+    for result in map(remote.get, names):
+        assert all(module.startswith("transformers_modules.") for module in result["modules"])
+        logits, expected_logits = (torch.tensor(x["logits"]) for x in (result, expected))
+        torch.testing.assert_close(logits, expected_logits, rtol=0, atol=1e-5)
+        assert result["chat"] == expected["chat"]
+        assert result["streams"] == expected["streams"]
 
 
 @pytest.mark.slow
 def test_two_folders_in_one_process(remote):
     assert remote["first"]["logits"] != remote["second"]["logits"]
-    assert remote["first"]["logits"] == remote["first, still"]["logits"]
     assert remote["first"]["modules"] != remote["second"]["modules"]
     origins = [remote[name]["origin"] for name in ("first", "second", "first, still")]
     assert origins == [None, "second", None]
@@ -305,18 +230,16 @@ def test_two_folders_in_one_process(remote):
 def test_old_code_is_not_executed(work, remote):
     assert not (work / "executed").exists()
     with pytest.raises(RuntimeError, match="was executed"):  # it would have been noticed
-        runpy.run_path(str(work / "second/checkpoint/.before_refresh/modeling_chatglm.py"))
+        runpy.run_path(str(work / "second/.before_refresh/modeling_chatglm.py"))
     (work / "executed").unlink()
 
 
 def check_saved(folder: Path):
-    fields = json.loads((folder / "config.json").read_bytes())
-    assert AUTO_MAP.items() <= fields["auto_map"].items()
-    tokenizer_config = json.loads((folder / "tokenizer_config.json").read_bytes())
-    assert tokenizer_config["auto_map"] == TOKENIZER_CONFIG["auto_map"]
-    for file in refresh.CODE_FILES:
+    for name, auto_map in AUTO_MAPS.items():
+        found = json.loads((folder / name).read_bytes())["auto_map"]
+        assert auto_map.items() <= found.items()
+    for file in (*refresh.CODE_FILES, TINY / "tokenizer.model"):
         assert (folder / file.name).read_bytes() == file.read_bytes()
-    assert (folder / "tokenizer.model").read_bytes() == (TINY / "tokenizer.model").read_bytes()
 
 
 def test_the_package_saves_its_code(work):
@@ -331,43 +254,30 @@ def test_remote_code_saves_itself(work, remote):
     assert fields["quantization_bit"] == fields["quantization_config"]["bits"] == 8
 
 
-@pytest.fixture
-def poisoned(work, tmp_path, request) -> Path:
-    """A checkpoint folder with code that would create the file `executed` beside the folder."""
-    folder = tmp_path / "poisoned"
-    shutil.copytree(work / "first" / "checkpoint", folder)
-    poison(folder, tmp_path / "executed")
-    if not request.param:
-        for name in ("config.json", "tokenizer_config.json"):
-            fields = json.loads((folder / name).read_bytes())
-            del fields["auto_map"]
-            (folder / name).write_text(json.dumps(fields))
-    return folder
-
-
-@pytest.mark.parametrize("poisoned", [True, False], ids=["auto_map", "no auto_map"], indirect=True)
+@pytest.mark.parametrize("has_auto_map", [True, False])
 @pytest.mark.parametrize("options", [{}, {"trust_remote_code": False}], ids=["unset", "False"])
-def test_registered_package_ignores_code_of_the_folder(poisoned, options):
+def test_registered_package_ignores_code_of_the_folder(work, tmp_path, has_auto_map, options):
+    folder = shutil.copytree(work / "first", tmp_path / "poisoned")
+    poison(folder, tmp_path / "executed")
+    for name in () if has_auto_map else AUTO_MAPS:
+        fields = json.loads((folder / name).read_bytes())
+        del fields["auto_map"]
+        (folder / name).write_text(json.dumps(fields))
     classes = MODEL_CLASSES | {"AutoConfig": "ChatGLMConfig", "AutoTokenizer": "ChatGLMTokenizer"}
     for auto_class, name in classes.items():
-        loaded = getattr(transformers, auto_class).from_pretrained(poisoned, **options)
+        loaded = getattr(transformers, auto_class).from_pretrained(folder, **options)
         assert type(loaded) is getattr(chatglm2, name)
-    chatglm2.ChatGLMForConditionalGeneration.from_pretrained(poisoned)
-    chatglm2.ChatGLMTokenizer.from_pretrained(poisoned)
-    assert not (poisoned.parent / "executed").exists()
+    chatglm2.ChatGLMForConditionalGeneration.from_pretrained(folder)
+    chatglm2.ChatGLMTokenizer.from_pretrained(folder)
+    assert not (tmp_path / "executed").exists()
 
 
 def get_package_modules() -> dict:
-    return {name: m for name, m in sys.modules.items() if re.match(r"chatglm2(\.|$)", name)}
+    return {name: m for name, m in sys.modules.items() if name.partition(".")[0] == "chatglm2"}
 
 
 def test_registering_twice_is_harmless(work):
-    folder = work / "first" / "checkpoint"
-    importlib.reload(chatglm2)
-    assert type(transformers.AutoModel.from_pretrained(folder)) is getattr(
-        chatglm2, MODEL_CLASSES["AutoModel"]
-    )
-    modules = get_package_modules()
+    modules, folder = get_package_modules(), work / "first"
     try:
         for name in modules:
             del sys.modules[name]
@@ -383,3 +293,5 @@ def test_registering_twice_is_harmless(work):
         sys.modules.update(modules)
         importlib.reload(chatglm2)
     assert type(transformers.AutoConfig.from_pretrained(folder)) is chatglm2.ChatGLMConfig
+    model = transformers.AutoModel.from_pretrained(folder)
+    assert type(model) is chatglm2.ChatGLMForConditionalGeneration

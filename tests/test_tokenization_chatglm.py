@@ -22,11 +22,10 @@ def test_facts(official_tokenizer):
     facts, tokenizer = GOLDEN["facts"], official_tokenizer
     assert tokenizer.vocab_size == len(tokenizer) == facts["vocab_size"]
     assert len(tokenizer.get_vocab()) == facts["vocab_size"]
-    assert tokenizer.special_tokens == facts["special_tokens"]
     assert tokenizer.get_prefix_tokens() == facts["prefix_tokens"]
-    names = ("pad_token", "pad_token_id", "eos_token", "eos_token_id", "unk_token", "unk_token_id")
-    names += ("all_special_tokens", "all_special_ids", "padding_side", "truncation_side")
-    for name in (*names, "model_input_names", "special_tokens_map"):
+    names = "pad_token pad_token_id eos_token eos_token_id unk_token unk_token_id special_tokens "
+    names += "all_special_tokens all_special_ids padding_side truncation_side model_input_names"
+    for name in (*names.split(), "special_tokens_map"):
         assert getattr(tokenizer, name) == facts[name], name
     assert tokenizer.bos_token is None
     for token, token_id in facts["get_command"].items():
@@ -43,17 +42,16 @@ def test_facts(official_tokenizer):
 
 @pytest.mark.parametrize("case", GOLDEN["strings"], ids=lambda case: repr(case["text"][:20]))
 def test_strings(official_tokenizer, case):
-    encoded = official_tokenizer(case["text"])
-    assert list(encoded) == case["keys"]
-    for key in case["keys"]:
-        assert encoded[key] == case[key]
-    assert official_tokenizer.encode(case["text"]) == case["encode"]
-    ids = official_tokenizer.encode(case["text"], add_special_tokens=False)
+    text, tokenizer = case["text"], official_tokenizer
+    encoded = tokenizer(text)
+    assert dict(encoded) == {key: case[key] for key in case["keys"]}
+    assert tokenizer.encode(text) == case["encode"]
+    ids = tokenizer.encode(text, add_special_tokens=False)
     assert ids == case["encode_no_special"]
-    assert official_tokenizer.tokenize(case["text"]) == case["tokenize"]
-    assert official_tokenizer.decode(case["encode"]) == case["decode"]
-    assert official_tokenizer.decode(ids) == case["decode_plain"]
-    skipped = official_tokenizer.decode(case["encode"], skip_special_tokens=True)
+    assert tokenizer.tokenize(text) == case["tokenize"]
+    assert tokenizer.decode(case["encode"]) == case["decode"]
+    assert tokenizer.decode(ids) == case["decode_plain"]
+    skipped = tokenizer.decode(case["encode"], skip_special_tokens=True)
     assert skipped == case["decode_skip_special"]
 
 
@@ -100,23 +98,17 @@ def test_prompts(official_tokenizer):
 
 
 def test_chat_template_gives_the_ids_of_build_prompt(any_tokenizer):
-    messages = [
-        {"role": "user", "content": "你好"},
-        {"role": "assistant", "content": "你好👋！"},
-        {"role": "user", "content": "[gMASK] sop </s>"},
-    ]
+    texts = ("user", "你好"), ("assistant", "你好👋！"), ("user", "[gMASK] sop </s>")
+    messages = [{"role": role, "content": text} for role, text in texts]
     prompt = any_tokenizer.build_prompt("[gMASK] sop </s>", [("你好", "你好👋！")])
-    for add_generation_prompt in (False, True):
-        encoded = any_tokenizer.apply_chat_template(
-            messages, add_generation_prompt=add_generation_prompt
-        )
-        assert encoded["input_ids"] == any_tokenizer.encode(prompt)
-        assert encoded["position_ids"] == list(range(len(encoded["input_ids"])))
-    assert any_tokenizer.apply_chat_template(messages, tokenize=False) == prompt
-    batch = any_tokenizer.apply_chat_template(
-        [messages, messages[:1]], padding=True, return_tensors="pt"
-    )
-    assert batch["attention_mask"].sum(1).tolist()[0] == len(any_tokenizer.encode(prompt))
+    ids, render = any_tokenizer.encode(prompt), any_tokenizer.apply_chat_template
+    for options in ({}, {"add_generation_prompt": True}, {"sanitize_control_tokens": True}):
+        encoded = render(messages, **options)
+        assert encoded["input_ids"] == ids
+        assert encoded["position_ids"] == list(range(len(ids)))
+    assert render(messages, tokenize=False) == prompt
+    batch = render([messages, messages[:1]], padding=True, return_tensors="pt")
+    assert batch["attention_mask"].sum(1).tolist()[0] == len(ids)
 
 
 @pytest.mark.parametrize(
@@ -141,54 +133,51 @@ def test_chat_template_folds_any_roles_into_rounds(any_tokenizer, roles, expecte
     assert text == expected
 
 
-def test_chat_template_takes_text_parts_and_refuses_others(any_tokenizer):
+def test_chat_template_takes_text_parts(any_tokenizer):
     parts = [{"type": "text", "text": "看"}, {"type": "text", "text": "图"}]
     messages = [{"role": "user", "content": parts}]
     text = any_tokenizer.apply_chat_template(messages, tokenize=False)
     assert text == any_tokenizer.build_prompt("看图")
-    with pytest.raises(Exception, match="not a part of type image"):
-        image = [{"role": "user", "content": [{"type": "image"}]}]
-        any_tokenizer.apply_chat_template(image)
-    with pytest.raises(Exception, match="not tool"):
-        any_tokenizer.apply_chat_template([{"role": "tool", "content": "x"}])
 
 
-def test_special_tokens_can_be_changed_as_training_scripts_do(any_tokenizer, tmp_path):
-    any_tokenizer.save_pretrained(tmp_path)
-    tokenizer = ChatGLMTokenizer.from_pretrained(tmp_path)
-    tokenizer.pad_token = tokenizer.eos_token
-    assert tokenizer.pad_token_id == tokenizer.eos_token_id == 2
-    assert 2 not in tokenizer.encode("</s>")
+@pytest.mark.parametrize(
+    "message, options, error",
+    [
+        ({"content": [{"type": "image"}]}, {}, "not a part of type image"),
+        ({"role": "tool"}, {}, "not tool"),
+        ({"tool_calls": [{"id": "1"}]}, {}, "not trained for tool_calls"),
+        ({}, {"tools": [{"type": "function"}]}, "not trained for tools"),
+        ({}, {"return_assistant_tokens_mask": True}, "needs a fast tokenizer"),
+    ],
+)
+def test_chat_template_refuses_what_it_cannot_do(tiny_tokenizer, message, options, error):
+    with pytest.raises(Exception, match=error):
+        tiny_tokenizer.apply_chat_template([{"role": "user", "content": "x", **message}], **options)
 
 
 def test_save_and_reload(any_tokenizer, tmp_path):
     any_tokenizer.save_pretrained(tmp_path)
-    assert (tmp_path / "tokenizer.model").read_bytes() == Path(
-        any_tokenizer.vocab_file
-    ).read_bytes()
+    saved = (tmp_path / "tokenizer.model").read_bytes()
+    assert saved == Path(any_tokenizer.vocab_file).read_bytes()
     reloaded = ChatGLMTokenizer.from_pretrained(tmp_path)
     text = "你好 world 👋\n"
     assert reloaded(text) == any_tokenizer(text)
     assert reloaded.decode(reloaded.encode(text)) == text
     config = json.loads((tmp_path / "tokenizer_config.json").read_text("utf-8"))
     assert config["auto_map"] == {"AutoTokenizer": ["tokenization_chatglm.ChatGLMTokenizer", None]}
+    reloaded.pad_token = reloaded.eos_token  # as training scripts do
+    assert reloaded.pad_token_id == reloaded.eos_token_id == 2
+    assert 2 not in reloaded.encode("</s>")
 
 
-def test_vocabulary_that_is_a_git_lfs_pointer(tmp_path):
-    pointer = tmp_path / "tokenizer.model"
-    pointer.write_text(
-        "version https://git-lfs.github.com/spec/v1\noid sha256:e7dc\nsize 1018370\n"
-    )
-    with pytest.raises(ValueError, match=r"tokenizer\.model \(\d+ bytes\) is a Git LFS pointer"):
-        ChatGLMTokenizer.from_pretrained(tmp_path)
-
-
-def test_damaged_vocabulary(any_tokenizer, tmp_path):
-    any_tokenizer.save_pretrained(tmp_path)
+def test_damaged_vocabulary(tiny_checkpoint, tmp_path):
     file = tmp_path / "tokenizer.model"
-    for content in (file.read_bytes()[:-1000], b"<html>not found</html>", b""):
+    cut = (tiny_checkpoint / file.name).read_bytes()[:-1000]
+    contents = dict.fromkeys((cut, b"<html>not found</html>", b""), "truncated or damaged")
+    contents[b"version https://git-lfs.github.com/spec/v1\n"] = "a Git LFS pointer"
+    for content, problem in contents.items():
         file.write_bytes(content)
-        message = rf"tokenizer\.model \({len(content)} bytes\) is truncated or damaged"
+        message = rf"tokenizer\.model \({len(content)} bytes\) is {problem}"
         with pytest.raises(ValueError, match=message):
             ChatGLMTokenizer.from_pretrained(tmp_path)
 
@@ -200,15 +189,3 @@ def test_special_tokens_mask(any_tokenizer):
         assert len(mask) == len(ids) and mask[:3] == [1, 1, 0]
         again = any_tokenizer.get_special_tokens_mask(ids, already_has_special_tokens=True)
         assert again == mask
-
-
-def test_chat_template_refuses_what_it_cannot_do(any_tokenizer):
-    messages = [{"role": "user", "content": "x"}]
-    with pytest.raises(Exception, match="not trained for tools"):
-        any_tokenizer.apply_chat_template(messages, tools=[{"type": "function"}])
-    with pytest.raises(Exception, match="not trained for tool_calls"):
-        any_tokenizer.apply_chat_template([{**messages[0], "tool_calls": [{"id": "1"}]}])
-    with pytest.raises(ValueError, match="needs a fast tokenizer"):
-        any_tokenizer.apply_chat_template(messages, return_assistant_tokens_mask=True)
-    encoded = any_tokenizer.apply_chat_template(messages, sanitize_control_tokens=True)
-    assert encoded["input_ids"] == any_tokenizer.encode(any_tokenizer.build_prompt("x"))
