@@ -126,8 +126,48 @@ def opened_tab(browser, server):
     assert requests and not [url for url in requests if not url.startswith(outside)]
 
 
-def wait_for(page, condition, describe, timeout_s=TIMEOUT_S):
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, describe()
-        page.wait_for_timeout(30)
+class Tab:
+    """A browser tab with one of the pages, found by its selectors."""
+
+    MESSAGES, STOP = "", ""
+
+    def __init__(self, page, server):
+        self.page, self.server = page, server
+        self.stop_button = page.locator(self.STOP)
+        self.box = page.locator("textarea")
+        self.box.wait_for()
+
+    def messages(self) -> list[str]:
+        return self.page.locator(self.MESSAGES).all_inner_texts()
+
+    def text(self) -> str:
+        return self.page.inner_text("body")
+
+    def wait_for(self, condition, timeout_s=TIMEOUT_S):
+        deadline = time.monotonic() + timeout_s
+        while not condition():
+            assert time.monotonic() < deadline, self.text()
+            self.page.wait_for_timeout(30)
+
+    def send(self, query: str):
+        self.box.fill(query)
+        self.box.press("Enter")
+
+    def start_story(self):
+        """Ask for a long answer, and wait until it grows."""
+        self.send("讲个故事")
+        self.stop_button.wait_for()
+        lengths = set()
+        self.wait_for(lambda: lengths.add(len(self.messages()[-1])) or len(lengths) > 4)
+
+    def show_on_dark_phone(self):
+        self.page.emulate_media(color_scheme="dark")
+        self.page.set_viewport_size({"width": 360, "height": 640})
+        self.page.reload()
+        self.box.wait_for()
+
+    def check_phone(self):
+        """Check that a list is drawn, and that page and text box fit on the screen."""
+        assert self.page.locator(self.MESSAGES).locator("li").count() == 4
+        assert self.page.evaluate("document.documentElement.scrollWidth") <= 360
+        assert self.box.bounding_box()["y"] < 640

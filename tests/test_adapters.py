@@ -45,7 +45,7 @@ def load_with(*argv) -> ChatGLMForConditionalGeneration:
 
 def fail_to_load(model, *argv) -> str:
     """Return the one line that ends a script, before any weight is loaded."""
-    return loading.fail_to_load("--model", str(model), *map(str, argv))
+    return loading.fail_to_load(model, *argv)
 
 
 def change_config(folder, **fields):

@@ -25,6 +25,8 @@ def test_relative_path_below_the_repository(tiny_checkpoint, tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     name = str(tiny_checkpoint.relative_to(ROOT))
     assert checkpoint.locate_checkpoint(name, None) == (tiny_checkpoint, None)
+    line = fail(checkpoint.locate_checkpoint, f"{name}/config.json", None)
+    assert "config.json is a file: give the checkpoint folder" in line
     shutil.copytree(tiny_checkpoint, tmp_path / name)  # the current directory goes first
     assert checkpoint.locate_checkpoint(name, None) == (Path(name), None)
 
@@ -33,7 +35,7 @@ def test_relative_path_below_the_repository(tiny_checkpoint, tmp_path, monkeypat
 
 
 class Hub(BaseHTTPRequestHandler):
-    """What of the Hugging Face hub a download needs: one repository, THUDM/chatglm2-6b."""
+    """The requests to the hub that a download makes, for one repository: THUDM/chatglm2-6b."""
 
     folder: Path
     commit = "0123456789abcdef0123456789abcdef01234567"
@@ -112,50 +114,42 @@ def test_hub_knows_the_revision(hub_url, use_hub):
     assert folder is None and hub_info.sha == Hub.commit
 
 
-@pytest.mark.parametrize("model", ["nobody/nothing", "resources/chatglm3-tiny"])
-def test_hub_has_no_such_model(hub_url, use_hub, model):
-    use_hub(hub_url)
-    line = fail_to_load("--model", model)
-    assert f"{model}: there is no such folder" in line and "has no such model" in line
-    assert "--model resources/chatglm2-tiny" in line and "HF_ENDPOINT" in line
-
-
-@pytest.mark.parametrize("model", ["./nothing", "/no/such/folder", "a b", "", "~/nothing/there"])
-def test_neither_a_folder_nor_a_hub_name(model):
-    line = fail_to_load("--model", model or "..//")
-    assert "--model resources/chatglm2-tiny" in line
-
-
-def test_no_network(use_hub):
-    use_hub("http://127.0.0.1:9")
-    line = fail_to_load("--model", "THUDM/chatglm2-6b")
-    assert "no downloaded copy, and http://127.0.0.1:9 does not provide it (" in line
-    assert "--model resources/chatglm2-tiny" in line and "HF_ENDPOINT" in line
-
-
-def test_offline_mode(monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("model", "url", "expected"),
+    [
+        ("nobody/nothing", "hub", "there is no such folder and no downloaded copy"),
+        ("resources/chatglm3-tiny", "hub", "has no such model"),
+        ("THUDM/chatglm2-6b", "http://127.0.0.1:9", "and http://127.0.0.1:9 does not provide it ("),
+        ("THUDM/chatglm2-6b", None, "HF_HUB_OFFLINE"),
+        ("./nothing", None, "there is no such folder"),
+        ("/no/such/folder", None, "there is no such folder"),
+        ("~/nothing/there", None, "there is no such folder"),
+        ("a b", None, "there is no such folder"),
+        ("..//", None, "is not a complete checkpoint: it has no config.json"),
+    ],
+)
+def test_nothing_can_be_loaded(hub_url, use_hub, monkeypatch, tmp_path, model, url, expected):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    assert "HF_HUB_OFFLINE" in fail_to_load("--model", "THUDM/chatglm2-6b")
+    if url:
+        use_hub(url.replace("hub", hub_url))
+    line = fail_to_load(model)
+    assert line.startswith(model.removesuffix("//")) and expected in line
+    assert "--model resources/chatglm2-tiny" in line and "HF_ENDPOINT" in line
 
 
-def test_hub_that_never_answers(use_hub, monkeypatch):
-    monkeypatch.setattr(checkpoint, "HUB_TIMEOUT_S", 0.5)
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        use_hub(f"http://127.0.0.1:{server.getsockname()[1]}")
-        start = time.monotonic()
-        assert "does not provide it" in fail_to_load("--model", "THUDM/chatglm2-6b")
-        assert time.monotonic() - start < 5
-
-
-def test_name_server_that_never_answers(use_hub, monkeypatch):
+@pytest.mark.parametrize("part", ["hub", "name server"])
+def test_hub_that_never_answers(use_hub, monkeypatch, part):
     monkeypatch.setattr(checkpoint, "HUB_TIMEOUT_S", 0.5)
     released = threading.Event()
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: released.wait(60) and [])
-    use_hub("http://hub.invalid")
-    start = time.monotonic()
-    assert "no answer within 0.5 s" in fail_to_load("--model", "THUDM/chatglm2-6b")
-    assert time.monotonic() - start < 5
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        use_hub(f"http://127.0.0.1:{server.getsockname()[1]}")
+        if part == "name server":
+            monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **_: released.wait(60) and [])
+            use_hub("http://hub.invalid")
+        start = time.monotonic()
+        assert "does not provide it" in fail_to_load("THUDM/chatglm2-6b")
+        assert time.monotonic() - start < 5
     released.set()
 
 

@@ -1,27 +1,23 @@
 """`cli_demo.py` with a fake model, with the bundled checkpoint, in real terminals and in pipes."""
 
 import io
-import json
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import ROOT
 
 import cli_demo
 from chatglm2 import CHAT_DEFAULTS
 from chatglm2.chat.conversation import Conversation
 
-ROOT = Path(__file__).parent.parent
-SCRIPT = ROOT / "cli_demo.py"
 TIMEOUT_S = 90
 needs_terminal = pytest.mark.skipif(os.name == "nt", reason="needs a Unix terminal")
 
@@ -45,15 +41,11 @@ def read_settings(*argv) -> dict:
     return cli_demo.read_settings(cli_demo.parse_args(argv))
 
 
-def run_loop(model, tokenizer, *argv):
-    cli_demo.chat_loop(Conversation(model, tokenizer), read_settings(*argv))
-
-
 @pytest.fixture
-def terminal(monkeypatch):
-    """A function that types lines; an exception in the list is raised instead."""
+def converse(monkeypatch, tiny_tokenizer, capsys):
+    """A function that types lines and returns what is printed; exceptions are raised instead."""
 
-    def type_lines(*lines):
+    def type_lines(model, *lines, flags=()):
         remaining = [*lines, EOFError]
 
         def read(prompt):
@@ -65,6 +57,8 @@ def terminal(monkeypatch):
 
         monkeypatch.setattr("builtins.input", read)
         monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
+        cli_demo.chat_loop(Conversation(model, tiny_tokenizer), read_settings(*flags))
+        return capsys.readouterr()
 
     return type_lines
 
@@ -112,176 +106,94 @@ def test_value_out_of_range(argv, capsys):
 # The loop, with a fake model.
 
 
-def test_terminal_conversation(terminal, tiny_tokenizer, capsys):
-    terminal("你好", "  ", "again")
+def test_terminal_conversation(converse):
     model = EchoModel()
-    run_loop(model, tiny_tokenizer, "--top-p", "0.5", "--temperature", "0")
-    out = capsys.readouterr().out
+    flags = ["--top-p", "0.5", "--temperature", "0"]
+    out, _ = converse(model, "你好", "  ", "again", flags=flags)
     assert out == f"{cli_demo.WELCOME}\n\nChatGLM：<你好>\n\nChatGLM：<again>\n\n"
-    assert [call["query"] for call in model.calls] == ["你好", "again"]
-    assert model.calls[1]["history"] == [("你好", "<你好>")]
-    assert (model.calls[0]["top_p"], model.calls[0]["temperature"]) == (0.5, 0)
+    first, second = model.calls
+    assert (first["query"], first["top_p"], first["temperature"]) == ("你好", 0.5, 0)
+    assert (second["query"], second["history"]) == ("again", [("你好", "<你好>")])
 
 
-def test_clear_and_stop(terminal, tiny_tokenizer, capsys):
-    terminal("你好", "clear", "again", " stop ", "more")
+def test_clear_and_stop(converse):
     model = EchoModel()
-    run_loop(model, tiny_tokenizer)
+    out, _ = converse(model, "你好", "clear", "again", " stop ", "more")
     assert [call["query"] for call in model.calls] == ["你好", "again"]
     assert model.calls[1]["history"] == []
-    out = capsys.readouterr().out
     assert out.count(cli_demo.WELCOME) == 2
     assert "\033" not in out  # the output is no terminal: nothing clears its screen
 
 
-def test_ctrl_c_at_the_prompt(terminal, tiny_tokenizer, capsys):
-    terminal("one", KeyboardInterrupt, "two")
+def test_ctrl_c_at_the_prompt(converse):
     model = EchoModel()
-    run_loop(model, tiny_tokenizer)
-    assert [call["query"] for call in model.calls] == ["one", "two"]
-    assert "Ctrl-D" in capsys.readouterr().err
+    _, err = converse(model, "one", KeyboardInterrupt, "two")
+    assert [call["query"] for call in model.calls] == ["one", "two"] and "Ctrl-D" in err
 
 
-def test_ctrl_c_in_an_answer(terminal, tiny_tokenizer, capsys):
+def test_ctrl_c_in_an_answer(converse):
     class Interrupted(EchoModel):
-        def stream_chat(self, tokenizer, query, *args, **kwargs):
-            for step in super().stream_chat(tokenizer, query, *args, **kwargs):
+        def stream_chat(self, *args, **kwargs):
+            for step in super().stream_chat(*args, **kwargs):
                 if step[0] == "<一二":
                     signal.raise_signal(signal.SIGINT)
                 yield step
 
-    terminal("一二三四", "下一个")
-    model = Interrupted()
-    handler = signal.getsignal(signal.SIGINT)
-    run_loop(model, tiny_tokenizer)
-    captured = capsys.readouterr()
-    assert "ChatGLM：<一二\n" in captured.out and "ChatGLM：<下一个>\n" in captured.out
-    assert "已停止" in captured.err
+    model, handler = Interrupted(), signal.getsignal(signal.SIGINT)
+    out, err = converse(model, "一二三四", "下一个")
+    assert "ChatGLM：<一二\n" in out and "ChatGLM：<下一个>\n" in out and "已停止" in err
     assert model.calls[1]["history"] == [("一二三四", "<一二")]
     assert signal.getsignal(signal.SIGINT) is handler
 
 
-def test_a_filled_placeholder_is_printed_anew(terminal, tiny_tokenizer, capsys):
+def test_a_filled_placeholder_is_printed_anew(converse):
     class Placeholder(EchoModel):
         def stream_chat(self, tokenizer, query, history, past_key_values, **kwargs):
             for answer in ("今天", "今天[[训练时间", "今天2023年", "今天2023年。"):
                 yield answer, [(query, answer)], past_key_values
 
-    terminal("日期")
-    run_loop(Placeholder(), tiny_tokenizer)
-    assert "ChatGLM：今天[[训练时间\n今天2023年。\n" in capsys.readouterr().out
+    assert "ChatGLM：今天[[训练时间\n今天2023年。\n" in converse(Placeholder(), "日期").out
 
 
 def test_pipe(monkeypatch, tiny_tokenizer, capsys):
     monkeypatch.setattr(sys, "stdin", io.StringIO("one\n\r\ntwo\r\nclear\nthree"))
     model = EchoModel()
-    run_loop(model, tiny_tokenizer)
+    cli_demo.chat_loop(Conversation(model, tiny_tokenizer), {})
     assert capsys.readouterr().out == "<one>\n<two>\n<three>\n"
     assert [len(call["history"]) for call in model.calls] == [0, 1, 0]
 
 
-def test_oldest_rounds_are_dropped_with_a_notice(terminal, tiny_tokenizer, capsys):
-    terminal(*(f"question {i}" for i in range(12)))
+def test_oldest_rounds_are_dropped_with_a_notice(converse):
     model = EchoModel(seq_length=2048)
-    run_loop(model, tiny_tokenizer, "--max-length", "160")
-    assert "rounds are dropped" in capsys.readouterr().err
-    last = model.calls[-1]
-    assert 0 < len(last["history"]) < 11
-    assert last["history"][-1] == ("question 10", "<question 10>")
-    for call in model.calls:
-        assert len(call["prompt"][0]) <= 120 and call["max_length"] == 160
+    questions = [f"question {i}" for i in range(12)]
+    assert "rounds are dropped" in converse(model, *questions, flags=["--max-length", "160"]).err
+    last = model.calls[-1]["history"]
+    assert 0 < len(last) < 11 and last[-1] == ("question 10", "<question 10>")
+    assert all(len(call["prompt"][0]) <= 120 for call in model.calls)
 
 
-def test_too_long_a_question_keeps_the_conversation(terminal, tiny_tokenizer, capsys):
-    terminal("你好", "很长" * 500, "再见")
+def test_too_long_a_question_keeps_the_conversation(converse):
     model = EchoModel()
-    run_loop(model, tiny_tokenizer, "--max-length", "200")
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1 and "at most 150 fit" in lines[0]
+    _, err = converse(model, "你好", "很长" * 500, "再见", flags=["--max-length", "200"])
+    assert len(err.splitlines()) == 1 and "at most 150 fit" in err
     assert [call["query"] for call in model.calls] == ["你好", "再见"]
     assert model.calls[1]["history"] == [("你好", "<你好>")]
 
 
-# The bundled checkpoint, in this process.
+def test_an_answer_that_is_cut(converse, tiny_model):
+    flags = ["--max-length", "40", "--temperature", "0"]
+    assert "已截断" in converse(tiny_model, "讲个故事", flags=flags).err
 
 
-def start_conversation(model, tokenizer, *argv):
-    """Return a function that asks and returns the answer, and the conversation."""
-    settings = read_settings("--temperature", "0", *argv)
-    conversation = Conversation(model, tokenizer)
-
-    def ask(query: str, stop=None) -> str:
-        answers = cli_demo.start_answer(conversation, query, settings)
-        cli_demo.print_answer(conversation, answers, stop or threading.Event())
-        return conversation.history[-1][1]
-
-    return ask, conversation
-
-
-def test_a_stopped_answer_is_kept(tiny_model, tiny_tokenizer, capsys):
-    ask, _ = start_conversation(tiny_model, tiny_tokenizer)
-    whole = ask("讲个故事")
-    ask, conversation = start_conversation(tiny_model, tiny_tokenizer)
-    stop = threading.Event()
-    stop.set()
-    partial = ask("讲个故事", stop)
-    assert partial and whole.startswith(partial) and len(partial) < len(whole)
-    assert conversation.cache.history == conversation.history == [("讲个故事", partial)]
-    ask("你好")
-    assert [query for query, _ in conversation.history] == ["讲个故事", "你好"]
-
-
-def test_an_answer_that_is_cut(tiny_model, tiny_tokenizer, capsys):
-    ask, conversation = start_conversation(tiny_model, tiny_tokenizer, "--max-length", "40")
-    ask("讲个故事")
-    assert "已截断" in capsys.readouterr().err
-    assert conversation.cache.get_seq_length() <= 40
+def test_prompt_and_seed(tiny_checkpoint, capsys, monkeypatch):
+    seeds = []
+    monkeypatch.setattr(torch, "manual_seed", seeds.append)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
+    cli_demo.main(["--model", str(tiny_checkpoint), "-p", "你好", "--seed", "7"])
+    assert seeds == [7] and capsys.readouterr().out.count("\n") == 1
 
 
 # Real terminals and pipes; each start takes seconds, so each session tests much.
-
-SLOW_STORY = f"""
-import json, sys, time
-sys.path.insert(0, {str(ROOT)!r})
-import cli_demo
-from chatglm2 import ChatGLMForConditionalGeneration
-from chatglm2.chat import conversation
-
-stream_chat = ChatGLMForConditionalGeneration.stream_chat
-conversations = []
-
-def pause(input_ids, scores):
-    time.sleep(0.5)
-    return scores
-
-def stream_slowly(self, tokenizer, query, *args, **kwargs):
-    processors = [pause] if "故事" in query else []
-    return stream_chat(self, tokenizer, query, *args, logits_processor=processors, **kwargs)
-
-class Conversation(conversation.Conversation):
-    def __init__(self, *args):
-        super().__init__(*args)
-        conversations.append(self)
-
-ChatGLMForConditionalGeneration.stream_chat = stream_slowly
-conversation.Conversation = Conversation
-cli_demo.main(sys.argv[1:])
-print("HISTORY" + json.dumps(conversations[0].history) + "END")
-"""
-
-ECHO = f"""
-import sys
-sys.path[:0] = [{str(ROOT)!r}, {str(Path(__file__).parent)!r}]
-import cli_demo
-from chatglm2 import ChatGLMTokenizer
-from chatglm2.chat.conversation import Conversation
-from test_cli_demo import EchoModel
-
-cli_demo.use_utf8()
-tokenizer = ChatGLMTokenizer.from_pretrained(sys.argv[1])
-cli_demo.chat_loop(Conversation(EchoModel(), tokenizer), settings={{}})
-print("LEFT")
-"""
 
 
 def environment(**changes) -> dict[str, str]:
@@ -291,40 +203,36 @@ def environment(**changes) -> dict[str, str]:
     return {**kept, "OMP_NUM_THREADS": "1", **changes}
 
 
+@pytest.fixture
+def slow_command(tiny_checkpoint, tmp_path) -> list[str]:
+    """The script with `SlowModel`, which answers "echo X" with X and a story slowly."""
+    launcher = [sys.executable, str(ROOT / "tests" / "launch_page.py"), str(tmp_path / "notes")]
+    return [*launcher, str(ROOT / "cli_demo.py"), "--model", str(tiny_checkpoint)]
+
+
 @pytest.mark.slow
 @needs_terminal
-def test_session_in_a_terminal(tiny_checkpoint, tmp_path):
+def test_session_in_a_terminal(slow_command):
     pexpect = pytest.importorskip("pexpect")
-    script = tmp_path / "slow_story.py"
-    script.write_text(SLOW_STORY, "utf-8")
-    session = pexpect.spawn(
-        sys.executable,
-        [str(script), "--model", str(tiny_checkpoint), "--temperature", "0"],
-        env=environment(LC_ALL="C.UTF-8", TERM="xterm"),
-        encoding="utf-8",
-        dimensions=(24, 80),
-        timeout=TIMEOUT_S,
-    )
+    command, *args = slow_command
+    env = environment(LC_ALL="C.UTF-8", TERM="xterm")
+    options = {"env": env, "dimensions": (24, 80), "timeout": TIMEOUT_S}
+    session = pexpect.spawn(command, args, encoding="utf-8", **options)
     session.expect("欢迎使用 ChatGLM2-6B 模型.*clear 清空对话历史，stop 终止程序.*用户：")
-    session.sendline("忘记我吧")
-    session.expect("ChatGLM：.*用户：")
-    session.sendline("clear")
-    session.expect(r"\x1b\[2J.*欢迎使用.*用户：")
-    session.sendline("你好世界\x7f\x7f")
-    session.expect("ChatGLM：.*ChatGLM2-tiny.*用户：")
-    session.sendline("讲个故事")
-    session.expect("ChatGLM：.")
+    for query, expected in (
+        ("忘记我吧", "ChatGLM：.*用户："),
+        ("clear", r"\x1b\[2J.*欢迎使用.*用户："),
+        ("echo 你好世界\x7f\x7f", "ChatGLM：你好\r\n.*用户："),
+        ("echo Hello\x1b[D\x1b[D\x1b[Da", "ChatGLM：Heallo\r\n.*用户："),  # three times left
+        ("讲个故事", "ChatGLM：."),
+    ):
+        session.sendline(query)
+        session.expect(expected)
     session.sendintr()
     session.expect("已停止.*用户：")
     session.sendintr()
     session.expect("Ctrl-D.*用户：")
-    session.sendline("Hello\x1b[D\x1b[D\x1b[Da")  # three times left
-    session.expect("ChatGLM：.*用户：")
-    session.sendline("stop")
-    session.expect("HISTORY(.*)END")
-    history = json.loads(session.match[1])
-    assert [query for query, _ in history] == ["你好", "讲个故事", "Heallo"]
-    assert 0 < len(history[1][1]) < 40
+    session.sendeof()
     session.expect(pexpect.EOF)
     session.close()
     assert session.exitstatus == 0
@@ -333,46 +241,40 @@ def test_session_in_a_terminal(tiny_checkpoint, tmp_path):
 @pytest.mark.slow
 @needs_terminal
 @pytest.mark.skipif(shutil.which("tmux") is None, reason="needs tmux, which knows the screen")
-def test_backspace_on_the_screen_without_a_locale(tiny_checkpoint, tmp_path):
-    script = tmp_path / "echo.py"
-    script.write_text(ECHO, "utf-8")
+def test_backspace_on_the_screen_without_a_locale(slow_command, tmp_path):
     tmux = ["tmux", "-u", "-S", str(tmp_path / "socket"), "-f", os.devnull]
-    command = ["env", "LC_ALL=C", sys.executable, str(script), str(tiny_checkpoint)]
 
     def run(*args) -> str:
         result = subprocess.run([*tmux, *args], env=environment(), capture_output=True, check=True)
         return result.stdout.decode()
 
-    def wait_for(text: str) -> str:
+    def wait_for(text: str):
         deadline = time.monotonic() + TIMEOUT_S
         while text not in (screen := run("capture-pane", "-p")):
             assert time.monotonic() < deadline, screen
             time.sleep(0.1)
-        return screen
 
+    command = ["env", "LC_ALL=C", *slow_command]
     run("new-session", "-d", "-x", "80", "-y", "24", *command, ";", "set", "remain-on-exit", "on")
     try:
         wait_for("用户：")
-        run("send-keys", "-l", "你好世界")
-        wait_for("用户：你好世界")
-        run("send-keys", "BSpace", "BSpace")
-        run("send-keys", "-l", "北")
-        assert "用户：你好北\n" in wait_for("北")
-        run("send-keys", "Left")
-        run("send-keys", "-l", "东")
-        assert "用户：你好东北\n" in wait_for("东")
-        run("send-keys", "Enter")
-        wait_for("ChatGLM：<你好东北>")
-        run("send-keys", "C-d")
-        wait_for("LEFT")
+        for keys, expected in (
+            (["-l", "echo 你好世界"], "用户：echo 你好世界\n"),
+            (["BSpace", "BSpace"], "用户：echo 你好\n"),
+            (["-l", "北"], "用户：echo 你好北\n"),
+            (["Left"], "用户：echo 你好北\n"),
+            (["-l", "东"], "用户：echo 你好东北\n"),
+            (["Enter"], "ChatGLM：你好东北\n"),
+        ):
+            run("send-keys", *keys)
+            wait_for(expected)
     finally:
         run("kill-server")
 
 
 def run_script(*argv, **kwargs):
-    return subprocess.run(
-        [sys.executable, str(SCRIPT), *argv], capture_output=True, timeout=TIMEOUT_S, **kwargs
-    )
+    command = [sys.executable, str(ROOT / "cli_demo.py"), *argv]
+    return subprocess.run(command, capture_output=True, timeout=TIMEOUT_S, **kwargs)
 
 
 @pytest.mark.slow
@@ -384,45 +286,29 @@ def test_pipe_without_a_locale(tiny_checkpoint, tmp_path):
         env=environment(LC_ALL="C", PYTHONUTF8="0"),
     )
     assert result.returncode == 0, result.stderr
-    lines = result.stdout.decode("utf-8").splitlines()
-    assert "ChatGLM2-tiny" in lines[0]
-    assert lines[0] in lines[1:]
-    assert not any("用户" in line or "ChatGLM：" in line or "欢迎使用" in line for line in lines)
+    first, second, _ = result.stdout.decode("utf-8").splitlines()
+    assert "ChatGLM2-tiny" in first and first == second
 
 
 @pytest.mark.slow
 def test_prompt_argument_in_another_locale(tiny_checkpoint, tmp_path):
     """The folder is given by CHATGLM_MODEL, relative to the repository."""
+    model = str(tiny_checkpoint.relative_to(ROOT))
     result = run_script(
         *("-p", "你好", "--seed", "1", "--dtype", "bfloat16", "--quantize", "4"),
         cwd=tmp_path,
-        env=environment(
-            LC_ALL="C", PYTHONUTF8="0", CHATGLM_MODEL=str(tiny_checkpoint.relative_to(ROOT))
-        ),
+        env=environment(LC_ALL="C", PYTHONUTF8="0", CHATGLM_MODEL=model),
     )
     assert result.returncode == 0, result.stderr
-    assert "ChatGLM2-tiny" in result.stdout.decode("utf-8")
-    assert result.stdout.decode("utf-8").count("\n") == 1
+    [answer] = result.stdout.decode("utf-8").splitlines()
+    assert "ChatGLM2-tiny" in answer
     assert b"bfloat16 with INT4 weights: " in result.stderr
-    assert b"bfloat16 was requested" in result.stderr
 
 
 @pytest.mark.slow
 def test_no_network_and_the_default_model(tmp_path):
-    env = environment(HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(tmp_path))
-    env.pop("HF_HUB_OFFLINE", None)
+    env = environment(HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(tmp_path), HF_HUB_OFFLINE="0")
     result = run_script(cwd=tmp_path, env=env, stdin=subprocess.DEVNULL)
-    assert result.returncode == 1
-    assert result.stdout == b""
-    line = result.stderr.decode("utf-8").strip()
-    assert "\n" not in line
+    assert (result.returncode, result.stdout) == (1, b"")
+    [line] = result.stderr.decode("utf-8").splitlines()
     assert line.startswith("THUDM/chatglm2-6b: ") and "--model resources/chatglm2-tiny" in line
-
-
-def test_seed(tiny_checkpoint, capsys, monkeypatch):
-    seeds = []
-    monkeypatch.setattr(torch, "manual_seed", seeds.append)
-    argv = ["--model", str(tiny_checkpoint), "-p", "你好", "--seed"]
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
-    cli_demo.main([*argv, "7"])
-    assert seeds == [7]

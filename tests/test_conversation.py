@@ -55,10 +55,8 @@ def test_taking_a_round_back(conversation):
     answers = [ask(conversation, query) for query in ("你好", "讲个笑话", "再讲一个")]
     assert conversation.pop() == "再讲一个"
     assert conversation.pop() == "讲个笑话"
-    kept = conversation.cache.continue_with(
-        conversation.tokenizer, "讲个笑话", conversation.history
-    )[1]
-    assert kept > 20
+    history = conversation.history
+    assert conversation.cache.continue_with(conversation.tokenizer, "讲个笑话", history)[1] > 20
     assert ask(conversation, "讲个笑话") == answers[1]
     assert [query for query, _ in conversation.rounds] == ["你好", "讲个笑话"]
 
@@ -74,32 +72,6 @@ def test_the_oldest_rounds_are_dropped_but_not_forgotten_by_the_page(conversatio
         conversation.pop()
     assert conversation.first_round == 0
     assert ask(conversation, "你好") and len(conversation.history) == 1
-
-
-class Recorder:
-    """A model that answers nothing and keeps the arguments of `stream_chat`."""
-
-    def __init__(self, seq_length=100):
-        self.config = SimpleNamespace(seq_length=seq_length)
-
-    def stream_chat(self, tokenizer, query, history, **settings):
-        self.history, self.settings = history, settings
-        yield from ()
-
-
-def test_the_oldest_rounds_make_room(tiny_tokenizer):
-    """The limit is the context's; the prompt fills at most three quarters of it."""
-    model = Recorder()
-    conversation = Conversation(model, tiny_tokenizer)
-    conversation.rounds = rounds = [(f"question {i}", f"answer {i}") for i in range(9)]
-    list(conversation.stream("你好", 1000))
-    assert 0 < conversation.num_dropped == conversation.first_round < 9
-    assert model.history == rounds[conversation.num_dropped :] == conversation.history
-    ids = tiny_tokenizer.encode(tiny_tokenizer.build_prompt("你好", model.history))
-    assert model.settings["prompt"] == (ids, 0) and len(ids) <= 75
-    assert model.settings["max_length"] == 100
-    list(conversation.stream("你好", 1000))
-    assert conversation.num_dropped == 0
 
 
 def test_too_long_a_question_changes_nothing(conversation):
@@ -155,11 +127,29 @@ class CharTokenizer:
         return [ord(character) for character in text]
 
 
-@pytest.mark.parametrize(("limit", "num_kept"), [(100, 9), (99, 6), (40, 2), (20, 0), (10, 0)])
-def test_the_history_is_cut_to_three_quarters_of_the_limit(limit, num_kept):
-    conversation = Conversation(None, CharTokenizer())
-    conversation.rounds = [(f"{i}" * 5, "a" * 5) for i in range(9)]
-    ids, _ = conversation.fit("x" * 10, limit)
-    assert len(ids) == 10 + 10 * num_kept
+class Recorder:
+    """A model that answers nothing and keeps the arguments of `stream_chat`."""
+
+    config = SimpleNamespace(seq_length=132)
+
+    def stream_chat(self, tokenizer, query, history, **settings):
+        self.history, self.settings = history, settings
+        yield from ()
+
+
+@pytest.mark.parametrize(
+    ("max_length", "num_kept"), [(1000, 6), (132, 6), (131, 6), (53, 2), (26, 0), (13, 0)]
+)
+def test_the_oldest_rounds_make_room(max_length, num_kept):
+    """A quarter of the limit is for the answer; a history that is cut gets half of the limit."""
+    conversation = Conversation(model := Recorder(), CharTokenizer())
+    conversation.rounds = rounds = [(f"{i}" * 5, "a" * 5) for i in range(9)]
+    list(conversation.stream("x" * 10, max_length))
+    ids, num_computed = model.settings["prompt"]
+    assert (len(ids), num_computed) == (10 + 10 * num_kept, 0)
+    assert model.history == rounds[9 - num_kept :] == conversation.history
+    assert model.settings["max_length"] == min(max_length, 132)
     assert conversation.num_dropped == conversation.first_round == 9 - num_kept
     assert len(conversation.rounds) == 9  # the page still shows them
+    list(conversation.stream("x" * 10, max_length))
+    assert conversation.num_dropped == 0

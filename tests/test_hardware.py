@@ -2,19 +2,11 @@
 
 import os
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from chatglm2 import hardware
-
-
-def write_files(root: Path, files: dict[str, str]):
-    for name, text in files.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text(text)
-
 
 GIB = 1024**3
 MEMINFO = {"proc/meminfo": "MemTotal: 33554432 kB\nMemAvailable: 16777216 kB\n"}
@@ -33,30 +25,6 @@ V1 = {
 }
 
 
-@pytest.mark.parametrize(
-    ("files", "expected"),
-    [({}, None), (MEMINFO, 16 * GIB), (MEMINFO | V2, 4 * GIB), (V1, 3 * GIB)],
-    ids=["nothing", "machine", "control groups 2", "control groups 1, a container"],
-)
-def test_free_memory(tmp_path, files, expected):
-    write_files(tmp_path, files)
-    assert hardware.read_free_memory(tmp_path) == expected
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_free_memory_of_this_machine():
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    assert 0 < hardware.get_free_memory(torch.device("cpu")) < total
-
-
-def test_free_memory_of_a_mac(monkeypatch):
-    monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: 11 * GIB)
-    monkeypatch.setattr(torch.mps, "driver_allocated_memory", lambda: 3 * GIB)
-    assert hardware.get_free_memory(torch.device("mps")) == 8 * GIB
-
-
-# Processors.
-
 QUOTA_V2 = {
     "proc/self/cgroup": "0::/user/chat\n",
     "sys/fs/cgroup/user/cpu.max": "250000 100000\n",
@@ -67,53 +35,71 @@ QUOTA_V1 = {
     "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "50000\n",  # a container sees its own group here
     "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n",
 }
-UNLIMITED_V1 = QUOTA_V1 | {"sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1\n"}
 
 
 @pytest.mark.parametrize(
-    ("files", "expected"),
-    [({}, None), (QUOTA_V2, 2.5), (QUOTA_V1, 0.5), (UNLIMITED_V1, None)],
-    ids=["nothing", "control groups 2", "control groups 1", "no limit"],
+    ("read", "files", "expected"),
+    [
+        (hardware.read_free_memory, {}, None),
+        (hardware.read_free_memory, MEMINFO, 16 * GIB),
+        (hardware.read_free_memory, MEMINFO | V2, 4 * GIB),
+        (hardware.read_free_memory, V1, 3 * GIB),
+        (hardware.read_cpu_quota, {}, None),
+        (hardware.read_cpu_quota, QUOTA_V2, 2.5),
+        (hardware.read_cpu_quota, QUOTA_V1, 0.5),
+        (hardware.read_cpu_quota, QUOTA_V1 | {"sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1\n"}, None),
+    ],
 )
-def test_cpu_quota(tmp_path, files, expected):
-    write_files(tmp_path, files)
-    assert hardware.read_cpu_quota(tmp_path) == expected
+def test_control_groups(tmp_path, read, files, expected):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert read(tmp_path) == expected
+
+
+def test_free_memory_of_a_mac(monkeypatch):
+    monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: 11 * GIB)
+    monkeypatch.setattr(torch.mps, "driver_allocated_memory", lambda: 3 * GIB)
+    assert hardware.get_free_memory(torch.device("mps")) == 8 * GIB
 
 
 def test_hyperthreads_are_one_core(tmp_path):
     siblings = {0: "0,4", 4: "0,4", 1: "1,5", 5: "1,5", 2: "2,6"}
     for processor, text in siblings.items():
-        folder = f"sys/devices/system/cpu/cpu{processor}/topology"
-        write_files(tmp_path, {f"{folder}/thread_siblings_list": f"{text}\n"})
+        folder = tmp_path / f"sys/devices/system/cpu/cpu{processor}/topology"
+        folder.mkdir(parents=True)
+        (folder / "thread_siblings_list").write_text(f"{text}\n")
     assert hardware.count_cores(tmp_path, {0, 4}) == 1
     assert hardware.count_cores(tmp_path, {0, 1, 2, 4, 5}) == 3
     assert hardware.count_cores(tmp_path, {0, 4, 8, 9}) == 3  # of 8 and 9 nothing is known
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere PyTorch chooses")
-@pytest.mark.parametrize(
-    ("cores", "quota", "expected"),
-    [(8, None, 8), (8, 2.5, 2), (8, 0.5, 1), (2, 3.0, 2), (4, 4.0, 4)],
-)
-def test_threads(monkeypatch, cores, quota, expected):
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc; elsewhere PyTorch chooses")
+def test_this_machine(monkeypatch):
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert 0 < hardware.get_free_memory(torch.device("cpu")) < total
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(hardware, "count_cores", lambda root, processors: cores)
-    monkeypatch.setattr(hardware, "read_cpu_quota", lambda root: quota)
-    assert hardware.choose_threads() == expected
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere PyTorch chooses")
-def test_threads_of_this_machine(monkeypatch):
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    one = min(os.sched_getaffinity(0))
-    assert 1 <= hardware.choose_threads() <= len(os.sched_getaffinity(0))
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {one})
+    processors = os.sched_getaffinity(0)
+    assert 1 <= hardware.choose_threads() <= len(processors)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {min(processors)})
     assert hardware.choose_threads() == 1
 
 
-def test_threads_are_left_to_openmp_and_to_other_systems(monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    assert hardware.choose_threads() is None
-    monkeypatch.delenv("OMP_NUM_THREADS")
-    monkeypatch.setattr(sys, "platform", "darwin")
-    assert hardware.choose_threads() is None
+@pytest.mark.parametrize(
+    ("platform", "openmp", "cores", "quota", "expected"),
+    [
+        ("linux", "", 8, None, 8),
+        ("linux", "", 8, 2.5, 2),
+        ("linux", "", 8, 0.5, 1),
+        ("linux", "", 2, 3.0, 2),
+        ("linux", "3", 8, None, None),
+        ("darwin", "", 8, None, None),
+    ],
+)
+def test_threads(monkeypatch, platform, openmp, cores, quota, expected):
+    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0}, raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", openmp)
+    monkeypatch.setattr(hardware, "count_cores", lambda root, processors: cores)
+    monkeypatch.setattr(hardware, "read_cpu_quota", lambda root: quota)
+    assert hardware.choose_threads() == expected

@@ -5,10 +5,11 @@ import socket
 import threading
 from types import SimpleNamespace
 
+import pages
 import pytest
 from conftest import ROOT
 from page_models import SlowModel
-from pages import MARKUP, check_addresses, check_markup, opened_tab, served_page, wait_for
+from pages import MARKUP, check_addresses, check_markup, opened_tab, served_page
 
 import web_demo
 from chatglm2.chat.shared_model import Chat
@@ -42,40 +43,30 @@ def page_server(tiny_model, tiny_tokenizer):
     demo.close()
 
 
-class Tab:
-    """A browser tab with the page."""
+class Tab(pages.Tab):
+    MESSAGES, STOP = "[data-testid=user], [data-testid=bot]", ".stop-button"
 
-    def __init__(self, page, server):
-        self.page, self.server = page, server
-        self.box = page.locator("textarea")
-        self.box.wait_for()
-        self.stop_button = page.locator(".stop-button")
-
-    def messages(self) -> list[str]:
-        return self.page.locator("[data-testid=user], [data-testid=bot]").all_inner_texts()
-
-    def wait_for(self, condition):
-        wait_for(self.page, condition, lambda: self.page.inner_text("body"))
-
-    def ask(self, query: str, is_waiting=True) -> str:
+    def ask(self, query: str) -> str:
+        """Ask and return the answer."""
         finished = self.server.finished.count(query)
-        self.box.fill(query)
-        self.box.press("Enter")
-        if not is_waiting:
-            self.stop_button.wait_for()
-            return ""
+        self.send(query)
         self.wait_for(lambda: self.server.finished.count(query) > finished)
         self.stop_button.wait_for(state="detached")
         self.page.wait_for_timeout(100)
         return self.messages()[-1] if self.messages() else ""
 
-    def see_text_grow(self):
-        lengths = set()
-        self.wait_for(lambda: lengths.add(len(self.messages()[-1])) or len(lengths) > 4)
+    def click(self, name: str):
+        self.page.get_by_role("button", name=name, exact=True).click()
 
 
 @pytest.fixture
 def tab(browser, page_server):
+    with opened_tab(browser, page_server) as page:
+        yield Tab(page, page_server)
+
+
+@pytest.fixture
+def other(browser, page_server):
     with opened_tab(browser, page_server) as page:
         yield Tab(page, page_server)
 
@@ -87,18 +78,16 @@ def the_chat(tab) -> Chat:
 
 
 def test_an_example_is_answered(tab):
-    assert "chatglm2-tiny, cpu, float32" in tab.page.inner_text("body")
+    assert "chatglm2-tiny, cpu, float32" in tab.text()
     tab.page.get_by_text("你好", exact=True).click()
     tab.wait_for(lambda: "ChatGLM2-tiny" in "".join(tab.messages()[1:]))
     assert len(tab.messages()) == 2
 
 
 @pytest.mark.slow
-def test_stop_keeps_what_was_answered(tab):
-    tab.ask("讲个故事", is_waiting=False)
-    tab.see_text_grow()
-    tab.box.fill("下一个问题")
-    tab.box.press("Enter")
+def test_stop_and_clear_during_an_answer(tab):
+    tab.start_story()
+    tab.send("下一个问题")
     tab.stop_button.click()
     tab.stop_button.wait_for(state="detached", timeout=1000)
     assert tab.box.input_value() == "下一个问题"  # not sent, and not lost
@@ -106,10 +95,16 @@ def test_stop_keeps_what_was_answered(tab):
     [(query, answer)] = chat.rounds
     assert query == "讲个故事" and 3 < len(answer) < 60
     assert chat.cache.history == chat.rounds and tab.server.handlers.shared.queue == []
-    assert tab.messages() == [query, answer] and "已停止" in tab.page.inner_text("body")
+    assert tab.messages() == [query, answer] and "已停止" in tab.text()
     assert "ChatGLM2-tiny" in tab.ask("你好")
-    assert "已停止" not in tab.page.inner_text("body")
+    assert "已停止" not in tab.text()
     assert tab.server.model.calls[-1]["history"] == [(query, answer)]
+    tab.start_story()
+    tab.click("Clear")
+    tab.stop_button.wait_for(state="detached")
+    tab.wait_for(lambda: tab.messages() == [])
+    assert chat.rounds == [] and tab.server.handlers.shared.queue == []
+    assert "ChatGLM2-tiny" in tab.ask("你好")
 
 
 @pytest.mark.slow
@@ -117,37 +112,25 @@ def test_retry_undo_and_clear(tab):
     tab.ask("你好")
     first = tab.ask("讲个笑话")
     tab.box.fill("a draft")
-    tab.page.get_by_role("button", name="Retry").click()
+    tab.click("Retry")
     tab.wait_for(lambda: tab.server.finished[-3:] == ["你好", "讲个笑话", "讲个笑话"])
     tab.wait_for(lambda: len(tab.messages()) == 4 and tab.messages()[-1] == first)
     tab.stop_button.wait_for(state="detached")
-    assert tab.server.model.calls[-1]["history"] == the_chat(tab).rounds[:1]
+    chat = the_chat(tab)
+    assert tab.server.model.calls[-1]["history"] == chat.rounds[:1]
     assert tab.box.input_value() == "a draft"
     tab.box.fill("")
-    tab.page.get_by_role("button", name="Undo").click()
+    tab.click("Undo")
     tab.wait_for(lambda: len(tab.messages()) == 2)
     assert tab.box.input_value() == "讲个笑话"
-    assert [query for query, _ in the_chat(tab).rounds] == ["你好"]
-    tab.page.get_by_role("button", name="Undo").click()
+    assert [query for query, _ in chat.rounds] == ["你好"]
+    tab.click("Undo")
     tab.wait_for(lambda: len(tab.messages()) == 0)
     assert tab.box.input_value() == "讲个笑话"  # not "你好": the box was not empty
-    chat = the_chat(tab)
-    tab.page.get_by_text("Clear history").click()
+    tab.click("清空对话 Clear history")
     tab.wait_for(lambda: chat.rounds == [] and chat.cache.get_seq_length() == 0)
     tab.box.press("Enter")  # the question that was taken back
     tab.wait_for(lambda: len(tab.messages()) == 2)
-
-
-@pytest.mark.slow
-def test_clear_during_an_answer(tab):
-    tab.ask("讲个故事", is_waiting=False)
-    tab.see_text_grow()
-    chat = the_chat(tab)
-    tab.page.get_by_role("button", name="Clear", exact=True).click()
-    tab.stop_button.wait_for(state="detached")
-    tab.wait_for(lambda: tab.messages() == [])
-    assert chat.rounds == [] and tab.server.handlers.shared.queue == []
-    assert "ChatGLM2-tiny" in tab.ask("你好")
 
 
 @pytest.mark.slow
@@ -164,50 +147,38 @@ def test_markup_of_user_and_model(tab):
 
 
 @pytest.mark.slow
-def test_two_tabs(browser, tab):
-    tab.ask("讲个故事", is_waiting=False)
-    tab.see_text_grow()
-    with opened_tab(browser, tab.server) as page:
-        other = Tab(page, tab.server)
-        other.ask("你好", is_waiting=False)
-        other.wait_for(lambda: "前面还有 1 个问题" in page.inner_text("body"))
-        assert other.messages() == ["你好", "…"]
-        tab.stop_button.click()
-        other.wait_for(lambda: "ChatGLM2-tiny" in other.messages()[-1])
-        other.stop_button.wait_for(state="detached")
-        assert "前面还有" not in page.inner_text("body")
-        assert tab.messages()[0] == "讲个故事" and len(tab.messages()) == 2
-        other.ask("谢谢")
+def test_two_tabs(tab, other):
+    tab.start_story()
+    other.send("你好")
+    other.wait_for(lambda: "前面还有 1 个问题" in other.text())
+    assert other.messages() == ["你好", "…"]
+    other.stop_button.click()
+    other.stop_button.wait_for(state="detached")
+    other.wait_for(lambda: not other.messages() and other.box.input_value() == "你好")
+    other.box.press("Enter")  # the question that was given back
+    other.wait_for(lambda: "前面还有 1 个问题" in other.text())
+    tab.stop_button.click()
+    other.wait_for(lambda: "ChatGLM2-tiny" in other.messages()[-1])
+    other.stop_button.wait_for(state="detached")
+    assert "前面还有" not in other.text()
+    assert tab.messages()[0] == "讲个故事" and len(tab.messages()) == 2
+    other.ask("谢谢")
     assert [len(call["history"]) for call in tab.server.model.calls[-2:]] == [0, 1]
 
 
 @pytest.mark.slow
-def test_stop_while_waiting_gives_the_question_back(browser, tab):
-    tab.ask("讲个故事", is_waiting=False)
-    tab.see_text_grow()
-    with opened_tab(browser, tab.server) as page:
-        other = Tab(page, tab.server)
-        other.ask("你好", is_waiting=False)
-        other.wait_for(lambda: "前面还有 1 个问题" in page.inner_text("body"))
-        other.stop_button.click()
-        other.stop_button.wait_for(state="detached")
-        other.wait_for(lambda: not other.messages() and other.box.input_value() == "你好")
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("is_waiting", [False, True])
-def test_a_closed_tab_ends_its_answer_and_frees_its_cache(browser, tab, is_waiting):
+def test_a_closed_tab_ends_its_answer_and_frees_its_cache(tab, other, is_waiting):
     if is_waiting:
-        tab.ask("讲个故事", is_waiting=False)
-        tab.see_text_grow()
+        tab.start_story()
     before = set(tab.server.handlers.chats.values())
-    with opened_tab(browser, tab.server) as page:
-        other = Tab(page, tab.server)
-        other.ask("讲个故事", is_waiting=False)
+    if is_waiting:
+        other.send("讲个故事")
         other.wait_for(lambda: len(other.messages()) == 2)
-        (chat,) = set(tab.server.handlers.chats.values()) - before
-        if not is_waiting:
-            other.see_text_grow()
+    else:
+        other.start_story()
+    (chat,) = set(tab.server.handlers.chats.values()) - before
+    other.page.close()
     tab.wait_for(lambda: not chat.is_busy)
     tab.wait_for(lambda: chat not in tab.server.handlers.chats.values())
     tab.wait_for(lambda: chat.cache.get_seq_length() == 0)
@@ -215,20 +186,20 @@ def test_a_closed_tab_ends_its_answer_and_frees_its_cache(browser, tab, is_waiti
 
 
 @pytest.mark.slow
-def test_a_failure_is_told_and_the_page_goes_on(tab):
+def test_a_failure_is_shown_and_the_page_goes_on(tab):
     tab.ask("你好")
     tab.ask("fail")
-    assert "no memory <b>left</b>" in tab.page.inner_text("body")
+    assert "no memory <b>left</b>" in tab.text()
     assert len(tab.messages()) == 2 and tab.box.input_value() == "fail"
     tab.ask("很长" * 3000)
-    assert "at most" in tab.page.inner_text("body")
+    assert "at most" in tab.text()
     tab.ask("谢谢")
-    assert "no memory" not in tab.page.inner_text("body") and len(tab.messages()) == 4
+    assert "no memory" not in tab.text() and len(tab.messages()) == 4
 
 
 @pytest.mark.slow
 def test_settings(tab):
-    """The sliders' values reach the model; one that is out of range does not."""
+    """The sliders' values reach the model."""
     tab.page.get_by_text("参数设置").click()
     for label, value in (("最大长度", "80"), ("Top P", "0.5"), ("温度", "0")):
         slider = tab.page.get_by_label(f"number input for {label}")
@@ -237,10 +208,9 @@ def test_settings(tab):
     for _ in range(4):
         tab.ask("你好")
     call = tab.server.model.calls[-1]
-    assert (call["top_p"], call["temperature"]) == (0.5, 0)
-    assert call["max_length"] == 80
+    assert (call["max_length"], call["top_p"], call["temperature"]) == (80, 0.5, 0)
     dropped = the_chat(tab).first_round
-    assert 0 < dropped < 4 and f"已忘记最早的 {dropped} 轮" in tab.page.inner_text("body")
+    assert 0 < dropped < 4 and f"已忘记最早的 {dropped} 轮" in tab.text()
     assert len(tab.messages()) == 8
 
 
@@ -250,27 +220,19 @@ def test_waiting_is_drawn_only_when_it_changes(tiny_model, tiny_tokenizer):
     steps = handlers.respond("你好", None, 500, 0.8, 0.8, "你好", SimpleNamespace(session_hash="1"))
     _, notice, _, chat, _ = next(steps)
     assert "1 question comes first" in notice
-    stop = threading.Timer(0.5, setattr, (chat, "is_stopped", True))
-    stop.start()
+    threading.Timer(0.5, setattr, (chat, "is_stopped", True)).start()
     [(*_, given_back)] = steps
     assert given_back == "你好"
 
 
 @pytest.mark.slow
 def test_light_dark_and_phone(tab):
-    tab.ask("晚上睡不着应该怎么办")
     color = "getComputedStyle(document.body).backgroundColor"
-    light = tab.page.evaluate(color)
-    tab.page.emulate_media(color_scheme="dark")
-    tab.page.set_viewport_size({"width": 360, "height": 640})
-    tab.page.reload()
-    tab.box.wait_for()
-    dark = tab.page.evaluate(color)
-    assert light == "rgb(255, 255, 255)" and dark != light
+    assert tab.page.evaluate(color) == "rgb(255, 255, 255)"
+    tab.show_on_dark_phone()
+    assert tab.page.evaluate(color) != "rgb(255, 255, 255)"
     tab.ask("晚上睡不着应该怎么办")
-    assert tab.page.locator("[data-testid=bot] li").count() == 4
-    assert tab.page.evaluate("document.documentElement.scrollWidth") <= 360
-    assert tab.box.bounding_box()["y"] < 640
+    tab.check_phone()
     tab.ask("echo $$" + "+".join(["abcdefgh"] * 20) + "$$")
     formula = tab.page.locator("[data-testid=bot] .katex-display")
     assert formula.evaluate("x => getComputedStyle(x).overflowX") == "auto"
@@ -291,20 +253,17 @@ def test_the_process_uses_this_machine_only(browser, tiny_checkpoint, tmp_path):
         check_addresses(server)
 
 
-@pytest.mark.parametrize("argv", [["--port", "0"], ["--port", "http"]])
-def test_value_out_of_range(argv, capsys):
-    with pytest.raises(SystemExit) as error:
-        web_demo.main(argv)
-    assert error.value.code == 2
-    line = capsys.readouterr().err.splitlines()[-1]
-    assert argv[0] in line and argv[1] in line
+@pytest.mark.parametrize("port", ["0", "http"])
+def test_value_out_of_range(port, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        web_demo.main(["--port", port])
+    assert f"--port: '{port}' is not" in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_an_address_of_no_use_is_found_before_the_model_is_loaded():
-    with socket.create_server(("127.0.0.1", 0)) as other:
-        taken = ["--port", str(other.getsockname()[1])]
+def test_an_unusable_address_is_found_before_the_model_is_loaded():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
         for flags in (
-            taken,
+            ["--port", str(taken.getsockname()[1])],
             *(["--host", host] for host in ("192.0.2.1", "no such host", "a" * 70)),
         ):
             with pytest.raises(SystemExit, match="choose another --host or --port") as error:
@@ -312,7 +271,7 @@ def test_an_address_of_no_use_is_found_before_the_model_is_loaded():
             assert " ".join(flags) in str(error.value) and "\n" not in str(error.value)
 
 
-def test_the_own_server_is_not_asked_through_a_proxy(monkeypatch):
+def test_the_own_server_is_not_reached_through_a_proxy(monkeypatch):
     monkeypatch.setenv("no_proxy", "example.org")
     monkeypatch.setenv("NO_PROXY", "")
     with pytest.raises(SystemExit, match="there is no such folder"):

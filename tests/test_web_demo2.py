@@ -4,11 +4,12 @@ import subprocess
 import sys
 import time
 
+import pages
 import pytest
 import streamlit
 from conftest import ROOT
 from page_models import PAUSE_S, load_slow_model
-from pages import MARKUP, check_addresses, check_markup, opened_tab, served_page, wait_for
+from pages import MARKUP, check_addresses, check_markup, opened_tab, served_page
 from streamlit.testing.v1 import AppTest
 
 SCRIPT = ROOT / "web_demo2.py"
@@ -67,14 +68,13 @@ def test_settings(app):
     for _ in range(4):
         ask(app, "你好")
     call = app.session_state.chat.model.calls[-1]
-    assert (call["top_p"], call["temperature"]) == (0.5, 0)
-    assert call["max_length"] == 80
+    assert (call["max_length"], call["top_p"], call["temperature"]) == (80, 0.5, 0)
     dropped = app.session_state.chat.first_round
     assert 0 < dropped < 4 and any(f"最早的 {dropped} 轮" in text for text in notices(app))
     assert len(messages(app)) == 8
 
 
-def test_a_failure_is_told_and_the_page_goes_on(app):
+def test_a_failure_is_shown_and_the_page_goes_on(app):
     ask(app, "你好")
     assert ask(app, "fail")[2:] == ["fail"]
     assert "no memory <b>left</b>" in notices(app)[0]
@@ -89,10 +89,8 @@ def test_a_failure_is_told_and_the_page_goes_on(app):
 
 def test_a_question_whose_run_ends_early_is_kept(app, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(
-            "chatglm2.chat.shared_model.SharedModel.answer",
-            lambda *args, **settings: streamlit.stop(),
-        )
+        answer = "chatglm2.chat.shared_model.SharedModel.answer"
+        patch.setattr(answer, lambda *args, **settings: streamlit.stop())
         assert ask(app, "你好") == ["你好", "…"]
     app.run()
     assert messages(app) == ["你好"]
@@ -141,67 +139,48 @@ def server(tiny_checkpoint, tmp_path_factory):
         yield server
 
 
-@pytest.fixture
-def tab(browser, server):
-    with opened_tab(browser, server) as page:
-        yield Tab(page)
+class Tab(pages.Tab):
+    MESSAGES, STOP = "[data-testid=stChatMessage]", "button:has-text('停止 Stop')"
 
-
-class Tab:
-    """A browser tab with the page."""
-
-    def __init__(self, page):
-        self.page = page
-        self.box = page.locator("textarea")
-        self.box.wait_for()
-        self.stop_button = page.get_by_role("button", name="停止 Stop")
-
-    def messages(self) -> list[str]:
-        return self.page.get_by_test_id("stChatMessage").all_inner_texts()
-
-    def wait_for(self, condition):
-        wait_for(self.page, condition, lambda: self.page.inner_text("body"))
-
-    def ask(self, query: str, num_messages: int | None = None):
-        """Ask; if the number of messages is given, wait for an answer that is the last of them."""
-        self.box.fill(query)
-        self.box.press("Enter")
-        if num_messages:
-            self.wait_for(lambda: len(self.messages()) == num_messages and self.is_ready())
+    def ask(self, query: str, num_messages: int):
+        """Ask, and wait for an answer that is the last of this number of messages."""
+        self.send(query)
+        self.wait_for(lambda: len(self.messages()) == num_messages and self.is_ready())
 
     def is_ready(self) -> bool:
         return not self.stop_button.count() and "…" not in self.messages()[-1]
 
-    def see_text_grow(self):
-        lengths = set()
-        self.stop_button.wait_for()
-        self.wait_for(lambda: lengths.add(len(self.messages()[-1])) or len(lengths) > 4)
+
+@pytest.fixture
+def tab(browser, server):
+    with opened_tab(browser, server) as page:
+        yield Tab(page, server)
+
+
+@pytest.fixture
+def other(browser, server):
+    with opened_tab(browser, server) as page:
+        yield Tab(page, server)
 
 
 @pytest.mark.slow
-def test_stop_keeps_what_was_answered(tab):
+def test_an_answer_is_stopped(tab):
+    """By the button, or by another question."""
     tab.ask("你好", 2)
-    tab.ask("讲个故事")
-    tab.see_text_grow()
+    tab.start_story()
     assert tab.page.get_by_role("slider").first.is_disabled()
     tab.stop_button.click()
     tab.stop_button.wait_for(state="detached", timeout=2000)
-    tab.wait_for(lambda: "已停止" in tab.page.inner_text("body"))
+    tab.wait_for(lambda: "已停止" in tab.text())
     story = tab.messages()[-1]
     assert 3 < len(story) < 60
     assert tab.page.get_by_role("slider").first.is_enabled()
-    tab.ask("谢谢", 6)
-    assert tab.messages()[3] == story and "已停止" not in tab.page.inner_text("body")
+    tab.start_story()
+    tab.ask("谢谢", 8)
+    assert tab.messages()[3] == story and "已停止" not in tab.text()
+    assert 3 < len(tab.messages()[5]) < 60 and tab.messages()[6].endswith("谢谢")
     tab.page.get_by_role("button", name="Clear history").click()
     tab.wait_for(lambda: tab.messages() == [])
-
-
-@pytest.mark.slow
-def test_a_question_during_an_answer_ends_it(tab):
-    tab.ask("讲个故事")
-    tab.see_text_grow()
-    tab.ask("你好", 4)
-    assert 3 < len(tab.messages()[1]) < 60 and tab.messages()[2].endswith("你好")
 
 
 def test_markup_of_user_and_model(tab):
@@ -214,24 +193,19 @@ def test_markup_of_user_and_model(tab):
 
 
 @pytest.mark.slow
-def test_two_tabs(browser, server, tab):
-    tab.ask("讲个故事")
-    tab.see_text_grow()
-    with opened_tab(browser, server) as page:
-        other = Tab(page)
-        other.ask("你好")
-        other.wait_for(lambda: "前面还有 1 个问题" in page.inner_text("body"))
-        tab.stop_button.click()
-        other.wait_for(lambda: "ChatGLM2-tiny" in other.messages()[-1])
-        assert other.messages()[0].endswith("你好") and tab.messages()[0].endswith("讲个故事")
+def test_two_tabs(tab, other):
+    tab.start_story()
+    other.send("你好")
+    other.wait_for(lambda: "前面还有 1 个问题" in other.text())
+    tab.stop_button.click()
+    other.wait_for(lambda: "ChatGLM2-tiny" in other.messages()[-1])
+    assert other.messages()[0].endswith("你好") and tab.messages()[0].endswith("讲个故事")
 
 
 @pytest.mark.slow
-def test_a_closed_tab_ends_its_answer_and_frees_its_cache(browser, server, tab):
-    with opened_tab(browser, server) as page:
-        other = Tab(page)
-        other.ask("讲个故事")
-        other.see_text_grow()
+def test_a_closed_tab_ends_its_answer_and_frees_its_cache(tab, other):
+    other.start_story()
+    other.page.close()
     start = time.monotonic()
     tab.ask("caches", 2)
     assert time.monotonic() - start < 100 * PAUSE_S  # the story has more than a hundred tokens
@@ -243,14 +217,10 @@ def test_a_closed_tab_ends_its_answer_and_frees_its_cache(browser, server, tab):
 
 @pytest.mark.slow
 def test_dark_and_phone_and_no_other_address(server, tab):
-    tab.page.emulate_media(color_scheme="dark")
-    tab.page.set_viewport_size({"width": 360, "height": 640})
-    tab.page.reload()
+    tab.show_on_dark_phone()
     tab.page.get_by_role("button", name="晚上睡不着应该怎么办").click()
     tab.wait_for(lambda: len(tab.messages()) == 2 and tab.is_ready())
-    assert tab.page.get_by_test_id("stChatMessage").locator("li").count() == 4
-    app = tab.page.get_by_test_id("stApp")
-    assert app.evaluate("app => getComputedStyle(app).backgroundColor") != "rgb(255, 255, 255)"
-    assert tab.page.evaluate("document.documentElement.scrollWidth") <= 360
-    assert tab.box.bounding_box()["y"] < 640
+    tab.check_phone()
+    color = "app => getComputedStyle(app).backgroundColor"
+    assert tab.page.get_by_test_id("stApp").evaluate(color) != "rgb(255, 255, 255)"
     check_addresses(server)
