@@ -36,6 +36,11 @@ GLM_IS = {
     "fp32_residual_connection": False,
     "pre_seq_len": None,
 }
+SHARED_FIELDS = (  # of GlmConfig; `ChatGLMConfig.attribute_map` gives them the official values
+    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
+    "num_key_value_heads head_dim attention_dropout max_position_embeddings initializer_range "
+    "rms_norm_eps tie_word_embeddings pad_token_id bos_token_id"
+)
 RENAMES = {
     "transformer.embedding.word_embeddings": "model.embed_tokens",
     "transformer.encoder.layers": "model.layers",
@@ -85,24 +90,12 @@ def convert_rope(config: ChatGLMConfig) -> dict:
 
 
 def convert_config(config: ChatGLMConfig) -> GlmConfig:
+    shared = {name: getattr(config, name) for name in SHARED_FIELDS.split()}
     return GlmConfig(
-        vocab_size=config.padded_vocab_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.ffn_hidden_size,
-        num_hidden_layers=config.num_layers,
-        num_attention_heads=config.num_attention_heads,
-        num_key_value_heads=config.num_key_value_heads,
-        head_dim=config.kv_channels,
         attention_bias=config.add_qkv_bias,
-        attention_dropout=config.attention_dropout,
-        max_position_embeddings=config.seq_length,
-        initializer_range=config.initializer_range,
-        rms_norm_eps=config.layernorm_epsilon,
         rope_parameters=convert_rope(config),
-        tie_word_embeddings=config.tie_word_embeddings,
-        pad_token_id=config.pad_token_id,
-        bos_token_id=config.bos_token_id,
         eos_token_id=2 if config.eos_token_id is None else config.eos_token_id,
+        **shared,
     )
 
 

@@ -43,12 +43,7 @@ CACHE_NAME = (
 CACHE_BLOCK = 256  # tokens by which the capacity of a cache grows
 
 
-def find_end(
-    prompt_length: int,
-    context: int,
-    max_length: int | None = None,
-    max_new_tokens: int | None = None,
-) -> int:
+def find_end(prompt_length: int, context: int, max_length=None, max_new_tokens=None) -> int:
     """Return the number of tokens, prompt and answer together, at which an answer must end.
 
     The lowest limit counts; `None` is no limit. The result is at most `prompt_length` if there is
@@ -267,9 +262,7 @@ class StopOnEvent(StoppingCriteria):
     def __init__(self, event: threading.Event):
         self.event = event
 
-    def __call__(
-        self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs
-    ) -> torch.BoolTensor:
+    def __call__(self, input_ids, scores, **kwargs) -> torch.BoolTensor:
         return torch.full((input_ids.shape[0],), self.event.is_set(), device=input_ids.device)
 
 
@@ -380,14 +373,9 @@ class ChatGLMGenerationMixin(GenerationMixin):
             has_all = positions is not None and positions.shape[-1] == input_ids.shape[1]
             if has_all and positions[0, 0] == 0:
                 next_sequence_length = input_ids.shape[1] - held
+        states = cache, attention_mask, inputs_embeds, is_first_iteration
         inputs = super().prepare_inputs_for_generation(
-            input_ids,
-            next_sequence_length,
-            cache,
-            attention_mask,
-            inputs_embeds,
-            is_first_iteration,
-            **kwargs,
+            input_ids, next_sequence_length, *states, **kwargs
         )
         if is_first_iteration and cache is not None:
             inputs["is_prompt"] = True
@@ -416,16 +404,8 @@ class ChatGLMGenerationMixin(GenerationMixin):
 
     def build_inputs(self, tokenizer, query: str, history=None):
         """Return the model inputs of a whole conversation, on the model's device, [1, s]."""
-        return tokenizer([tokenizer.build_prompt(query, history)], return_tensors="pt").to(
-            self.device
-        )
-
-    def build_stream_inputs(self, tokenizer, query: str, history=None):
-        """Return the model inputs of the new round alone; of a first round, the whole prompt."""
-        if not history:
-            return self.build_inputs(tokenizer, query)
-        ids = tokenizer.build_round(query, history)
-        return tokenizer.pad({"input_ids": [ids]}, return_tensors="pt").to(self.device)
+        inputs = tokenizer([tokenizer.build_prompt(query, history)], return_tensors="pt")
+        return inputs.to(self.device)
 
     def _chat_settings(
         self,
@@ -433,10 +413,7 @@ class ChatGLMGenerationMixin(GenerationMixin):
         prompt_length,
         num_free,
         max_length,
-        do_sample,
-        temperature,
-        top_p,
-        logits_processor,
+        sampling,
         max_new_tokens=None,
         **kwargs,
     ) -> dict:
@@ -445,12 +422,14 @@ class ChatGLMGenerationMixin(GenerationMixin):
         Args:
             prompt_length: Number of ids before the answer, including cached ones.
             num_free: How many of these ids `max_length` does not count.
+            sampling: `do_sample`, `temperature`, `top_p` and `logits_processor`.
 
         Raises:
             ValueError: The prompt leaves no room for an answer.
         """
         if "stop_strings" in kwargs:
             kwargs["tokenizer"] = tokenizer
+        do_sample, temperature, top_p, logits_processor = sampling
         context = self.config.seq_length
         if max_new_tokens is not None:
             max_length = prompt_length - num_free + max_new_tokens
@@ -506,7 +485,7 @@ class ChatGLMGenerationMixin(GenerationMixin):
         input_ids = self.build_inputs(tokenizer, query, history)["input_ids"]
         prompt_length = input_ids.shape[1]
         sampling = do_sample, temperature, top_p, logits_processor
-        settings = self._chat_settings(tokenizer, prompt_length, 0, max_length, *sampling, **kwargs)
+        settings = self._chat_settings(tokenizer, prompt_length, 0, max_length, sampling, **kwargs)
         sequences = self.generate(
             input_ids, num_beams=num_beams, past_key_values=ChatGLMCache(), **settings
         )
@@ -550,9 +529,8 @@ class ChatGLMGenerationMixin(GenerationMixin):
         ids, num_kept = prompt or cache.continue_with(tokenizer, query, history)
         num_free = num_kept if prompt is None and cache.stands_for(history) else 0
         sampling = do_sample, temperature, top_p, logits_processor
-        settings = self._chat_settings(
-            tokenizer, len(ids), num_free, max_length, *sampling, **kwargs
-        )
+        limits = len(ids), num_free, max_length
+        settings = self._chat_settings(tokenizer, *limits, sampling, **kwargs)
         cache.crop(num_kept - cache.get_seq_length())
         cache.history = None
         input_ids = torch.tensor([ids], device=self.device)
@@ -587,7 +565,6 @@ class ChatGLMGenerationMixin(GenerationMixin):
         generation_config=None,
         logits_processor=None,
         stopping_criteria=None,
-        prefix_allowed_tokens_fn=None,
         return_past_key_values: bool = False,
         past_key_values: Cache | None = None,
         cache: Cache | None = None,
@@ -602,6 +579,7 @@ class ChatGLMGenerationMixin(GenerationMixin):
         cache = pick_cache(past_key_values, cache)
         cache = ChatGLMCache() if cache is None else cache
         streamer, stop, device = TokenStreamer(), threading.Event(), self.device.type
+        criteria = [*(stopping_criteria or []), StopOnEvent(stop)]
         is_autocast = torch.is_autocast_enabled(device)  # autocast is set per thread
         autocast = torch.autocast(device, torch.get_autocast_dtype(device), is_autocast)
 
@@ -611,13 +589,10 @@ class ChatGLMGenerationMixin(GenerationMixin):
                 with autocast:
                     self.generate(
                         input_ids,
-                        generation_config=generation_config,
+                        generation_config,
+                        cache,
                         logits_processor=logits_processor,
-                        stopping_criteria=StoppingCriteriaList(
-                            [*(stopping_criteria or []), StopOnEvent(stop)]
-                        ),
-                        prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
-                        past_key_values=cache,
+                        stopping_criteria=StoppingCriteriaList(criteria),
                         streamer=streamer,
                         **kwargs,
                     )

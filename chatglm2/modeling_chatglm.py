@@ -333,11 +333,6 @@ class Embedding(nn.Module):
         self.word_embeddings = nn.Embedding(config.padded_vocab_size, config.hidden_size)
 
 
-def default(value, fallback):
-    """Return `value`, or `fallback` if it is `None`."""
-    return fallback if value is None else value
-
-
 @contextmanager
 def creating_parameters(empty_init: bool, device):
     """Within, parameters are created on `device` if it is given, and can be left empty."""
@@ -483,7 +478,8 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             if cache is not None:
                 logger.warning_once("The cache is ignored: gradient checkpointing is enabled.")
             return None, False
-        use_cache = default(use_cache, self.config.use_cache)
+        if use_cache is None:
+            use_cache = self.config.use_cache
         return (ChatGLMCache() if use_cache and cache is None else cache), use_cache
 
     def embed(
@@ -493,13 +489,6 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         return self.embedding.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
-
-    def prepend_ones(self, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
-        """Extend a mask [b, k] by the P-Tuning v2 prefix to [b, p + k]."""
-        if attention_mask is None:
-            return None
-        ones = attention_mask.new_ones(len(attention_mask), self.config.pre_seq_len)
-        return torch.cat((ones, attention_mask), dim=-1)
 
     def begin_with_prefix(self, inputs_embeds: torch.Tensor, cache: Cache | None):
         """Return the P-Tuning v2 prefix of all layers, and a cache of it for `create_mask`."""
@@ -536,15 +525,16 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
     def encode(self, inputs_embeds, attention_mask, position_ids, cache, /, **kwargs):
         """Compute all layers; return the result of `GLMTransformer.forward`."""
         device = inputs_embeds.device  # a model can be on several
-        attention_mask = None if attention_mask is None else attention_mask.to(device)
         offset = 0 if cache is None else cache.get_query_offset(0)
-        prefix, mask_cache = None, cache
-        if self.config.pre_seq_len is not None:
-            attention_mask = self.prepend_ones(attention_mask)
+        prefix, mask_cache, prefix_length = None, cache, self.config.pre_seq_len
+        attention_mask = None if attention_mask is None else attention_mask.to(device)
+        if prefix_length is not None:
+            if attention_mask is not None:
+                attention_mask = F.pad(attention_mask, (prefix_length, 0), value=1)  # [b, p + k]
             if offset == 0:
                 prefix, mask_cache = self.begin_with_prefix(inputs_embeds, cache)
             else:
-                offset -= self.config.pre_seq_len  # the first token after the prefix has position 0
+                offset -= prefix_length  # the first token after the prefix has position 0
         if position_ids is None:
             length = inputs_embeds.shape[1]
             position_ids = torch.arange(offset, offset + length, device=device)[None]  # [1, s]
@@ -580,8 +570,6 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
         num_prompt_tokens: int = 0,
         cache: Cache | None = None,
         **kwargs,
@@ -601,10 +589,9 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         if cache is not None and not isinstance(cache, Cache):
             # Continuous batching of transformers: the attention layers update its paged cache.
             cache, kwargs["cache"] = None, cache
-        kwargs["output_hidden_states"] = default(
-            output_hidden_states, self.config.output_hidden_states
-        )
-        kwargs["output_attentions"] = default(output_attentions, self.config.output_attentions)
+        for name in ("output_hidden_states", "output_attentions"):
+            if kwargs.get(name) is None:
+                kwargs[name] = getattr(self.config, name)
         inputs_embeds = self.embed(input_ids, inputs_embeds)
         cache, use_cache = self.choose_cache(cache, use_cache)
         with self.computing_prompt(num_prompt_tokens):
@@ -715,23 +702,16 @@ class ChatGLMForSequenceClassification(ChatGLMPreTrainedModel):
         input_ids: torch.LongTensor | None = None,
         position_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.LongTensor | None = None,
-        use_cache: bool | None = None,
-        cache: Cache | None = None,
+        *,
+        labels: torch.Tensor | None = None,
         **kwargs,
     ) -> SequenceClassifierOutputWithPast:
-        """Compute logits [b, num_labels] and, with `labels` [b] (or [b, num_labels]), the loss."""
+        """Compute logits [b, num_labels] and, with `labels` [b] (or [b, num_labels]), the loss.
+
+        The other arguments are those of `ChatGLMModel.forward`.
+        """
         outputs = self.transformer(
-            input_ids,
-            position_ids,
-            attention_mask,
-            pick_cache(past_key_values, cache),
-            inputs_embeds,
-            use_cache,
-            return_dict=True,
-            **kwargs,
+            input_ids, position_ids, attention_mask, return_dict=True, **kwargs
         )
         logits = self.classifier_head(self.dropout(outputs.last_hidden_state[:, -1]))
         loss = None

@@ -9,13 +9,13 @@ import os
 
 import sentencepiece
 from transformers import PreTrainedTokenizer
-from transformers.utils import PaddingStrategy
 
 from .configuration_chatglm import check_transformers
 
 check_transformers()
 
 SPECIAL_TOKENS = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
+ENCODING_OPTIONS = {"padding", "truncation", "max_length", "return_tensors"}
 
 # The prompt format. The answer follows, and a blank line separates it from the next round.
 ROUND = "[Round {n}]\n\n问：{query}\n\n答："
@@ -162,11 +162,8 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
 
     def get_vocab(self) -> dict[str, int]:
         pieces = self.sp_model.id_to_piece(list(range(self.sp_model.vocab_size())))
-        return (
-            {piece: i for i, piece in enumerate(pieces)}
-            | self.special_tokens
-            | self.get_added_vocab()
-        )
+        ids = {piece: i for i, piece in enumerate(pieces)}
+        return ids | self.special_tokens | self.get_added_vocab()
 
     def get_command(self, token: str) -> int:
         """Return the id of "<bos>", "<eos>", "<pad>" or one of `SPECIAL_TOKENS`.
@@ -222,26 +219,11 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         pair = [] if token_ids_1 is None else [*[0] * len(token_ids_1), 1]
         return [1, 1, *[0] * len(token_ids_0), *pair]
 
-    def _pad(
-        self,
-        encoded_inputs,
-        max_length=None,
-        padding_strategy=PaddingStrategy.DO_NOT_PAD,
-        pad_to_multiple_of=None,
-        padding_side=None,
-        return_attention_mask=None,
-    ):
+    def _pad(self, encoded_inputs, *args, padding_side=None, **kwargs):
         """Pad, and add `position_ids`: 0, 1, ... from the first real token on, 0 for padding."""
         length = len(encoded_inputs["input_ids"])
         positions = list(encoded_inputs.get("position_ids", range(length)))
-        encoded_inputs = super()._pad(
-            encoded_inputs,
-            max_length,
-            padding_strategy,
-            pad_to_multiple_of,
-            padding_side,
-            return_attention_mask,
-        )
+        encoded_inputs = super()._pad(encoded_inputs, *args, padding_side=padding_side, **kwargs)
         padding = [0] * (len(encoded_inputs["input_ids"]) - length)
         is_left = (padding_side or self.padding_side) == "left"
         encoded_inputs["position_ids"] = padding + positions if is_left else positions + padding
@@ -274,17 +256,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         return self.encode(text, add_special_tokens=False)[1:]
 
     def apply_chat_template(
-        self,
-        conversation,
-        *args,
-        tokenize=True,
-        return_dict=True,
-        padding=False,
-        truncation=False,
-        max_length=None,
-        return_tensors=None,
-        tokenizer_kwargs=None,
-        **kwargs,
+        self, conversation, *args, tokenize=True, return_dict=True, tokenizer_kwargs=None, **kwargs
     ):
         """Render messages like PreTrainedTokenizer; the ids begin with `[gMASK] sop`.
 
@@ -294,24 +266,16 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         if kwargs.pop("return_assistant_tokens_mask", False):
             raise ValueError("return_assistant_tokens_mask needs a fast tokenizer")
         kwargs.pop("sanitize_control_tokens", None)  # text never becomes a control token
+        options = {name: kwargs.pop(name) for name in ENCODING_OPTIONS & kwargs.keys()}
         text = super().apply_chat_template(conversation, *args, tokenize=False, **kwargs)
         if not tokenize:
             return text
-        encoded = self(
-            text,
-            padding=padding,
-            truncation=truncation,
-            max_length=max_length,
-            return_tensors=return_tensors,
-            **(tokenizer_kwargs or {}),
-        )
+        encoded = self(text, **options, **(tokenizer_kwargs or {}))
         return encoded if return_dict else encoded["input_ids"]
 
     def save_vocabulary(self, save_directory, filename_prefix=None) -> tuple[str]:
         """Write `tokenizer.model` into a folder and return its path."""
-        name = (f"{filename_prefix}-" if filename_prefix else "") + self.vocab_files_names[
-            "vocab_file"
-        ]
+        name = (f"{filename_prefix}-" if filename_prefix else "") + "tokenizer.model"
         path = os.path.join(save_directory, name)
         with open(path, "wb") as file:
             file.write(self.sp_model.serialized_model_proto())
