@@ -7,6 +7,7 @@ seconds, and neither `--help` nor a wrong flag needs them.
 import argparse
 import math
 import os
+import sys
 
 DEFAULT_MODEL = "THUDM/chatglm2-6b"
 
@@ -156,6 +157,17 @@ def add_server_arguments(parser: argparse.ArgumentParser):
 
 
 # Loading.
+
+
+def print_error(kind, error, traceback, print_other=sys.excepthook):
+    """Print the refusal of a version of transformers as one line, any other error as before."""
+    if issubclass(kind, ImportError) and str(error).startswith("ChatGLM2 needs transformers"):
+        print(error, file=sys.stderr)
+    else:
+        print_other(kind, error, traceback)
+
+
+sys.excepthook = print_error  # most scripts import the package before they can catch an error
 
 
 def load_model(args: argparse.Namespace):

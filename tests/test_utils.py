@@ -26,9 +26,23 @@ def test_number():
             convert(text)
 
 
+def run(program: str, *args: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", program, *args]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
 def test_help_needs_no_torch():
     program = "import sys, cli_demo; cli_demo.parse_args([]); print('torch' in sys.modules)"
-    result = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, check=True
+    assert run(program).stdout == "False\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["api", "cli_demo"])
+def test_unsupported_transformers(script):
+    result = run(
+        "import runpy, transformers; transformers.__version__ = '5.20.2'; "
+        f"runpy.run_path('{script}.py', run_name='__main__')",
+        *("--model", "resources/chatglm2-tiny"),
     )
-    assert result.stdout == b"False\n"
+    assert result.returncode == 1 and len(result.stderr.splitlines()) == 1, result.stderr
+    assert "found 5.20.2: pip install" in result.stderr
