@@ -1,6 +1,7 @@
 """The C kernels against plain torch, for each set of instructions; and who holds the weight."""
 
 import copy
+import os
 import pickle
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from quantized_layers import create_exact_layer, create_layer, each_way
 
 from chatglm2 import ChatGLMConfig, ChatGLMForConditionalGeneration
 from chatglm2.kernels import cpu_backend
@@ -27,42 +29,23 @@ CPU = torch.device("cpu")
 BACKEND = CPUBackend()
 matmul, stored_matmul = BACKEND.matmul, BACKEND.stored_matmul
 prompt_matmul = BACKEND.prompt_matmul
-WAYS = [(8, None), (4, None), (4, 128)]
-WAY_NAMES = ["int8", "int4", "g128"]
 SIZES = [(384, 80), (2, 1), (6, 5), (130, 33), (1000, 100), (256, 17)]  # in, out
-LAYERS = [
-    (*way, *sizes) for way in WAYS for sizes in SIZES if way[1] is None or sizes[0] % way[1] == 0
-]
-ROW_COUNTS = (1, 2, 3, 5, 8, 16)
+LAYERS = [(bits, None, *sizes) for bits in (8, 4) for sizes in SIZES]
+LAYERS += [(4, 128, 384, 80), (4, 128, 256, 17)]
+each_layer = pytest.mark.parametrize("layer", LAYERS, ids=str)
+each_dtype = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 load = ChatGLMForConditionalGeneration.from_pretrained
-
-
-def create_layer(bits, group_size, in_features=384, out_features=80, seed=0) -> QuantizedLinear:
-    weight = torch.randn(out_features, in_features, generator=torch.manual_seed(seed))
-    layer = QuantizedLinear(in_features, out_features, bits, group_size)
-    layer.weight.data, layer.weight_scale.data = layer.quantize(weight)
-    return layer
 
 
 def compute_error(y, expected) -> float:
     return ((y - expected).norm() / expected.norm()).item()
 
 
-# The order in memory
-
-
-def test_example_of_the_order():
-    layer = QuantizedLinear(16, 20, 4)
-    layer.weight.data = torch.zeros(20, 8, dtype=torch.int8)
-    layer.weight.data[17, 6] = 0x0D  # column 13: -3
-    packed = PackedWeight.from_layer(layer)
-    assert packed.weight[197] == 0x58
-    assert (packed.weight != 0x88).sum() == 1 and len(packed.weight) == 256
-
-
-@pytest.mark.parametrize(("bits", "group_size", "in_features", "out_features"), LAYERS)
-def test_order_is_that_of_the_formula_and_is_undone(bits, group_size, in_features, out_features):
-    layer = create_layer(bits, group_size, in_features, out_features)
+@each_layer
+def test_order_is_that_of_the_formula_and_is_undone(layer):
+    bits, _, in_features, out_features = layer
+    layer = create_layer(*layer)
     official = layer.weight.clone()
     levels = unpack_int4(official) if bits == 4 else official
     packed = PackedWeight.from_layer(layer)
@@ -84,10 +67,10 @@ def test_order_is_that_of_the_formula_and_is_undone(bits, group_size, in_feature
 # Products
 
 
-@pytest.mark.parametrize(("bits", "group_size", "in_features", "out_features"), LAYERS)
-def test_product_is_that_of_plain_torch(isa, bits, group_size, in_features, out_features):
-    layer = create_layer(bits, group_size, in_features, out_features)
-    x = torch.randn(3, 7, in_features)
+@each_layer
+def test_product_is_that_of_plain_torch(isa, layer):
+    layer = create_layer(*layer)
+    x = torch.randn(3, 7, layer.in_features)
     expected = torch_matmul(x.double(), layer)
     y = matmul(x, layer)
     assert y.shape == expected.shape and y.dtype == torch.float32
@@ -95,19 +78,15 @@ def test_product_is_that_of_plain_torch(isa, bits, group_size, in_features, out_
     assert compute_error(prompt_matmul(x, layer), expected) < 0.01
 
 
-@pytest.mark.parametrize(("bits", "group_size"), WAYS, ids=WAY_NAMES)
+@each_way
 def test_every_level_and_negative_scales(isa, bits, group_size):
-    layer = QuantizedLinear(256, 256, bits, group_size)
-    layer.weight.data = torch.arange(layer.weight.numel()).to(torch.int8).view(layer.weight.shape)
-    # powers of two: every product is exact
-    layer.weight_scale.data = 2.0 ** torch.randint(-3, 3, layer.weight_scale.shape)
-    layer.weight_scale.data.flatten()[::3] *= -1
+    layer = create_exact_layer(bits, group_size)
     expected = torch_matmul(torch.eye(256), layer)
     assert torch.equal(matmul(torch.eye(256), layer), expected)
     assert torch.equal(prompt_matmul(127 * torch.eye(256), layer), 127 * expected)
 
 
-@pytest.mark.parametrize(("bits", "group_size"), WAYS, ids=WAY_NAMES)
+@each_way
 def test_formula_of_int8_activations(isa, bits, group_size):
     layer = create_layer(bits, group_size, in_features=384)
     x = torch.randn(5, 384) * torch.logspace(-30, 30, 5)[:, None]
@@ -120,7 +99,7 @@ def test_formula_of_int8_activations(isa, bits, group_size):
 
 
 @pytest.mark.parametrize(("factor", "bound"), [(1, 1), (20, 2.5), (1000, 2.5)])
-@pytest.mark.parametrize(("bits", "group_size"), WAYS, ids=WAY_NAMES)
+@each_way
 def test_products_are_as_exact_as_those_of_float32(isa, bits, group_size, factor, bound):
     """Nearly so with large columns: the others of a group are rounded as these, to 23 bits."""
     torch.manual_seed(0)
@@ -143,16 +122,13 @@ def test_nans_stay_in_their_row(isa, multiply):
     assert y[1].isnan().all() and torch.equal(y[[0, *range(3, 9)]], expected[[0, *range(3, 9)]])
 
 
-def test_int8_activations_of_zeros_and_tiny_numbers(isa):
+def test_int8_activations_of_extreme_sizes(isa):
     layer = create_layer(8, None, in_features=256)
     x = torch.zeros(3, 256)
     x[1] = 1.4e-45
     x[2, :128] = 2e-43
     assert (prompt_matmul(x, layer).abs() < 1e-37).all()
-
-
-def test_int8_sums_do_not_saturate(isa):
-    """The largest levels and activations, of one sign."""
+    # Sums of the largest levels and activations of one sign do not saturate.
     layer = QuantizedLinear(512, 32, 8)
     layer.weight.data = torch.full((32, 512), -128, dtype=torch.int8)
     layer.weight.data[16:] = 127
@@ -161,7 +137,7 @@ def test_int8_sums_do_not_saturate(isa):
     assert torch.equal(prompt_matmul(127 * x, layer), torch_matmul(127 * x, layer))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@each_dtype
 def test_other_dtypes_are_rounded_once(dtype):
     layer = create_layer(4, None)
     x = torch.randn(2, 3, 384).to(dtype)
@@ -169,28 +145,27 @@ def test_other_dtypes_are_rounded_once(dtype):
     assert matmul(x[:0], layer).shape == (0, 3, 80)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@each_dtype
 @pytest.mark.parametrize(("in_features", "out_features"), [(64, 40), (100, 77), (6, 1)])
 def test_stored_weights(isa, dtype, in_features, out_features):
     weight = torch.randn(out_features, in_features).to(dtype)
     x = torch.randn(21, in_features)
     expected = stored_matmul(x, weight)
     assert compute_error(expected, F.linear(x.double(), weight.double())) < 1e-6
-    for num_rows in ROW_COUNTS:
+    for num_rows in (1, 2, 3, 5, 8, 16):
         assert torch.equal(stored_matmul(x[2 : 2 + num_rows], weight), expected[2 : 2 + num_rows])
     rounded = stored_matmul(x.to(dtype), weight)
     assert torch.equal(rounded, stored_matmul(x.to(dtype).float(), weight).to(dtype))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@each_dtype
 def test_every_stored_number(isa, dtype):
     weight = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)[:, None]
-    y, expected = stored_matmul(torch.ones(1, 1), weight)[0], weight.float()[:, 0]
-    assert torch.equal(y.isnan(), expected.isnan())
-    assert torch.equal(y.nan_to_num(), expected.nan_to_num())
+    y = stored_matmul(torch.ones(1, 1), weight)[0]
+    torch.testing.assert_close(y, weight.float()[:, 0], rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@on_linux
 def test_one_openmp_runtime():
     """The kernels' threads are torch's own, not a second set."""
     maps = Path("/proc/self/maps").read_text().split()
@@ -201,32 +176,24 @@ def test_one_openmp_runtime():
 # Who holds the weight
 
 
-@pytest.mark.parametrize(("bits", "group_size"), WAYS, ids=WAY_NAMES)
+@each_way
 def test_packed_weight_stands_for_the_official_one(bits, group_size):
     layer, x = create_layer(bits, group_size), torch.randn(2, 384)
     official = {name: value.clone() for name, value in layer.state_dict().items()}
 
-    def check(found):
+    expected = layer(x)
+    for save in (
+        lambda: layer.state_dict(),
+        lambda: {"weight": layer.weight, "weight_scale": layer.weight_scale},
+        lambda: copy.deepcopy(layer).state_dict(),
+        lambda: pickle.loads(pickle.dumps(layer)).state_dict(),
+        lambda: layer.double().float().state_dict(),
+    ):
+        assert torch.equal(layer(x), expected)
+        assert dict(layer.named_parameters())["weight"].is_meta, "a second copy"
+        found = save()
         assert found.keys() == official.keys()
         assert all(torch.equal(found[name], official[name]) for name in official)
-
-    def use():
-        assert torch.equal(layer(x), expected)
-        # and no second copy
-        assert {p.device.type for n, p in layer.named_parameters() if n == "weight"} == {"meta"}
-
-    expected = layer(x)
-    use()
-    check(layer.state_dict())
-    use()
-    assert torch.equal(layer.weight, official["weight"])
-    use()
-    check(copy.deepcopy(layer).state_dict())
-    use()
-    check(pickle.loads(pickle.dumps(layer)).state_dict())
-    use()
-    check(layer.double().float().state_dict())
-    use()
     assert layer.to("meta").weight.is_meta
 
 
@@ -249,17 +216,14 @@ def test_threads_share_a_layer():
     layer, x = create_layer(8, None, 1024, 1024), torch.randn(1, 1024)
     official, expected = layer.weight.clone(), layer(x)
 
-    def compute(_):
-        return torch.equal(layer(x), expected)
-
-    def save(_):
-        return torch.equal(layer.state_dict()["weight"], official)
-
-    def read(_):
-        return torch.equal(layer.weight, official)
-
+    works = (
+        lambda _: torch.equal(layer(x), expected),
+        lambda _: torch.equal(layer.state_dict()["weight"], official),
+        lambda _: torch.equal(layer.weight, official),
+        lambda _: torch.equal(layer(x), expected),
+    )
     with ThreadPoolExecutor(6) as pool:
-        outcomes = [pool.map(work, range(100)) for work in (compute, save, read, compute)]
+        outcomes = [pool.map(work, range(100)) for work in works]
         assert all(all(outcome) for outcome in outcomes)
 
 
@@ -275,9 +239,7 @@ def test_gradients_and_products_in_turn():
 
 
 def test_output_layer_is_served():
-    linear = torch.nn.Linear(64, 50, bias=False)
-    layer = StoredLinear(linear)
-    quantized = create_layer(4, None)
+    layer, quantized = StoredLinear(torch.nn.Linear(64, 50, bias=False)), create_layer(4, None)
     quantized(torch.ones(1, 384))
     layer.backend = quantized.backend
     x = torch.randn(3, 64)
@@ -286,7 +248,7 @@ def test_output_layer_is_served():
     assert not layer.requires_grad_(True)(torch.ones(1, 64)).is_leaf
 
 
-@pytest.mark.parametrize(("bits", "group_size"), WAYS, ids=WAY_NAMES)
+@each_way
 def test_model_decodes_as_in_plain_torch_and_saves_as_it_was(
     tiny_checkpoint, tiny_tokenizer, tmp_path, bits, group_size, monkeypatch
 ):
@@ -300,46 +262,32 @@ def test_model_decodes_as_in_plain_torch_and_saves_as_it_was(
         ids[backend] = model.generate(**inputs, max_new_tokens=24).tolist()
         model.half().save_pretrained(tmp_path / backend)
     assert ids["cpu"] == ids["torch"]
-    names = {file.name for file in (tmp_path / "first").iterdir()}
-    for backend in ids:
-        assert names == {file.name for file in (tmp_path / backend).iterdir()}
-        for name in names:
-            first = (tmp_path / "first" / name).read_bytes()
-            assert (tmp_path / backend / name).read_bytes() == first, name
+    files = {
+        folder: {file.name: file.read_bytes() for file in (tmp_path / folder).iterdir()}
+        for folder in ("first", *ids)
+    }
+    assert files["first"] == files["cpu"] == files["torch"]
 
 
 MEASURE = """
 import sys
-import threading
-import time
-from pathlib import Path
 import torch
+from memory import PeakMemory, read_memory
 from chatglm2 import ChatGLMForConditionalGeneration
 from chatglm2.quantization import prepare_layers
 
-def read():
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) * 1024
-
-def watch():
-    while True:
-        peak[0] = max(peak[0], read())
-        time.sleep(0.001)
-
 torch.ones(64, 64) @ torch.ones(64, 64)
-start = read()
-peak = [start]
-threading.Thread(target=watch, daemon=True).start()
-model = ChatGLMForConditionalGeneration.from_pretrained(sys.argv[1]).float()
-prepare_layers(model)
-model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=2, min_new_tokens=2)
-time.sleep(0.01)
-print(peak[0] - start)
+start = read_memory("RssAnon")
+with PeakMemory() as memory:
+    model = ChatGLMForConditionalGeneration.from_pretrained(sys.argv[1]).float()
+    prepare_layers(model)
+    model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=2, min_new_tokens=2)
+print(memory.peak - start)
 """
 
 
 @pytest.mark.slow  # starts a process that loads a model
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@on_linux
 def test_one_copy_of_the_weights_in_memory(tmp_path):
     config = ChatGLMConfig(
         num_layers=8, hidden_size=1024, ffn_hidden_size=4096, kv_channels=128,
@@ -351,7 +299,8 @@ def test_one_copy_of_the_weights_in_memory(tmp_path):
     size = sum(p.numel() for p in weights)
     model.save_pretrained(tmp_path)
     command = [sys.executable, "-c", MEASURE, str(tmp_path)]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=Path.cwd())
+    variables = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300, env=variables)
     assert run.returncode == 0, run.stderr
     peak, largest = int(run.stdout), max(p.numel() for p in weights)
     # beside the weights: one on its way, modules imported late, activations
@@ -368,19 +317,7 @@ def test_layers_that_it_cannot_serve(monkeypatch):
     assert find_problem(layer, CPU, torch.float32) == "no C compiler"
 
 
-@torch.no_grad()
-def test_prompts_are_rounded_unless_they_are_to_be_exact(tiny_checkpoint, tiny_tokenizer):
-    model = load(tiny_checkpoint).quantize(4).float()
-    inputs = tiny_tokenizer("[Round 1]\n\n问：你好\n\n答：", return_tensors="pt")
-    settings = {"max_new_tokens": 1, "return_dict_in_generate": True, "output_logits": True}
-    exact = model(**inputs).logits[:, -1]
-    rounded = model.generate(**inputs, **settings).logits[0]
-    assert 1e-3 < (rounded - exact).abs().max() < 0.5
-    model.base_model.exact_prefill = True
-    torch.testing.assert_close(model.generate(**inputs, **settings).logits[0], exact)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@on_linux
 @pytest.mark.parametrize("is_changed", [False, True])
 def test_pages_of_a_mapped_file_are_released_unless_changed(tmp_path, is_changed):
     file = tmp_path / "weights"
