@@ -2,6 +2,7 @@
 
 import logging
 import multiprocessing
+import os
 import re
 import sys
 from pathlib import Path
@@ -64,14 +65,12 @@ def quick(tmp_path, monkeypatch, need_compiler):
 
 
 def build_and_load(results):
-    try:
-        library = build_cpu.build(get_cache_folder())
-        results.put((library, build_cpu.load(library).chatglm_isa()))
-    except (OSError, RuntimeError) as error:
-        results.put(str(error))
+    library = build_cpu.build(get_cache_folder())
+    results.put((library, build_cpu.load(library).chatglm_isa()))
 
 
-def start_and_build(context, count: int) -> list:
+def start_and_build(count: int) -> list:
+    context = multiprocessing.get_context("fork")
     results = context.Queue()
     processes = [context.Process(target=build_and_load, args=(results,)) for _ in range(count)]
     for process in processes:
@@ -86,12 +85,11 @@ def start_and_build(context, count: int) -> list:
 @pytest.mark.skipif(sys.platform != "linux", reason="forks")
 def test_several_processes_at_once(quick):
     sources = sorted(build_cpu.SOURCES[0].parent.iterdir())
-    context = multiprocessing.get_context("fork")
-    outcomes = start_and_build(context, 4)
+    outcomes = start_and_build(4)
     (library,) = get_cache_folder().iterdir()  # and nothing unfinished
     assert outcomes == [(library, b"portable")] * 4
     before = library.stat()
-    assert start_and_build(context, 1) == [(library, b"portable")]
+    assert start_and_build(1) == [(library, b"portable")]
     assert library.stat().st_mtime_ns == before.st_mtime_ns
     assert sorted(build_cpu.SOURCES[0].parent.iterdir()) == sources
 
@@ -100,53 +98,49 @@ def test_command(quick, capsys, caplog, monkeypatch):
     build_cpu.main()
     (library,) = get_cache_folder().iterdir()
     assert capsys.readouterr().out == f"portable: {library}\n"
-    assert re.fullmatch(
-        r"Compiling cpu.c and layer.c with .*, once on this machine", caplog.messages[0]
-    )
+    assert "once on this machine" in caplog.text
     monkeypatch.setenv("CHATGLM_CPU_ISA", "avx1024")
     build_cpu.get_library.cache_clear()
     with pytest.raises(SystemExit) as stop:
         build_cpu.main()
-    allowed = "give one of avx512, avx2, portable, or unset it"
-    assert stop.value.code == f"error: CHATGLM_CPU_ISA is 'avx1024': {allowed}"
+    assert "'avx1024': give one of avx512, avx2, portable, or unset it" in stop.value.code
 
 
 def test_compiled_once_for_what_it_depends_on(compiler, monkeypatch):
     calls = compiler(f"{VERSION}\n{WRITE}")
-    folder = get_cache_folder()
 
     def build():
         calls.unlink(missing_ok=True)
-        library = build_cpu.build(folder)
+        library = build_cpu.build(get_cache_folder())
         assert library.read_text() == "made\n"
         return library, "-o" in calls.read_text()
 
-    first, compiled = build()
-    assert compiled and build() == (first, False)
-    monkeypatch.setenv("CHATGLM_CPU_ISA", "avx2")
-    other, compiled = build()
-    assert compiled and other != first and "-mavx2" in calls.read_text()
-    monkeypatch.setattr(build_cpu, "describe_cpu", lambda: "another CPU")
-    another, compiled = build()
-    assert compiled and another not in (first, other)
-    monkeypatch.delenv("CHATGLM_CPU_ISA")
-    compiler(f"{VERSION.replace('1.0', '2.0')}\n{WRITE}")
-    newer, compiled = build()
-    assert compiled and newer not in (first, other, another)
+    libraries = set()
+    for change in (
+        lambda: None,
+        lambda: monkeypatch.setenv("CHATGLM_CPU_ISA", "avx2"),
+        lambda: monkeypatch.setattr(build_cpu, "describe_cpu", lambda: "another CPU"),
+        lambda: compiler(f"{VERSION.replace('1.0', '2.0')}\n{WRITE}"),
+    ):
+        change()
+        library, is_compiled = build()
+        assert is_compiled and library not in libraries and build() == (library, False)
+        libraries.add(library)
 
 
 def test_failing_compiler(compiler, tmp_path, monkeypatch):
     lines = "cpu.c:1: note: x", "cpu.c:2: error: no", "  2 | x", "    | ^", ""
     compiler("\n".join([VERSION, *(f"echo '{line}' >&2" for line in lines), "exit 1"]))
-    library, problem = build_cpu.get_library()
-    assert library is None and problem == f"{tmp_path}/my cc failed: cpu.c:2: error: no"
+    for cc, problem in (
+        (os.environ["CC"], f"{tmp_path}/my cc failed: cpu.c:2: error: no"),
+        ("/bin/false", "/bin/false failed: exit code 1"),
+        ("/no/such/cc", "/no/such/cc cannot run: .*No such file"),
+    ):
+        monkeypatch.setenv("CC", cc)
+        build_cpu.get_library.cache_clear()
+        library, found = build_cpu.get_library()
+        assert library is None and re.match(problem, found)
     assert list((tmp_path / "cache").iterdir()) == []
-    monkeypatch.setenv("CC", "/bin/false")
-    build_cpu.get_library.cache_clear()
-    assert build_cpu.get_library()[1] == "/bin/false failed: exit code 1"
-    monkeypatch.setenv("CC", "/no/such/cc")
-    build_cpu.get_library.cache_clear()
-    assert re.match("/no/such/cc cannot run: .*No such file", build_cpu.get_library()[1])
 
 
 def test_no_openmp(compiler):

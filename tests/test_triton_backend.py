@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from quantized_layers import compute_error, create_layer
 
 ROOT = Path(__file__).parent.parent
 pytest.importorskip("triton", reason="needs Triton: pip install triton")
@@ -23,58 +24,45 @@ NUM_ROWS = [1, 8, 40]
 CASES = list(itertools.product(DTYPES, WAYS, NUM_ROWS))
 
 
-def compute_error(dtype: str, way: str, num_rows: int) -> float:
-    """Return the largest error of the kernels; 1 is the largest output."""
+def compute_kernel_error(dtype: str, way: str, num_rows: int) -> float:
     from chatglm2.kernels.triton_backend import TritonBackend
-    from chatglm2.quantization import QuantizedLinear, torch_matmul
+    from chatglm2.quantization import torch_matmul
 
-    backend = TritonBackend()
-    bits, group_size, in_features = WAYS[way]
-    layer = QuantizedLinear(in_features, 70, bits, group_size)
-    weight = torch.randn(70, in_features, generator=torch.manual_seed(0)).to(DTYPES[dtype])
-    layer.weight.data, layer.weight_scale.data = layer.quantize(weight)
-    assert backend.find_problem(layer, torch.device("cpu"), weight.dtype) is None
-    x = torch.randn(1, num_rows, in_features).to(weight.dtype)
-    y, exact = backend.matmul(x, layer), torch_matmul(x.float(), layer)
+    (bits, group_size, in_features), backend = WAYS[way], TritonBackend()
+    layer = create_layer(bits, group_size, in_features, 70, dtype=DTYPES[dtype])
+    assert backend.find_problem(layer, torch.device("cpu"), DTYPES[dtype]) is None
+    x = torch.randn(1, num_rows, in_features).to(DTYPES[dtype])
+    y, exact = backend.matmul(x, layer), torch_matmul(x.double(), layer)
     assert y.dtype == x.dtype and y.shape == exact.shape
-    return ((y.float() - exact).abs().max() / exact.abs().max()).item()
+    return compute_error(y, exact)
 
 
 def compute_errors() -> dict:
-    """Return all errors, the logits' with a model that uses the kernels, and what was logged."""
+    """Return the errors of the kernels, and of a model that uses them."""
     from chatglm2 import ChatGLMForConditionalGeneration
 
-    errors = {str(case): compute_error(*case) for case in CASES}
+    errors = {str(case): compute_kernel_error(*case) for case in CASES}
     checkpoint = ROOT / "resources" / "chatglm2-tiny"
-    logits = {}
+    logits = []
     for name in ("triton", "torch"):
         os.environ["CHATGLM_BACKEND"] = name
         model = ChatGLMForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32)
         with torch.no_grad():
-            logits[name] = model.quantize(4)(torch.tensor([[5, 7, 9]])).logits
-    return {**errors, "model": (logits["triton"] - logits["torch"]).abs().max().item()}
+            logits.append(model.quantize(4)(torch.tensor([[5, 7, 9]])).logits)
+    return {**errors, "model": (logits[0] - logits[1]).abs().max().item()}
 
 
-@pytest.fixture(scope="module")
-def interpreted():
+@pytest.mark.slow  # starts a process
+def test_kernels_and_a_model_are_as_plain_torch():
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}
     command = [sys.executable, __file__]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
     assert "backend triton (CHATGLM_BACKEND says so)" in run.stderr
-    return json.loads(run.stdout)
-
-
-@pytest.mark.slow  # starts a process
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_kernels_are_as_plain_torch(interpreted, case):
-    assert interpreted[str(case)] <= TOLERANCES[case[0]]
-
-
-@pytest.mark.slow
-def test_model(interpreted):
-    assert interpreted["model"] < 1e-3
+    interpreted = json.loads(run.stdout)
+    assert interpreted.pop("model") < 1e-3
+    assert all(interpreted[str(case)] <= TOLERANCES[case[0]] for case in CASES), interpreted
 
 
 @pytest.mark.slow  # compiles
@@ -105,25 +93,20 @@ def test_kernels_compile_for_gpus(capability, way, name, tmp_path, monkeypatch):
 
 
 def test_layers_that_it_cannot_serve(monkeypatch):
-    from chatglm2.kernels.triton_backend import TritonBackend
-    from chatglm2.quantization import QuantizedLinear
+    from chatglm2.kernels import triton_backend
 
-    find_problem, layer = TritonBackend().find_problem, QuantizedLinear(128, 64, 4)
-    gpu = torch.device("cuda", 0)
-    assert "it needs a GPU" in find_problem(layer, torch.device("cpu"), torch.float32)
+    find_problem, layer = triton_backend.TritonBackend().find_problem, create_layer()
+    gpu, cpu = torch.device("cuda", 0), torch.device("cpu")
+    assert "it needs a GPU" in find_problem(layer, cpu, torch.float32)
     assert "torch.float64" in find_problem(layer, gpu, torch.float64)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert "the GPU has 7.5" in find_problem(layer, gpu, torch.float16)
-
-
-def test_failing_kernels_are_a_reason(monkeypatch):
-    from chatglm2.kernels import triton_backend
 
     def fail(x, layer):
         raise RuntimeError("Failed to find C compiler.\nSet CC.")
 
     monkeypatch.setattr(triton_backend, "multiply", fail)
-    problem = triton_backend.try_kernels.__wrapped__(4, 128, torch.device("cpu"), torch.float16)
+    problem = triton_backend.try_kernels.__wrapped__(4, 128, cpu, torch.float16)
     assert problem == "a trial failed: RuntimeError: Failed to find C compiler."
 
 
