@@ -196,7 +196,7 @@ def test_other_settings_are_refused(run, tiny_tokenizer, data, tmp_path):
         ("weights", {"model": trained}),
         ("data", {"data": changed}),
     ):
-        message = fail(lambda other=other: run(**other, folder=output))
+        message = fail(run, **other, folder=output)
         assert f"is of a run with {name}" in message and "--output" in message
     assert (output / "items.jsonl").read_bytes() == before
 
@@ -228,7 +228,7 @@ def test_an_output_that_cannot_be_written_is_one_line(run, tmp_path):
     (tmp_path / "results.json").mkdir()
     assert "results.json: Is a directory; 21 items are in" in fail(run)
     (tmp_path / "file").write_text("")
-    assert f"--output {tmp_path}/file: " in fail(lambda: run(folder=tmp_path / "file"))
+    assert f"--output {tmp_path}/file: " in fail(run, folder=tmp_path / "file")
 
 
 @pytest.mark.parametrize(

@@ -129,18 +129,6 @@ def test_batches_of_any_kind_give_the_predictions_of_single_questions(
     assert single == file == length and len(single) == 15
 
 
-def test_prompts_and_settings(tiny_tokenizer, processed, tmp_path):
-    model = FakeModel(tiny_tokenizer, reply=lambda text: "理由。")
-    evaluate(ceval, model, tiny_tokenizer, processed, tmp_path, "--limit", "1")
-    (prompts, settings), *_ = model.generate_calls
-    assert settings == {"do_sample": False, "max_new_tokens": 512}
-    question = prompts[0].removeprefix("[Round 1]\n\n问：").removesuffix("\n\n答：")
-    assert question.count("\n") == 4 and question.splitlines()[1].startswith("A. ")
-    assert model.forward_calls[0] == [
-        f"[Round 1]\n\n问：{question}理由。\n综上所述，ABCD中正确的选项是：\n\n答："
-    ]
-
-
 def test_both_prompts_are_cut_to_2048_tokens(tiny_tokenizer):
     """As the original: where the reasoning is too long, the extraction prompt is cut off."""
     model, lengths = FakeModel(tiny_tokenizer, reply=lambda text: "很长的理由。" * 1000), []

@@ -3,13 +3,14 @@
 import pytest
 from PIL import Image
 
+pytest.importorskip("pexpect", reason="needs pexpect")
+pytest.importorskip("playwright", reason="needs Playwright")
+
+import make_pictures
+
 
 @pytest.mark.slow
 def test_terminal():
-    pytest.importorskip("pexpect")
-    pytest.importorskip("playwright")
-    import make_pictures
-
     lines = make_pictures.run_terminal(["你好"]).splitlines()
     assert lines[0].startswith("欢迎使用") and "用户：你好" in lines
     assert any(line.startswith("ChatGLM：你好👋") for line in lines)
@@ -17,9 +18,6 @@ def test_terminal():
 
 
 def test_film(browser, tmp_path):
-    pytest.importorskip("pexpect")
-    import make_pictures
-
     page = browser.new_page()
     film = make_pictures.Film(page)
     for text in ("一", "二", "三"):
