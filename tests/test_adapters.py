@@ -10,11 +10,9 @@ import pytest
 import torch
 from loading import parse
 from safetensors.torch import load_file, save_file
-from servers import gather_answers, serve
+from servers import gather_answers
 from torch.testing import assert_close
 
-import api
-import cli_demo
 import utils
 from chatglm2 import ChatGLMConfig, ChatGLMForConditionalGeneration, placement
 from chatglm2.adapters import load_adapter
@@ -96,31 +94,25 @@ def load_with_peft(peft, tiny_checkpoint):
 # LoRA.
 
 
-def test_lora_is_merged_into_float_weights(load_with_peft, lora, tiny_checkpoint):
-    plain = load(tiny_checkpoint)
-    types, logits = {type(x) for x in plain.modules()}, compute_logits(plain)
-    model = load_adapter(plain, lora)
-    assert {type(x) for x in model.modules()} == types
-    assert_close(compute_logits(model), compute_logits(load_with_peft(lora)), **CLOSE)
-    assert (compute_logits(model) - logits).abs().max() > 1
-
-
-@pytest.mark.parametrize("bits", [4, 8])
-def test_lora_beside_quantized_weights(bits, load_with_peft, lora, tiny_checkpoint, capsys):
-    model = load_with("--model", tiny_checkpoint, "--adapter", lora, "--quantize", bits)
-    assert f"{lora}: LoRA of rank 8, computed beside quantized weights" in capsys.readouterr().err
-    assert sum(isinstance(layer, QuantizedLinear) for layer in model.modules()) == 16
-    assert_close(compute_logits(model), compute_logits(load_with_peft(lora, bits)), **CLOSE)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("bits", [0, 4])
-def test_lora_in_the_dtype_of_the_model(dtype, bits, load_with_peft, lora, tiny_checkpoint):
-    model = load_adapter(load(tiny_checkpoint, bits).to(dtype), lora)
-    dtypes = {p.dtype for name, p in model.named_parameters() if "lora_" in name}
-    assert dtypes == ({dtype} if bits else set())
-    logits, expected = compute_logits(model).float(), compute_logits(load_with_peft(lora, bits))
-    assert torch.cosine_similarity(logits.flatten(), expected.flatten(), 0) > 0.999
+@pytest.mark.parametrize("bits", [0, 4, 8])
+def test_lora(bits, load_with_peft, lora, tiny_checkpoint, capsys):
+    argv = "--model", tiny_checkpoint, "--adapter", lora, "--quantize", bits
+    model = load_with(*argv[: None if bits else -2])
+    how = "computed beside quantized" if bits else "merged into the"
+    assert f"{lora}: LoRA of rank 8, {how} weights" in capsys.readouterr().err
+    assert sum(isinstance(layer, QuantizedLinear) for layer in model.modules()) == 16 * bool(bits)
+    expected = compute_logits(load_with_peft(lora, bits))
+    assert_close(compute_logits(model.float()), expected, atol=1e-2, rtol=1e-2)
+    plain = compute_logits(load(tiny_checkpoint, bits))
+    assert (expected - plain).abs().max() > 1
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        model = load_adapter(load(tiny_checkpoint, bits).to(dtype), lora)
+        dtypes = {p.dtype for name, p in model.named_parameters() if "lora_" in name}
+        assert dtypes == ({dtype} if bits else set())
+        logits = compute_logits(model).float()
+        assert torch.cosine_similarity(logits.flatten(), expected.flatten(), 0) > 0.999
+        if dtype == torch.float32:
+            assert_close(logits, expected, **CLOSE)
 
 
 def test_lora_of_2023(load_with_peft, lora, tiny_checkpoint, tmp_path):
@@ -363,19 +355,3 @@ def test_kept_caches_and_batches(adapter, bits, request, tiny_checkpoint, tiny_t
         batcher.end()
     answers = [ids + whole.token_ids for ids, whole in zip(prompts, answers, strict=True)]
     assert answers == [[i for i in ids if i != EOS] for ids in expected]
-
-
-def test_scripts(lora, prefix, tiny_checkpoint, tiny_tokenizer, capsys, monkeypatch):
-    def answer(adapter, **settings):
-        model = load_adapter(load(tiny_checkpoint, **settings), adapter)
-        return model.chat(tiny_tokenizer, "你好", do_sample=False, max_length=40)[0]
-
-    monkeypatch.setattr(cli_demo, "use_utf8", lambda: None)
-    argv = ["--model", str(tiny_checkpoint), "--adapter", str(prefix), "-p", "你好"]
-    cli_demo.main([*argv, "--temperature", "0", "--max-length", "40"])
-    assert capsys.readouterr().out == answer(prefix) + "\n"
-    argv = "--model", str(tiny_checkpoint), "--adapter", str(lora), "--quantize", "4"
-    tokenizer, model = utils.load_model(parse(*argv))
-    with serve(api.create_app, model, tokenizer) as client:
-        body = {"prompt": "你好", "temperature": 0, "max_length": 40}
-        assert client.post("/", json=body).json()["response"] == answer(lora, bits=4)

@@ -15,7 +15,7 @@ from test_modeling_chatglm import save_shards
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer, GlmForCausalLM
 
-from chatglm2 import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMTokenizer, export
+from chatglm2 import ChatGLMConfig, ChatGLMTokenizer, export
 
 GOLDEN = Path(__file__).parent / "golden" / "tokenizer" / "tokenizer_golden.json"
 MESSAGES = [
@@ -24,35 +24,8 @@ MESSAGES = [
     {"role": "user", "content": "  the people's [MASK] eop"},
 ]
 TEXTS = ["你好", "philosophers, people and a sop <s>", " \n\t😀", ""]
-VARIANTS = {
-    "plain": {},
-    "no_bias": {"add_qkv_bias": False},
-    "32k": {"rope_ratio": 8},
-    "linear_32k": {"rope_ratio": 3, "rope_parameters": {"rope_type": "linear", "factor": 2.0}},
-    "yarn": {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}},
-    "tied": {"tie_word_embeddings": True},
-}
 CLOSE = {"atol": 1e-5, "rtol": 0}
 IDS = [[4092, 4094, *range(3, 200)]]
-
-
-def save_random_model(folder: Path, tokenizer, **fields) -> Path:
-    shape = {"num_layers": 2, "padded_vocab_size": 4096, "hidden_size": 32, "ffn_hidden_size": 48}
-    shape |= {"kv_channels": 8, "num_attention_heads": 4, "seq_length": 128}
-    shape |= {"multi_query_attention": True, "multi_query_group_num": 2, "add_qkv_bias": True}
-    config = ChatGLMConfig(**{**shape, "initializer_range": 0.2, **fields})
-    model = ChatGLMForConditionalGeneration(config, empty_init=False)
-    for name, parameter in model.named_parameters():
-        if name.endswith(("bias", "layernorm.weight")):  # else 0 and 1, which hide what is lost
-            torch.nn.init.normal_(parameter, mean=1)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-def change_config(checkpoint: Path, **fields):
-    file = checkpoint / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text("utf-8")) | fields), "utf-8")
 
 
 def run_and_fail(checkpoint: Path, folder: Path) -> str:
@@ -100,29 +73,18 @@ def test_the_bundled_checkpoint(exported, tiny_model, tiny_tokenizer):
     assert (fast.model_max_length, fast.eos_token_id) == (2048, 2)
 
 
-@pytest.mark.parametrize("name", VARIANTS)
-@torch.no_grad()
-def test_logits_of_other_models(name, tiny_tokenizer, tmp_path):
-    checkpoint = save_random_model(tmp_path / "chatglm", tiny_tokenizer, **VARIANTS[name])
-    export.export(checkpoint, tmp_path / "glm")
-    model = ChatGLMForConditionalGeneration.from_pretrained(checkpoint).eval()
-    glm = GlmForCausalLM.from_pretrained(tmp_path / "glm").eval()
-    assert_close(glm(torch.tensor(IDS)).logits, model(torch.tensor(IDS)).logits, **CLOSE)
-
-
 def test_half_precision_and_end_of_text_are_kept(exported, tiny_checkpoint):
-    config = json.loads((exported / "config.json").read_text())
-    assert (config["model_type"], config["architectures"]) == ("glm", ["GlmForCausalLM"])
-    assert (config["dtype"], config["max_position_embeddings"]) == ("float16", 2048)
-    assert "auto_map" not in config
     for name in ("config.json", "generation_config.json"):
         fields = json.loads((exported / name).read_text())
         assert (fields["eos_token_id"], fields["pad_token_id"]) == (2, 0)
     for eos_token_id, expected in (([2, 7], [2, 7]), (None, 2)):
         config = ChatGLMConfig(eos_token_id=eos_token_id)
         assert export.convert_config(config).eos_token_id == expected
-    theirs = load_file(exported / "model.safetensors")
-    ours = load_file(tiny_checkpoint / "model.safetensors")
+    fields = json.loads((exported / "config.json").read_text())
+    expected = {"model_type": "glm", "architectures": ["GlmForCausalLM"], "dtype": "float16"}
+    assert fields.items() >= {**expected, "max_position_embeddings": 2048}.items()
+    assert "auto_map" not in fields
+    theirs, ours = (load_file(x / "model.safetensors") for x in (exported, tiny_checkpoint))
     assert {tensor.dtype for tensor in theirs.values()} == {torch.float16}
     assert sum(x.numel() for x in theirs.values()) == sum(x.numel() for x in ours.values())
 
@@ -257,28 +219,35 @@ def test_vocabulary_of_another_kind_is_refused(options, tmp_path):
 # What cannot be exported
 
 
-YARN = {"rope_type": "yarn", "factor": 2.0}
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0}
+OTHER = "the weights do not belong to config.json"
 
 
 @pytest.mark.parametrize(
-    "fields, message",
+    "fields, messages",
     [
-        ({"pre_seq_len": 8}, "pre_seq_len is 8 and GLM supports only None"),
-        ({"multi_query_attention": False}, "multi_query_attention is False"),
-        ({"rmsnorm": False}, "rmsnorm is False"),
-        ({"post_layer_norm": False}, "post_layer_norm is False"),
-        ({"apply_residual_connection_post_layernorm": True}, "post_layernorm is True"),
-        ({"add_bias_linear": True}, "add_bias_linear is True"),
-        ({"fp32_residual_connection": True}, "fp32_residual_connection is True"),
-        ({"quantization_bit": 4}, "weights are quantized in a format that only ChatGLM2 has"),
-        ({"rope_ratio": 2, "rope_parameters": YARN}, "rope_ratio is 2 with rope_type 'yarn'"),
+        ({"pre_seq_len": 8}, ["pre_seq_len is 8 and GLM supports only None"]),
+        ({"multi_query_attention": False}, ["multi_query_attention is False"]),
+        ({"rmsnorm": False}, ["rmsnorm is False"]),
+        ({"post_layer_norm": False}, ["post_layer_norm is False"]),
+        ({"apply_residual_connection_post_layernorm": True}, ["post_layernorm is True"]),
+        ({"add_bias_linear": True}, ["add_bias_linear is True"]),
+        ({"fp32_residual_connection": True}, ["fp32_residual_connection is True"]),
+        ({"quantization_bit": 4}, ["weights are quantized in a format that only ChatGLM2 has"]),
+        ({"rope_ratio": 2, "rope_parameters": DYNAMIC}, ["is 2 with rope_type 'dynamic'"]),
+        ({"num_layers": 5}, [OTHER, "model.layers.4."]),
+        ({"num_layers": 3}, [OTHER, "model.layers.3."]),
+        ({"multi_query_group_num": 1}, [OTHER, "self_attn.v_proj.bias"]),
+        ({"add_qkv_bias": False}, [OTHER, "self_attn.k_proj.bias"]),
     ],
     ids=str,
 )
-def test_models_that_glm_cannot_express(tiny_checkpoint, tmp_path, fields, message):
+def test_models_that_cannot_be_exported(tiny_checkpoint, tmp_path, fields, messages):
     checkpoint = shutil.copytree(tiny_checkpoint, tmp_path / "chatglm")
-    change_config(checkpoint, **fields)
-    assert message in run_and_fail(checkpoint, tmp_path / "glm")
+    config = json.loads((checkpoint / "config.json").read_text("utf-8"))
+    (checkpoint / "config.json").write_text(json.dumps(config | fields))
+    printed = run_and_fail(checkpoint, tmp_path / "glm")
+    assert all(message in printed for message in messages)
     assert not (tmp_path / "glm").exists()
 
 
@@ -297,20 +266,3 @@ def test_folders(tiny_checkpoint, tmp_path, exported):
         shutil.copy(tiny_checkpoint / name, part)
     os.truncate(part / "model.safetensors", 10**6)
     assert "is truncated or damaged" in run_and_fail(part, tmp_path / "glm")
-
-
-@pytest.mark.parametrize(
-    "fields, tensor",
-    [
-        ({"num_layers": 3}, "model.layers.2."),
-        ({"num_layers": 1}, "model.layers.1."),
-        ({"multi_query_group_num": 1}, "self_attn.v_proj.bias"),
-        ({"add_qkv_bias": False}, "self_attn.k_proj.bias"),
-    ],
-    ids=str,
-)
-def test_weights_that_do_not_belong_to_the_config(tiny_tokenizer, tmp_path, fields, tensor):
-    checkpoint = save_random_model(tmp_path / "chatglm", tiny_tokenizer)
-    change_config(checkpoint, **fields)
-    message = run_and_fail(checkpoint, tmp_path / "glm")
-    assert "the weights do not belong to config.json" in message and tensor in message

@@ -139,30 +139,24 @@ def test_beams_and_repetition_penalty(model, cache_class):
 @torch.no_grad()
 def test_the_cache_has_two_names_and_no_warning(model, tiny_chat, name):
     expected, cache = GENERATION["single"]["output_ids"], ChatGLMCache()
-    settings = {"max_length": len(expected[0]), "eos_token_id": None, name: ChatGLMCache()}
+    settings = {"max_length": len(expected[0]), "eos_token_id": None}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         check(model, "single", **{name: cache})
         assert cache.get_seq_length() == len(expected[0]) - 1
-        *_, ids = model.stream_generate(SINGLE, **settings)
+        *_, ids = model.stream_generate(SINGLE, **settings, **{name: ChatGLMCache()})
         assert ids.tolist() == expected
         cache = ChatGLMCache()
         model(IDS[:, :10], **{name: cache})
-        outputs = model(IDS[:, 10:], **{name: cache})
+        outputs = model(IDS[:, 10:], past_key_values=cache, cache=cache)
         assert getattr(outputs, CACHE_NAME) is cache
         assert_close(outputs.logits, OUTPUTS["a.logits"][:, 10:])
         tiny_chat.answer("你好", max_new_tokens=2)
         _, history, cache = tiny_chat.stream("你好", max_new_tokens=2)
         tiny_chat.stream("你好", history, cache, max_new_tokens=2)
-
-
-def test_two_different_caches_are_refused(model):
     for call in (model, model.base_model, model.generate):
         with pytest.raises(ValueError, match="give the cache once"):
             call(IDS, past_key_values=ChatGLMCache(), cache=ChatGLMCache())
-        cache = ChatGLMCache()
-        call(IDS, past_key_values=cache, cache=cache)
-        assert cache.get_seq_length() >= IDS.shape[1]
 
 
 def test_generation_in_training_with_checkpointing():
@@ -241,17 +235,16 @@ def test_sampling_from_the_golden_probabilities(method):
 
 
 def test_chat_samples_by_its_seed_and_temperature_0_is_greedy(tiny_chat):
-    settings = {"do_sample": True, "temperature": 5.0, "top_p": 1.0, "max_length": 48}
+    settings = {"do_sample": True, "temperature": 5.0, "top_p": 1.0, "max_length": 32}
     answers = []
-    for seed in (1, 1, 2, 3):
+    for seed in (1, 1, 2):
         torch.manual_seed(seed)
         answers.append(tiny_chat.answer("abc", **settings))
-    assert answers[0] == answers[1]
-    assert len({response for response, _ in answers}) > 1
+    assert answers[0] == answers[1] != answers[2]
     torch.manual_seed(1)
     assert tiny_chat.stream("abc", **settings)[:2] == answers[0], "both sample alike"
-    settings = {"do_sample": True, "temperature": 0}
-    assert tiny_chat.answer("abc", **settings) == tiny_chat.answer("abc")
+    expected = tiny_chat.answer("abc", max_length=32)
+    assert tiny_chat.answer("abc", **settings | {"temperature": 0}) == expected
 
 
 # chat and stream_chat
@@ -297,16 +290,6 @@ def test_stream_chat_with_a_kept_cache_as_the_original(golden_chat):
         assert cache.get_seq_length() == case["past_len"]
 
 
-def test_kept_cache_keeps_the_last_id_of_a_round_that_ended_by_length(tiny_chat):
-    response, history, cache = tiny_chat.stream("你好", max_new_tokens=4)
-    held = cache.input_ids + cache.pending_ids
-    assert len(cache.pending_ids) == 1
-    assert tiny_chat.tokenizer.decode(held).endswith(response)
-    _, _, cache = tiny_chat.stream("晚安", history, cache, max_new_tokens=2)
-    assert cache.input_ids[: len(held)] == held
-    assert tiny_chat.num_fed == 1 + len(tiny_chat.tokenizer.build_round("晚安", history)) + 1
-
-
 def test_kept_cache_gives_the_same_answers_as_none(tiny_chat):
     history, kept, cache = [], [], None
     for query in ("你好", "What is the capital of France?", "讲个笑话", "thank you"):
@@ -332,15 +315,16 @@ def test_cache_of_another_history_keeps_the_common_beginning(tiny_chat):
     assert tuple(result) == expected and isinstance(cache, ChatGLMCache)
 
 
-def test_history_and_cache_agree_after_a_stopped_answer(tiny_chat):
-    """The cache holds the answer that was yielded last, though `generate` runs ahead."""
-    steps = tiny_chat.steps("讲个故事")
-    for _ in range(3):
-        response, history, cache = next(steps)
-    while cache.get_seq_length() < len(tiny_chat.encode("讲个故事")) + 20:
+@pytest.mark.parametrize("is_closed", [False, True])
+def test_history_and_cache_agree_after_a_cut_answer(tiny_chat, is_closed):
+    """Cut by its length, or by the reader while `generate` is ahead of the answer yielded last."""
+    prompt = tiny_chat.encode("讲个故事")
+    steps = tiny_chat.steps("讲个故事", max_new_tokens=300 if is_closed else 4)
+    *_, (response, history, cache) = itertools.islice(steps, 3 if is_closed else None)
+    while is_closed and cache.get_seq_length() < len(prompt) + 20:
         time.sleep(0.01)
     steps.close()
-    ids, prompt = cache.input_ids + cache.pending_ids, tiny_chat.encode("讲个故事")
+    ids = cache.input_ids + cache.pending_ids
     assert ids[: len(prompt)] == prompt
     assert tiny_chat.tokenizer.decode(ids[len(prompt) :]) == response
     assert cache.get_seq_length() == len(cache.input_ids) == len(ids) - 1
@@ -410,11 +394,19 @@ def test_generate_continues_with_a_kept_cache(tiny_chat, held):
         assert lengths[0] == ids.shape[1] - held + (5 if lookup else 0)
 
 
-@pytest.mark.parametrize("history", [[{"role": "user", "content": "x"}], [("a", None)], ["ab"]])
-def test_history_of_another_form_is_refused(tiny_chat, history):
+def test_questions_that_are_refused(tiny_chat):
+    length = len(tiny_chat.encode("你好"))
+    room = rf"prompt has {length} tokens; max_length is {length} and the context 2048"
     for ask in (tiny_chat.answer, tiny_chat.stream):
-        with pytest.raises(ValueError, match=r"history is a list of \(question, answer\), not of"):
-            ask("你好", history)
+        with pytest.raises(ValueError, match=room):
+            ask("你好", max_length=length)
+        with pytest.raises(ValueError, match="the context 2048"):
+            ask("你好" * 1100, max_length=10**6)
+        for history in ([{"role": "user", "content": "x"}], [("a", None)], ["ab"]):
+            with pytest.raises(ValueError, match=r"is a list of \(question, answer\), not of"):
+                ask("你好", history)
+    response, _ = tiny_chat.answer("你好", max_length=length + 1)
+    assert len(tiny_chat.encode_text(response)) <= 1
 
 
 def test_answer_decoder_gives_what_decoding_all_ids_gives(any_tokenizer):
@@ -440,18 +432,6 @@ def test_program_can_end_amid_an_answer(tiny_checkpoint):
     run = [sys.executable, "-c", script, str(tiny_checkpoint)]
     cwd = Path(__file__).parent.parent
     assert subprocess.run(run, cwd=cwd, capture_output=True).returncode == 7
-
-
-def test_prompt_without_room_for_an_answer(tiny_chat):
-    length = len(tiny_chat.encode("你好"))
-    message = rf"prompt has {length} tokens; max_length is {length} and the context 2048"
-    for ask in (tiny_chat.answer, tiny_chat.stream):
-        with pytest.raises(ValueError, match=message):
-            ask("你好", max_length=length)
-        with pytest.raises(ValueError, match="the context 2048"):
-            ask("你好" * 1100, max_length=10**6)
-    response, _ = tiny_chat.answer("你好", max_length=length + 1)
-    assert len(tiny_chat.encode_text(response)) <= 1
 
 
 def test_kept_cache_and_new_ids_never_exceed_the_context(tiny_chat, monkeypatch):
@@ -490,24 +470,23 @@ def test_cache_grows_in_blocks_and_is_written_in_place(model):
     address = layer.buffers[0].data_ptr()
     model(IDS[:, :3], past_key_values=cache)
     assert layer.keys.data_ptr() == layer.buffers[0].data_ptr() == address
-    assert cache.get_seq_length() == 20
     key, before = torch.randn(1, 2, CACHE_BLOCK, 16), layer.keys.clone()
     keys, _ = cache.update(key, key, 0)
     assert layer.buffers[0].shape[2] == 2 * CACHE_BLOCK
     assert torch.equal(keys, torch.cat((before, key), dim=2))
 
 
+@torch.no_grad()
 def test_cropped_cache_continues_also_one_of_inference_mode(model):
     cache = ChatGLMCache()
     with torch.inference_mode():
         model(torch.cat((IDS[:, :10], IDS[:, 3:9]), dim=1), past_key_values=cache)
-    with torch.no_grad():
-        cache.crop(-6)
-        assert cache.get_seq_length() == 10
-        logits = model(IDS[:, 10:], past_key_values=cache).logits
-        assert_close(logits, OUTPUTS["a.logits"][:, 10:])
-        cache.crop(0)
-        assert cache.get_seq_length() == 17
+    cache.crop(-6)
+    assert cache.get_seq_length() == 10
+    logits = model(IDS[:, 10:], past_key_values=cache).logits
+    assert_close(logits, OUTPUTS["a.logits"][:, 10:])
+    cache.crop(0)
+    assert cache.get_seq_length() == 17
 
 
 @torch.no_grad()
@@ -541,11 +520,8 @@ def test_narrow_cache(model, dtype, implementation):
     copied = cache.copy_prefix(10)
     cache.crop(10 - IDS.shape[1])
     for past in (cache, copied):
-        assert_close(
-            narrow(IDS[:, 10:], past_key_values=past).logits, OUTPUTS["a.logits"][:, 10:], tolerance
-        )
-        past.reorder_cache(torch.tensor([0, 0]))
-        narrow(IDS[:, :1].repeat(2, 1), past_key_values=past)
+        logits = narrow(IDS[:, 10:], past_key_values=past).logits
+        assert_close(logits, OUTPUTS["a.logits"][:, 10:], tolerance)
         buffers = [buffer for layer in past.layers for buffer in layer.buffers]
         assert {(x.dtype, x.is_contiguous()) for x in buffers} == {(dtype, True)}
 
@@ -555,12 +531,10 @@ def test_narrow_cache(model, dtype, implementation):
 def test_generation_with_a_narrow_cache(model, cache_class, num_beams):
     narrow, cache = create_model(), cache_class()
     narrow.base_model.cache_dtype = torch.float16
-    settings = {"max_new_tokens": 8, "eos_token_id": None, "return_dict_in_generate": True}
-    settings |= {"num_beams": num_beams, "output_logits": True}
+    settings = {"max_new_tokens": 8, "eos_token_id": None, "num_beams": num_beams}
     expected = model.generate(SINGLE, **settings)
     found = narrow.generate(SINGLE, past_key_values=cache, **settings)
-    assert found.sequences.tolist() == expected.sequences.tolist()
-    assert_close(torch.cat(found.logits), torch.cat(expected.logits), 1e-2)
+    assert found.tolist() == expected.tolist()
     assert cache.layers[0].keys.dtype == torch.float16
 
 

@@ -55,11 +55,6 @@ def test_strings(official_tokenizer, case):
     assert skipped == case["decode_skip_special"]
 
 
-def test_pairs(official_tokenizer):
-    for pair in GOLDEN["pairs"]:
-        assert official_tokenizer(pair["a"], pair["b"])["input_ids"] == pair["input_ids"]
-
-
 @pytest.mark.parametrize("name", BATCHES)
 def test_batches(official_tokenizer, name):
     batch = GOLDEN["batches"][name]
@@ -69,7 +64,9 @@ def test_batches(official_tokenizer, name):
         assert encoded[key] == batch[key], key
 
 
-def test_padding_keeps_given_position_ids_and_pads_right_for_training(official_tokenizer):
+def test_pairs_and_padding(official_tokenizer):
+    for pair in GOLDEN["pairs"]:
+        assert official_tokenizer(pair["a"], pair["b"])["input_ids"] == pair["input_ids"]
     rows = {"input_ids": [[5, 6], [7]], "position_ids": [[3, 4], [9]]}
     assert official_tokenizer.pad(dict(rows))["position_ids"] == [[3, 4], [0, 9]]
     assert official_tokenizer.pad(rows, padding_side="right")["position_ids"] == [[3, 4], [9, 0]]
