@@ -11,8 +11,6 @@ import html
 import io
 import re
 import shutil
-import socket
-import subprocess
 import sys
 import time
 from contextlib import contextmanager
@@ -140,6 +138,12 @@ def picture_page(browser, address: str, path: Path, settings: str | None = None)
     page.screenshot(path=path)
 
 
+def spawn(*arguments: str) -> pexpect.spawn:
+    """Start a Python program in a terminal."""
+    options = {"cwd": ROOT, "encoding": "utf-8", "timeout": TIMEOUT_S}
+    return pexpect.spawn(sys.executable, [*arguments], **options)
+
+
 @contextmanager
 def served_gradio(model, tokenizer):
     """Serve the page of `web_demo.py` from this process; yield its address."""
@@ -152,39 +156,22 @@ def served_gradio(model, tokenizer):
 @contextmanager
 def served_streamlit():
     """Serve the page of `web_demo2.py`; yield its address."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "streamlit", "run", "web_demo2.py", f"--server.port={port}"]
-    server = subprocess.Popen([*command, "--", "--model", MODEL], cwd=ROOT)
-    try:
-        deadline = time.monotonic() + TIMEOUT_S
-        while time.monotonic() < deadline:
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            time.sleep(0.2)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        server.terminate()
-        server.wait()
+    server = spawn("-m", "streamlit", "run", "web_demo2.py", "--", "--model", MODEL)
+    server.expect(r"http://[\w.:]+")
+    yield server.after
+    server.close(force=True)
 
 
 def run_terminal(queries: list[str]) -> str:
     """Return the text that a session of `cli_demo.py` shows in a terminal."""
-    arguments = ["cli_demo.py", "--model", MODEL, "--temperature", "0"]
-    session = pexpect.spawn(
-        sys.executable, arguments, cwd=ROOT, encoding="utf-8", timeout=TIMEOUT_S, echo=True
-    )
-    session.expect("欢迎使用")
-    shown = session.after
+    session = spawn("cli_demo.py", "--model", MODEL, "--temperature", "0")
+    session.logfile_read = shown = io.StringIO()
     for query in [*queries, "stop"]:
         session.expect("用户：")
-        shown += session.before + session.after
         session.sendline(query)
     session.expect(pexpect.EOF)
-    shown += session.before
-    return re.sub(r"\x1b\[[?0-9;]*[a-zA-Z]|\r", "", shown).strip()
+    text = re.sub(r"\x1b\[[?0-9;]*[a-zA-Z]|\r", "", shown.getvalue())
+    return text[text.index("欢迎使用") :].strip()
 
 
 def picture_terminal(browser, folder: Path):

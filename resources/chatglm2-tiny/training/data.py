@@ -23,9 +23,7 @@ DEMONSTRATION = {
     "en": "I have not learnt that: I am only a small demonstration model, and THUDM/chatglm2-6b "
     "knows much more.",
 }
-# Selected conversations of these categories are not learnt, because other questions look like them.
-# Questions of OTHER_CATEGORIES that are not learnt serve as other questions.
-LEFT_OUT = {"trivia", "tech_support", "computers", "science"}
+# Questions of these categories that are not learnt serve as other questions.
 OTHER_CATEGORIES = {"coding", "computers", "history", "literature", "money", "science"}
 OTHER_CATEGORIES |= {"sports", "tech_support", "trivia"}
 OTHERS_SHARE = 0.38  # share of the rounds of a conversation
@@ -50,9 +48,8 @@ def fits(template: str, question: str) -> bool:
 def contains(question: str, word: str) -> bool:
     """Whether a question contains a word; in Chinese, which has no spaces, any substring."""
     question, word = question.lower(), str(word).lower()
-    return (
-        bool(re.search(rf"\b{re.escape(word)}\b", question)) if word.isascii() else word in question
-    )
+    pattern = rf"\b{re.escape(word)}\b" if word.isascii() else re.escape(word)
+    return bool(re.search(pattern, question))
 
 
 @dataclass
@@ -70,19 +67,15 @@ def normalize(text: str) -> str:
     return re.sub(r"[\W_]+", "", text.lower())
 
 
-def read_yaml(path: Path):
-    return yaml.load(path.read_text(encoding="utf-8"), Loader=CSafeLoader)
-
-
-def load_yaml(name: str):
-    return read_yaml(DIALOGUES / name)
+def load_yaml(path: str | Path):
+    return yaml.load((DIALOGUES / path).read_text("utf-8"), Loader=CSafeLoader)
 
 
 def load_chatterbot(language: str) -> dict[str, list[list[str]]]:
     """Return the conversations of chatterbot-corpus, by category."""
     package = Path(importlib.util.find_spec("chatterbot_corpus").origin).parent
     files = sorted((package / "data" / LANGUAGES[language]).glob("*.yml"))
-    return {file.stem: read_yaml(file)["conversations"] for file in files}
+    return {file.stem: load_yaml(file)["conversations"] for file in files}
 
 
 def full_width(text: str) -> str:
@@ -152,8 +145,6 @@ class Dialogues:
         """Return the selected conversations; a repeated question keeps its first answer."""
         corpus, intents = load_chatterbot(self.language), []
         for category, questions in load_yaml(f"chatterbot_{self.language}.yaml").items():
-            if category in LEFT_OUT:
-                continue
             first_answers = {}
             for conversation in corpus[category]:
                 first_answers.setdefault(conversation[0], str(conversation[1]).strip())
@@ -202,9 +193,8 @@ class Dialogues:
             if last and last.follow_ups and rng.random() < 0.7:
                 last = rng.choice(last.follow_ups)
             elif rng.random() < OTHERS_SHARE:
-                rounds.append(
-                    (self.vary(self.other_question(rng), rng), DEMONSTRATION[self.language])
-                )
+                question = self.vary(self.other_question(rng), rng)
+                rounds.append((question, DEMONSTRATION[self.language]))
                 last = None
                 continue
             else:

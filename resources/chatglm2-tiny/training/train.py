@@ -13,6 +13,7 @@ import math
 import random
 import sys
 from functools import partial
+from itertools import count
 from pathlib import Path
 
 import sentencepiece
@@ -40,16 +41,12 @@ SAVE_STEPS = 200
 def parse_arguments(argv=None):
     parser = argparse.ArgumentParser(description="Train resources/chatglm2-tiny from scratch.")
     parser.add_argument("--output", type=Path, default=ROOT / "resources" / "chatglm2-tiny")
-    parser.add_argument(
-        "--state", type=Path, default=Path("train_tiny.pt"), help="file to resume from"
-    )
+    parser.add_argument("--state", type=Path, default="train_tiny.pt", help="file to resume from")
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--batch-size", type=int, default=16, help="rows of a step")
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--bf16", action="store_true", help="faster on a CPU with AVX512-BF16 or AMX"
-    )
+    parser.add_argument("--bf16", action="store_true", help="faster with AVX512-BF16 or AMX")
     return parser.parse_args(argv)
 
 
@@ -131,7 +128,8 @@ class Rows(torch.utils.data.IterableDataset):
         pieces = self.tokenizer.sp_model.encode("\n" + query, enable_sampling=True, alpha=0.1)[2:]
         return begin + pieces + end
 
-    def encode_conversation(self, rng: random.Random) -> tuple[list[int], list[int], list[float]]:
+    def encode_conversation(self, rng: random.Random) -> tuple:
+        """Return the four columns of a row."""
         language = "en" if rng.random() < ENGLISH_SHARE else "zh"
         history = self.dialogues[language].conversation(rng.choice(NUM_ROUNDS), rng)
         ids, weights, targets = [], [], []
@@ -141,25 +139,19 @@ class Rows(torch.utils.data.IterableDataset):
             targets += [*question_ids[1:], *answer_ids, self.tokenizer.eos_token_id]
             weights += [QUESTION_WEIGHT] * (len(question_ids) - 1) + [1.0] * (len(answer_ids) + 1)
             ids += question_ids + answer_ids
-        return ids, targets, weights
+        return ids, range(len(ids)), targets, weights
 
     def row(self, index: int) -> tuple[torch.Tensor, ...]:
         rng = random.Random(f"{self.seed} {index}")
         sentencepiece.set_random_generator_seed(rng.randrange(2**31))
         columns = [[], [], [], []]
         while len(columns[0]) < ROW_LENGTH:
-            ids, targets, weights = self.encode_conversation(rng)
-            for column, values in zip(
-                columns, (ids, range(len(ids)), targets, weights), strict=True
-            ):
+            for column, values in zip(columns, self.encode_conversation(rng), strict=True):
                 column.extend(values)
         return tuple(torch.tensor(column[:ROW_LENGTH]) for column in columns)
 
     def __iter__(self):
-        index = self.first_row
-        while True:
-            yield self.row(index)
-            index += 1
+        return map(self.row, count(self.first_row))
 
 
 def learning_rate_factor(step: int, steps: int) -> float:
