@@ -22,11 +22,8 @@ def check_transformers():
         ImportError: transformers is older or newer.
     """
     oldest, newest = TRANSFORMERS_RANGE
-    if (
-        not Version(oldest).release
-        <= Version(transformers.__version__).release[:2]
-        <= Version(newest).release
-    ):
+    installed = Version(transformers.__version__).release[:2]
+    if not Version(oldest).release <= installed <= Version(newest).release:
         raise ImportError(
             f"ChatGLM2 needs transformers {oldest} to {newest}, found {transformers.__version__}: "
             f"pip install 'transformers=={newest}.*'"
@@ -130,9 +127,9 @@ class ChatGLMConfig(PreTrainedConfig):
     @property
     def num_key_value_heads(self) -> int:
         """Number of key/value heads: one for each query head without multi-query attention."""
-        return (
-            self.multi_query_group_num if self.multi_query_attention else self.num_attention_heads
-        )
+        if self.multi_query_attention:
+            return self.multi_query_group_num
+        return self.num_attention_heads
 
 
 ChatGLMConfig.register_for_auto_class()

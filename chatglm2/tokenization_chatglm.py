@@ -174,9 +174,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         commands = {"<bos>": self.sp_model.bos_id(), "<eos>": self.sp_model.eos_id(), "<pad>": 0}
         commands |= self.special_tokens
         if token not in commands:
-            raise AssertionError(
-                f"{token} is not a special token of ChatGLMTokenizer: {list(commands)}"
-            )
+            raise AssertionError(f"{token} is not a special token: {', '.join(commands)}")
         return commands[token]
 
     def get_prefix_tokens(self) -> list[int]:
@@ -193,9 +191,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
 
     def _convert_id_to_token(self, index: int) -> str:
         if index >= self.vocab_size:
-            raise IndexError(
-                f"id {index} is out of range: the vocabulary has {self.vocab_size} tokens"
-            )
+            raise IndexError(f"id {index} is out of range: there are {self.vocab_size} tokens")
         # As the original: special tokens have no text.
         if index < 3 or index >= self.sp_model.vocab_size():
             return ""

@@ -25,13 +25,8 @@ from test_refresh import AUTO_MAPS, write_copies, write_snapshot
 import chatglm2
 from chatglm2 import refresh
 
-MODEL_CLASSES = {
-    **dict.fromkeys(
-        ("AutoModel", "AutoModelForCausalLM", "AutoModelForSeq2SeqLM"),
-        "ChatGLMForConditionalGeneration",
-    ),
-    "AutoModelForSequenceClassification": "ChatGLMForSequenceClassification",
-}
+CLASSES = {auto: name.partition(".")[2] for auto, name in AUTO_MAPS["config.json"].items()}
+CLASSES["AutoTokenizer"] = "ChatGLMTokenizer"
 CONFIG = json.loads("""{
 "model_type": "chatglm", "architectures": ["ChatGLMModel"], "add_qkv_bias": true,
 "ffn_hidden_size": 48, "hidden_size": 32, "kv_channels": 8, "multi_query_attention": true,
@@ -223,7 +218,7 @@ def test_two_folders_in_one_process(remote):
     assert remote["first"]["modules"] != remote["second"]["modules"]
     origins = [remote[name]["origin"] for name in ("first", "second", "first, still")]
     assert origins == [None, "second", None]
-    assert len(remote["classes"]) == 2 and remote["classes"].items() <= MODEL_CLASSES.items()
+    assert len(remote["classes"]) == 2 and remote["classes"].items() <= CLASSES.items()
 
 
 @pytest.mark.slow
@@ -263,8 +258,7 @@ def test_registered_package_ignores_code_of_the_folder(work, tmp_path, has_auto_
         fields = json.loads((folder / name).read_bytes())
         del fields["auto_map"]
         (folder / name).write_text(json.dumps(fields))
-    classes = MODEL_CLASSES | {"AutoConfig": "ChatGLMConfig", "AutoTokenizer": "ChatGLMTokenizer"}
-    for auto_class, name in classes.items():
+    for auto_class, name in CLASSES.items():
         loaded = getattr(transformers, auto_class).from_pretrained(folder, **options)
         assert type(loaded) is getattr(chatglm2, name)
     chatglm2.ChatGLMForConditionalGeneration.from_pretrained(folder)

@@ -34,13 +34,14 @@ ENVIRONMENT = {
     "VLLM_HOST_IP": "127.0.0.1",
 }
 MAX_NEW_TOKENS = 40
-TEXTS = "Be brief.", "你是谁？", "我是 ChatGLM2-tiny 👋。", "people and philosophers\n  " * 5
 CONVERSATIONS = [
     [{"role": "user", "content": "你好"}],
     [{"role": "user", "content": "What is the capital of France?"}],
     [
-        {"role": role, "content": text}
-        for role, text in zip(("system", "user", "assistant", "user"), TEXTS, strict=True)
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "你是谁？"},
+        {"role": "assistant", "content": "我是 ChatGLM2-tiny 👋。"},
+        {"role": "user", "content": "people and philosophers\n  " * 5},
     ],
 ]
 SERVE = """
