@@ -55,26 +55,22 @@ def parse_args(argv=None) -> argparse.Namespace:
     advanced = utils.add_model_arguments(parser)
     advanced.add_argument(
         "--prompt-lookup",
+        dest="prompt_lookup_num_tokens",
         type=utils.number(int, 1),
         metavar="N",
         help="with --temperature 0: where the answer repeats a part of the conversation, try its "
         "next N tokens in one step; faster for answers that quote (default: off)",
     )
     args = parser.parse_args(argv)
-    if args.prompt_lookup and args.temperature != 0:
-        parser.error(f"--prompt-lookup {args.prompt_lookup} needs --temperature 0")
+    if args.prompt_lookup_num_tokens and args.temperature != 0:
+        parser.error(f"--prompt-lookup {args.prompt_lookup_num_tokens} needs --temperature 0")
     return args
 
 
 def read_settings(args: argparse.Namespace) -> dict:
     """Return the arguments of `Conversation.stream`; it has the defaults of all others."""
-    settings = {
-        "max_length": args.max_length,
-        "top_p": args.top_p,
-        "temperature": args.temperature,
-        "prompt_lookup_num_tokens": args.prompt_lookup,
-    }
-    return {name: value for name, value in settings.items() if value is not None}
+    names = ("max_length", "top_p", "temperature", "prompt_lookup_num_tokens")
+    return {name: value for name in names if (value := getattr(args, name)) is not None}
 
 
 def notice(text: str):

@@ -1,7 +1,19 @@
-"""A model for the tests of the pages: the bundled one, slow, failing or echoing if asked to."""
+"""A model for the tests of the pages: the bundled one, slow, failing or echoing if asked to.
+
+As a program it runs a script or a module with this model and notes the addresses that it uses.
+
+    python tests/page_models.py NOTES web_demo.py [argument ...]
+    python tests/page_models.py NOTES streamlit run web_demo2.py [argument ...]
+"""
 
 import gc
+import json
+import runpy
+import sys
 import time
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parent.parent))
 
 import utils
 from chatglm2 import ChatGLMCache
@@ -57,3 +69,20 @@ class SlowModel:
 def load_slow_model(args):
     tokenizer, model = load_model(args)
     return tokenizer, SlowModel(model)
+
+
+def note_address(event: str, args: tuple, notes: Path):
+    if event in ("socket.bind", "socket.connect", "socket.getaddrinfo"):
+        address = args[1] if event != "socket.getaddrinfo" else args[0]
+        with notes.open("a", encoding="utf-8") as file:
+            file.write(json.dumps([event, str(address)]) + "\n")
+
+
+if __name__ == "__main__":
+    notes, program = Path(sys.argv[1]), sys.argv[2]
+    notes.touch()
+    sys.addaudithook(lambda event, args: note_address(event, args, notes))
+    utils.load_model = load_slow_model
+    sys.argv = sys.argv[2:]
+    run = runpy.run_path if program.endswith(".py") else runpy.run_module
+    run(program, run_name="__main__")

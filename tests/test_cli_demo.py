@@ -206,7 +206,7 @@ def environment(**changes) -> dict[str, str]:
 @pytest.fixture
 def slow_command(tiny_checkpoint, tmp_path) -> list[str]:
     """The script with `SlowModel`, which answers "echo X" with X and a story slowly."""
-    launcher = [sys.executable, str(ROOT / "tests" / "launch_page.py"), str(tmp_path / "notes")]
+    launcher = [sys.executable, str(ROOT / "tests" / "page_models.py"), str(tmp_path / "notes")]
     return [*launcher, str(ROOT / "cli_demo.py"), "--model", str(tiny_checkpoint)]
 
 

@@ -64,27 +64,20 @@ def test_stopping_keeps_what_was_answered(shared, is_closed):
 
 
 def test_first_come_first_served(shared):
-    chats = [shared.start_chat() for _ in range(3)]
-    first, second, third = (shared.answer(chat, "你好", 500) for chat in chats)
-    for steps in (first, second, third):
+    chats = [shared.start_chat() for _ in range(4)]
+    first, second, third, fourth = (shared.answer(chat, "你好", 500) for chat in chats)
+    for steps in (first, second, third, fourth):
         next(steps)
     assert "前面还有 1 个问题" in chats[1].notice and "1 question comes" in chats[1].notice
     assert "前面还有 2 个问题" in chats[2].notice and "2 questions come" in chats[2].notice
+    chats[3].is_stopped = True  # while it waits
+    assert list(fourth) == [] and len(shared.queue) == 3
+    assert (chats[3].query, chats[3].notice, chats[3].rounds) == ("你好", chats[3].STOPPED, [])
     first.close()
     next(third)
     assert "前面还有 1 个问题" in chats[2].notice and chats[2].rounds == []
     assert list(second) and chats[1].rounds
     assert list(third) and chats[2].rounds and chats[2].notice == ""
-
-
-def test_stopping_a_question_that_waits(shared):
-    chats = [shared.start_chat() for _ in range(2)]
-    first, second = (shared.answer(chat, "你好", 500) for chat in chats)
-    next(first), next(second)
-    chats[1].is_stopped = True
-    assert list(second) == []
-    assert (chats[1].query, chats[1].notice, len(shared.queue)) == ("你好", chats[1].STOPPED, 1)
-    first.close()
 
 
 def test_failures_become_notices(shared, caplog):
@@ -127,16 +120,10 @@ def test_the_latest_caches_are_kept(shared):
     ask(shared, chats[2])
     ask(shared, chats[0])  # its history is computed anew, in place of the cache used longest ago
     assert find_cached(chats) == {0, 2, 4, 5}
-    assert [len(chat.rounds) for chat in chats[:3]] == [2, 1, 2]
-
-
-def test_a_freed_cache_holds_no_place(shared):
-    chats = [shared.start_chat() for _ in range(MAX_CACHES + 1)]
-    for chat in chats[:-1]:
-        ask(shared, chat)
-    chats[1].leave()
-    ask(shared, chats[-1])
-    assert find_cached(chats) == {0, 2, 3, 4}
+    chats[4].leave()
+    ask(shared, chats[1])  # in place of the freed one
+    assert find_cached(chats) == {0, 1, 2, 5}
+    assert [len(chat.rounds) for chat in chats[:3]] == [2, 2, 2]
 
 
 def test_a_chat_is_freed_with_its_session(shared):
