@@ -6,7 +6,7 @@ and on mps what Metal cannot do (float64, products of integer matrices).
 """
 
 import threading
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from unittest.mock import patch
 
 import torch
@@ -66,8 +66,9 @@ class PretendTensor(torch.Tensor):
         kwargs = kwargs or {}
         tensors = list_tensors((args, kwargs))
         device = find_device(func, tensors)
-        if device.type == "mps" and func.overloadpacket in PRODUCTS:
-            check_product(func, tensors)
+        is_product = device.type == "mps" and func.overloadpacket in PRODUCTS
+        if is_product and not all(x.dtype.is_floating_point for x in tensors):
+            raise RuntimeError(f"{func}: mps multiplies no matrices of integers")
         moved = torch.device(kwargs.get("device") or device)
         if moved.type in PRETENDED and "device" in kwargs:
             kwargs = {**kwargs, "device": torch.device("cpu")}
@@ -76,9 +77,6 @@ class PretendTensor(torch.Tensor):
         if returns and returns[0].alias_info is not None and returns[0].alias_info.is_write:
             return kwargs.get("out", args[0])
         return tree_map(lambda x: wrap(x, moved), result)
-
-    def __repr__(self, *args, **kwargs):
-        return f"PretendTensor({self.inner!r}, device={self.device})"
 
 
 def wrap(x, device: torch.device):
@@ -98,22 +96,13 @@ def with_index(device: torch.device) -> torch.device:
 
 
 def find_device(func, tensors: list[torch.Tensor]) -> torch.device:
-    """Return the device of an operation's tensors; a single number of the CPU may be among them.
-
-    Raises:
-        RuntimeError: There are several.
-    """
+    """Return the device of an operation's tensors; a single number of the CPU may be among them."""
     if func in MIXING:
         return tensors[0].device
     devices = {x.device for x in tensors if x.ndim or x.device.type != "cpu"}
     if len(devices) > 1:
         raise RuntimeError(f"{func}: tensors on several devices: {sorted(map(str, devices))}")
     return devices.pop()
-
-
-def check_product(func, tensors: list[torch.Tensor]):
-    if not all(x.dtype.is_floating_point for x in tensors):
-        raise RuntimeError(f"{func}: mps multiplies no matrices of integers")
 
 
 class PretendEvent:
@@ -156,20 +145,23 @@ class PretendMode(TorchFunctionMode):
 @contextmanager
 def pretend_gpus():
     """Pretend in this thread and in all that it starts."""
-    run = threading.Thread.run
+    run, future = threading.Thread.run, torch.__future__
 
     def run_pretending(self):
         with PretendMode():
             run(self)
 
     memory = {"mem_get_info": (80e9, 80e9), "memory_reserved": 0, "memory_allocated": 0}
-    overwrites = torch.__future__.get_overwrite_module_params_on_conversion()
-    with ExitStack() as stack:
-        for name, value in memory.items():
-            stack.enter_context(patch.object(torch.cuda, name, lambda *_, value=value: value))
-        stack.enter_context(patch.object(torch, "Event", PretendEvent))
-        stack.enter_context(patch.object(threading.Thread, "run", run_pretending))
-        torch.__future__.set_overwrite_module_params_on_conversion(True)
-        stack.callback(torch.__future__.set_overwrite_module_params_on_conversion, overwrites)
-        stack.enter_context(PretendMode())
-        yield
+    memory = {name: lambda *_, value=value: value for name, value in memory.items()}
+    overwrites = future.get_overwrite_module_params_on_conversion()
+    future.set_overwrite_module_params_on_conversion(True)
+    try:
+        with (
+            patch.multiple(torch.cuda, **memory),
+            patch.object(torch, "Event", PretendEvent),
+            patch.object(threading.Thread, "run", run_pretending),
+            PretendMode(),
+        ):
+            yield
+    finally:
+        future.set_overwrite_module_params_on_conversion(overwrites)

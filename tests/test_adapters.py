@@ -331,6 +331,7 @@ def test_results_of_an_evaluation_name_the_adapter(prefix, tiny_checkpoint):
 # Programs.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("adapter", "bits"), [("lora", 0), ("lora", 4), ("prefix", 0)])
 def test_kept_caches_and_batches(adapter, bits, request, tiny_checkpoint, tiny_tokenizer):
     """A kept cache, and several requests at a time, change no answer."""
