@@ -88,6 +88,13 @@ def load_items(script, data, *options) -> list:
     return script.load_items(core.parse_args(script.BENCHMARK, ["--data", str(data), *options]))
 
 
+def write_lines(path, rows) -> str:
+    """Write a file of JSON lines; return its name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    return str(path)
+
+
 def read_records(folder) -> dict[str, dict]:
     """Return the records of `items.jsonl` by key."""
     lines = (folder / "items.jsonl").read_text("utf-8").splitlines()[1:]

@@ -15,7 +15,7 @@ import evaluate_ceval
 import pytest
 import torch
 from conftest import ROOT
-from fake_models import FakeModel, evaluate
+from fake_models import FakeModel, evaluate, write_lines
 from loading import fail
 
 from chatglm2.quantization import ChatGLMQuantizationConfig
@@ -28,18 +28,13 @@ SUBJECTS = ("law", "logic", "marxism")
 def data(tmp_path_factory):
     """Seven short questions of each of three subjects, in the processed data's form."""
     folder, rng = tmp_path_factory.mktemp("data"), random.Random(0)
-    (folder / "val").mkdir()
     for subject in SUBJECTS:
+        texts = [f"{subject} {i}" + " 好" * rng.randint(0, 20) for i in range(7)]
         rows = [
-            {
-                "id": i,
-                "inputs_pretokenized": f"{subject} {i}" + " 好" * rng.randint(0, 20),
-                "targets_pretokenized": ["C"],
-            }
-            for i in range(7)
+            {"id": i, "inputs_pretokenized": text, "targets_pretokenized": ["C"]}
+            for i, text in enumerate(texts)
         ]
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        (folder / "val" / f"{subject}.jsonl").write_text(text, "utf-8")
+        write_lines(folder / "val" / f"{subject}.jsonl", rows)
     return folder
 
 
@@ -103,16 +98,12 @@ def test_a_killed_run_continues(data, whole_run, tmp_path):
     while not path.exists() or path.read_bytes().count(b"\n") < 5:
         assert process.poll() is None and time.monotonic() < deadline, process.stdout.read()
         time.sleep(0.01)
-    with pytest.raises(SystemExit, match=r"another run is writing there: .*another --output"):
-        core.hold(tmp_path).__enter__()
     process.send_signal(signal.SIGKILL)
     process.wait()
-    finished = path.read_bytes()
     _, before = read_journal(tmp_path)
     assert 4 <= len(before) < 21 and not (tmp_path / "results.json").exists()
 
-    lines = finished.splitlines(keepends=True)
-    path.write_bytes(b"".join(lines[:-1]) + lines[-1][: len(lines[-1]) // 2])  # cut off in a line
+    os.truncate(path, path.stat().st_size - 10)  # cut off in a line
     process = start(ROOT, data, tmp_path)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 0, output
@@ -138,8 +129,7 @@ def test_two_processes_give_the_results_of_one(data, whole_run, tmp_path):
 def test_several_processes_with_several_gpus_each(monkeypatch):
     monkeypatch.setattr(core, "PartialState", lambda cpu: SimpleNamespace(num_processes=2))
     args = core.parse_args(evaluate_ceval.BENCHMARK, ["--num-gpus", "2"])
-    with pytest.raises(SystemExit, match="--num-gpus 2: each of 2 processes takes a GPU of its"):
-        core.start_processes(args)
+    assert "--num-gpus 2: each of 2 processes takes a GPU" in fail(core.start_processes, args)
 
 
 # Continuing.
@@ -157,8 +147,8 @@ def test_quantized_while_loading(data, tmp_path, bits, monkeypatch):
 
 
 def test_a_second_run_into_the_same_folder_is_refused(run, tmp_path):
-    with core.hold(tmp_path), pytest.raises(SystemExit, match="another run is writing there"):
-        run()
+    with core.hold(tmp_path):
+        assert "another run is writing there" in fail(run)
 
 
 def test_a_finished_run_computes_nothing_again(run, tiny_tokenizer, tmp_path):

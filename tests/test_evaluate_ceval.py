@@ -12,7 +12,15 @@ import core
 import evaluate_ceval as ceval
 import pytest
 import torch
-from fake_models import FakeModel, check_scores, evaluate, load_items, pretend_hub, read_records
+from fake_models import (
+    FakeModel,
+    check_scores,
+    evaluate,
+    load_items,
+    pretend_hub,
+    read_records,
+    write_lines,
+)
 from loading import fail
 
 SUBJECTS = {"STEM": ["college_physics", "operating_system"], "Humanities": ["law"]}
@@ -76,10 +84,9 @@ def processed(tmp_path_factory):
     """The same as jsonl, in the processed data's folders."""
     folder = tmp_path_factory.mktemp("work") / "CEval"
     for category, subjects in SUBJECTS.items():
-        (folder / "val" / category).mkdir(parents=True)
         for subject in subjects:
-            lines = [json.dumps(process(row)) + "\n" for row in make_rows(subject, 9, 0)]
-            (folder / "val" / category / f"{subject}.jsonl").write_text("".join(lines), "utf-8")
+            path = folder / "val" / category / f"{subject}.jsonl"
+            write_lines(path, map(process, make_rows(subject, 9, 0)))
     return folder
 
 

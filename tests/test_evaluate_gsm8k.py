@@ -1,11 +1,12 @@
 """evaluate_gsm8k.py: extraction from hard outputs, prompts, data."""
 
-import json
 import re
+from pathlib import Path
 
 import evaluate_gsm8k as gsm8k
 import pytest
-from fake_models import FakeModel, evaluate, last_question, load_items, pretend_hub
+import reading
+from fake_models import FakeModel, evaluate, last_question, load_items, pretend_hub, write_lines
 from loading import fail
 
 QUESTIONS = {
@@ -37,13 +38,11 @@ EXTRACTED = {
 
 @pytest.fixture
 def data(tmp_path):
-    path = tmp_path / "test.jsonl"
     rows = [
         {"question": question, "answer": f"Some <<3+4=7>>steps.\n#### {answer}"}
         for question, answer in QUESTIONS.items()
     ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-    return path
+    return write_lines(tmp_path / "test.jsonl", rows)
 
 
 def test_extraction():
@@ -74,12 +73,12 @@ def test_prompts_and_scores(tiny_tokenizer, data, tmp_path, mode, begin, end):
     assert (tmp_path / "2" / "results.md").read_text().endswith("| chatglm2-6b |    33.33 |\n")
 
 
-def test_a_folder_or_a_file_or_the_hub(data, monkeypatch):
-    rows = [json.loads(line) for line in data.read_text("utf-8").splitlines()]
+def test_a_folder_or_a_file_or_the_hub(data, tmp_path, monkeypatch):
+    rows = reading.read_json_lines(Path(data))
     configurations = {("openai/gsm8k", "main", "test"): rows}
     pretend_hub(monkeypatch, lambda name, config, split: configurations[name, config, split])
     items = load_items(gsm8k, data)
-    assert items == load_items(gsm8k, data.parent) == load_items(gsm8k, "openai/gsm8k")
+    assert items == load_items(gsm8k, tmp_path) == load_items(gsm8k, "openai/gsm8k")
     assert [item.answer for item in items] == ["7", "1200", "-2"]
 
 
@@ -105,7 +104,7 @@ def test_mistakes_are_one_line(data, tmp_path, flag, file, text, expected):
     path = tmp_path / "new" / file
     if text:
         path.write_bytes(text.encode("gbk"))
-    assert re.search(expected, fail(gsm8k.main, ["--data", str(data), flag, str(path)]))
+    assert re.search(expected, fail(gsm8k.main, ["--data", data, flag, str(path)]))
 
 
 def test_examples_in_another_language(data, tmp_path):

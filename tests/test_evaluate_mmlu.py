@@ -26,6 +26,14 @@ def make_rows(subject: str, count: int) -> list[list]:
     return rows
 
 
+def make_docs(subject: str, count: int) -> list[dict]:
+    """Return the rows as the hub has them."""
+    return [
+        {"subject": subject, "question": q, "choices": options, "answer": LETTERS.index(letter)}
+        for q, *options, letter in make_rows(subject, count)
+    ]
+
+
 def write_data(folder, with_header: bool):
     for split, count in COUNTS.items():
         (folder / split).mkdir(parents=True)
@@ -73,11 +81,7 @@ def test_zero_shot_prompts(tiny_tokenizer, data, tmp_path):
 def test_all_forms_of_the_data_are_the_same_items(data, tmp_path, monkeypatch):
     def load_dataset(name, config, split):
         assert (name, config) == ("cais/mmlu", "all")
-        return [
-            {"subject": s, "question": q, "choices": options, "answer": LETTERS.index(letter)}
-            for s in SUBJECTS
-            for q, *options, letter in make_rows(s, COUNTS[split])
-        ]
+        return [doc for subject in SUBJECTS for doc in make_docs(subject, COUNTS[split])]
 
     pretend_hub(monkeypatch, load_dataset)
     items = load_items(mmlu, data, "--mode", "base")

@@ -3,7 +3,6 @@
 Tested with lm-eval 0.4.13.
 """
 
-import json
 import os
 from pathlib import Path
 
@@ -12,8 +11,8 @@ import evaluate_gsm8k
 import evaluate_mmlu
 import pytest
 import reading
-from fake_models import evaluate, load_items, read_records
-from test_evaluate_mmlu import COUNTS, LETTERS, make_rows, write_data
+from fake_models import evaluate, load_items, read_records, write_lines
+from test_evaluate_mmlu import COUNTS, make_docs, write_data
 
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 lm_eval = pytest.importorskip("lm_eval")
@@ -46,11 +45,6 @@ def load_task(name: str, files: dict, **fields) -> dict:
     return task | {"dataset_path": "json", "dataset_kwargs": {"data_files": files}} | fields
 
 
-def write_lines(path: Path, rows: list[dict]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-    return str(path)
-
-
 def test_mmlu(lm, tiny_model, tiny_tokenizer, tmp_path):
     data = write_data(tmp_path / "data", with_header=False)
     out, base = tmp_path / "out", ("--mode", "base")
@@ -61,11 +55,8 @@ def test_mmlu(lm, tiny_model, tiny_tokenizer, tmp_path):
     for subject in sorted(subjects):
         files = {}
         for split, count in COUNTS.items():
-            rows = [
-                {"question": question, "choices": options, "answer": LETTERS.index(letter)}
-                for question, *options, letter in make_rows(subject, count)
-            ]
-            files[split] = write_lines(tmp_path / f"{subject}_{split}.jsonl", rows)
+            path = tmp_path / f"{subject}_{split}.jsonl"
+            files[split] = write_lines(path, make_docs(subject, count))
         about = subject.replace("_", " ")
         description = f"The following are multiple choice questions (with answers) about {about}."
         fields = {"task": subject, "description": f"{description}\n\n", "num_fewshot": 5}
