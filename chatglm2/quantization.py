@@ -136,38 +136,30 @@ def torch_stored_matmul(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return BlockwiseLinear.apply(x, torch.Tensor.to, weight)
 
 
-def check_requested_backend():
-    """Check that there is a backend of the name that the environment requests.
+def import_kernels():
+    """Return chatglm2.kernels, or None for plain PyTorch if that folder is missing.
 
     Raises:
-        ValueError: There is none, or it is in chatglm2/kernels/, which is missing.
+        ValueError: The environment requests a backend that does not exist or is missing.
     """
     try:
-        from chatglm2.kernels import get_forced_backend
+        import chatglm2.kernels as kernels
     except ImportError as error:
         if (name := os.environ.get(BACKEND_VARIABLE) or "torch") != "torch":
             raise ValueError(
                 f"{BACKEND_VARIABLE} is {name!r}, which is not here ({error}): give torch, or "
                 "unset it"
             ) from None
-    else:
-        get_forced_backend()
+        logger.warning_once(f"Quantized layers: backend torch ({error})")
+        return None
+    kernels.get_forced_backend()
+    return kernels
 
 
 def pick_backend(layers, device: torch.device, dtype: torch.dtype):
-    """Return the `Backend` of chatglm2/kernels/ for all layers, or None for plain PyTorch.
-
-    Raises:
-        ValueError: The backend that the environment requests cannot serve the layers.
-    """
-    try:
-        from chatglm2.kernels import pick_backend
-    except ImportError as error:
-        check_requested_backend()
-        where = f"{device} in {str(dtype).removeprefix('torch.')}"
-        logger.warning_once(f"Quantized layers on {where}: backend torch ({error})")
-        return None
-    return pick_backend(layers, device, dtype)
+    """Return the `Backend` of chatglm2/kernels/ for all layers, or None for plain PyTorch."""
+    kernels = import_kernels()
+    return kernels and kernels.pick_backend(layers, device, dtype)
 
 
 class Role(threading.local):
@@ -243,16 +235,6 @@ class ModelBackend:
         return backend and backend.encode(transformer, inputs, self.role.num_prompt_tokens)
 
 
-def quantized_matmul(x: torch.Tensor, layer: "QuantizedLinear") -> torch.Tensor:
-    """Return x @ W.T by the model's backend, or in plain PyTorch where x needs a gradient."""
-    needs_grad = x.requires_grad and torch.is_grad_enabled()
-    if needs_grad or (layer.is_offloaded and x.device.type == "cpu"):
-        return torch_matmul(x, layer)
-    if layer.backend is None:  # the layer is not part of a model
-        ModelBackend().add(layer)
-    return layer.backend.multiply(x, layer)
-
-
 PACKING = threading.RLock()  # threads may share a model
 
 
@@ -295,11 +277,9 @@ class QuantizedLinear(nn.Module):
     @classmethod
     def from_linear(cls, linear: nn.Linear, bits: int, group_size: int | None, empty=False):
         """Return the quantized layer; if `empty`, its weights are to be loaded."""
-        options = {"dtype": linear.weight.dtype, "device": linear.weight.device}
-        if not empty:
-            options["device"] = "meta"
+        device = linear.weight.device if empty else "meta"
         sizes = linear.in_features, linear.out_features
-        layer = cls(*sizes, bits, group_size, linear.bias, **options)
+        layer = cls(*sizes, bits, group_size, linear.bias, linear.weight.dtype, device)
         if not empty:
             weight, scale = layer.quantize(linear.weight)
             layer.weight = nn.Parameter(weight, requires_grad=False)
@@ -316,7 +296,13 @@ class QuantizedLinear(nn.Module):
         return torch.cat(levels), torch.cat(scales)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = quantized_matmul(x, self)
+        needs_grad = x.requires_grad and torch.is_grad_enabled()
+        if needs_grad or (self.is_offloaded and x.device.type == "cpu"):
+            y = torch_matmul(x, self)
+        else:
+            if self.backend is None:  # the layer is not part of a model
+                ModelBackend().add(self)
+            y = self.backend.multiply(x, self)
         return y if self.bias is None else y + self.bias
 
     def pack(self, kind: type):
@@ -432,9 +418,8 @@ class StoredLinear(StoredIn16Bits, nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         needs_grad = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
         # An adapter may bring a weight of its own, in float32.
-        backend = None
-        if self.backend is not None and not needs_grad and self.weight.itemsize == 2:
-            backend = self.backend.get(x.device, x.dtype)
+        is_served = self.backend is not None and not needs_grad and self.weight.itemsize == 2
+        backend = self.backend.get(x.device, x.dtype) if is_served else None
         return (backend.stored_matmul if backend else torch_stored_matmul)(x, self.weight)
 
 
@@ -479,9 +464,10 @@ class ChatGLMQuantizationConfig(QuantizationConfigMixin):
 
 def replace_layers(transformer: nn.Module, config: ChatGLMQuantizationConfig, empty=False):
     """Put quantized layers into a ChatGLMModel one by one; if `empty`, they are to be loaded."""
-    check_requested_backend()  # before the work
-    check_output_layer(transformer, config)
+    import_kernels()  # checks the request before the work
     backend = transformer.backend = ModelBackend()
+    if config.output_bits:
+        quantize_output_layer(transformer, config, empty)
     for layer in transformer.encoder.layers:
         for name in LINEAR_NAMES:
             linear = layer.get_submodule(name)
@@ -494,36 +480,29 @@ def replace_layers(transformer: nn.Module, config: ChatGLMQuantizationConfig, em
             layer.set_submodule(name, quantized)
     embedding = transformer.embedding.word_embeddings
     transformer.embedding.word_embeddings = StoredEmbedding(embedding)
-    if config.output_bits:
-        quantize_output_layer(transformer, config, empty)
-    else:
+    if not config.output_bits:
         transformer.output_layer = StoredLinear(transformer.output_layer)
         transformer.output_layer.backend = backend
 
 
-def check_output_layer(transformer: nn.Module, config: ChatGLMQuantizationConfig):
-    """Check that the output layer can be quantized if that is requested.
+def quantize_output_layer(transformer: nn.Module, config: ChatGLMQuantizationConfig, empty=False):
+    """Quantize the output layer of a ChatGLMModel.
 
     Raises:
         ValueError: It shares its weight with the embedding, or an adapter has replaced it.
     """
-    if not config.output_bits:
-        return
+    linear = transformer.output_layer
     if transformer.config.tie_word_embeddings:
         raise ValueError(
             f"output_bits is {config.output_bits}, but output layer and embedding share their "
             "weight (tie_word_embeddings): leave it out"
         )
-    if type(transformer.output_layer) not in (nn.Linear, StoredLinear):
-        kind = type(transformer.output_layer).__name__
-        raise ValueError(f"output_layer is a {kind}: quantize before adding adapters")
-
-
-def quantize_output_layer(transformer: nn.Module, config: ChatGLMQuantizationConfig, empty=False):
-    """Quantize the output layer of a ChatGLMModel whose other layers are quantized."""
-    layer = QuantizedLinear.from_linear(transformer.output_layer, config.output_bits, None, empty)
-    transformer.backend.add(layer)
-    transformer.output_layer = layer
+    if type(linear) not in (nn.Linear, StoredLinear):
+        raise ValueError(
+            f"output_layer is a {type(linear).__name__}: quantize before adding adapters"
+        )
+    transformer.output_layer = QuantizedLinear.from_linear(linear, config.output_bits, None, empty)
+    transformer.backend.add(transformer.output_layer)
 
 
 def prepare_layers(model):
@@ -607,7 +586,6 @@ def quantize_model(model, bits: int, group_size: int | None = None, output_bits:
         return model
     else:
         wanted = replace(get_quantization(model.config), output_bits=output_bits)
-        check_output_layer(model.base_model, wanted)
         quantize_output_layer(model.base_model, wanted)
     model.hf_quantizer = ChatGLMQuantizer(wanted)
     model.is_quantized, model.quantization_method = True, QUANT_METHOD

@@ -166,36 +166,34 @@ def build(folder: Path) -> Path:
     raise RuntimeError("; ".join(dict.fromkeys(problems)))
 
 
+def list_fields(kind: type, *names: str) -> list[tuple[str, type]]:
+    return [(name, kind) for name in names]
+
+
 class Linear(ctypes.Structure):
     """A linear layer; see cpu.h."""
 
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("weight", "scale", "bias")),
-        *((name, ctypes.c_int64) for name in ("in_features", "out_features", "group_size", "bits")),
-    ]
+    _fields_ = list_fields(ctypes.c_void_p, "weight", "scale", "bias")
+    _fields_ += list_fields(ctypes.c_int64, "in_features", "out_features", "group_size", "bits")
 
 
 class Layer(ctypes.Structure):
     """A transformer layer; see layer.c."""
 
     _fields_ = [
-        *((name, Linear) for name in ("qkv", "dense", "h_to_4h", "h4_to_h")),
-        *((name, ctypes.c_void_p) for name in ("input_norm", "post_norm")),
+        *list_fields(Linear, "qkv", "dense", "h_to_4h", "h4_to_h"),
+        *list_fields(ctypes.c_void_p, "input_norm", "post_norm"),
         ("epsilon", ctypes.c_double),
-        *(
-            (name, ctypes.c_int64)
-            for name in ("num_heads", "num_kv_heads", "head_dim", "rotated_dim", "adds_to_normed")
-        ),
+        *list_fields(ctypes.c_int64, "num_heads", "num_kv_heads", "head_dim", "rotated_dim"),
+        ("adds_to_normed", ctypes.c_int64),
     ]
 
 
 class Conversation(ctypes.Structure):
     """The cache of a layer for one conversation; see layer.c."""
 
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("keys", "values")),
-        *((name, ctypes.c_int64) for name in ("length", "capacity")),
-    ]
+    _fields_ = list_fields(ctypes.c_void_p, "keys", "values")
+    _fields_ += list_fields(ctypes.c_int64, "length", "capacity")
 
 
 def load(library: Path) -> ctypes.CDLL:

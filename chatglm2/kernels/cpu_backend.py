@@ -82,26 +82,6 @@ class PackedWeight:
         return official
 
 
-def release_pages(parameters):
-    """Free the memory of the mapped weight files; a page that is read again is loaded again.
-
-    Linux counts these pages as the process's memory, though after packing only the embedding is
-    read from them. Pages that were written to differ from the file and are kept.
-    """
-    smaps = Path("/proc/self/smaps")
-    if not smaps.exists():
-        return
-    addresses = [p.data_ptr() for p in parameters if p.device.type == "cpu"]
-    for mapping in re.split(r"\n(?=[0-9a-f]+-)", smaps.read_text(errors="replace")):
-        ends, _, _, _, inode = mapping.split(maxsplit=5)[:5]
-        begin, end = (int(x, 16) for x in ends.split("-"))
-        is_clean = int(inode) and re.search(r"\nAnonymous: +0 kB", mapping)
-        if is_clean and any(begin <= address < end for address in addresses):
-            libc = ctypes.CDLL(None)
-            libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-            libc.madvise(begin, end - begin, mmap.MADV_DONTNEED)
-
-
 def describe(layer: QuantizedLinear, packed: PackedWeight) -> Linear:
     """Return the C structure of a layer without its bias. It does not keep `packed` alive."""
     addresses = packed.weight.data_ptr(), packed.scale.data_ptr(), None
@@ -121,9 +101,7 @@ def multiply(x: torch.Tensor, layer: QuantizedLinear, is_exact: bool) -> torch.T
 
 
 class CPUBackend(Backend):
-    def find_problem(
-        self, layer: QuantizedLinear, device: torch.device, dtype: torch.dtype
-    ) -> str | None:
+    def find_problem(self, layer, device, dtype) -> str | None:
         if device.type != "cpu":
             return "it is for CPUs"
         if dtype not in DTYPES:
@@ -155,7 +133,23 @@ class CPUBackend(Backend):
         return allocate(weight.nbytes).view(weight.dtype).view(weight.shape).copy_(weight)
 
     def release_pages(self, parameters):
-        release_pages(parameters)
+        """Free the memory of the mapped weight files; a page that is read again is loaded again.
+
+        Linux counts these pages as the process's memory, though after packing only the embedding is
+        read from them. Pages that were written to differ from the file and are kept.
+        """
+        smaps = Path("/proc/self/smaps")
+        if not smaps.exists():
+            return
+        addresses = [p.data_ptr() for p in parameters if p.device.type == "cpu"]
+        for mapping in re.split(r"\n(?=[0-9a-f]+-)", smaps.read_text(errors="replace")):
+            ends, _, _, _, inode = mapping.split(maxsplit=5)[:5]
+            begin, end = (int(x, 16) for x in ends.split("-"))
+            is_clean = int(inode) and re.search(r"\nAnonymous: +0 kB", mapping)
+            if is_clean and any(begin <= address < end for address in addresses):
+                libc = ctypes.CDLL(None)
+                libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+                libc.madvise(begin, end - begin, mmap.MADV_DONTNEED)
 
     def encode(self, transformer, inputs: dict, num_prompt_tokens: int) -> torch.Tensor | None:
         from .cpu_layers import can_compute_layers, compute_layers  # which import the model

@@ -102,9 +102,7 @@ def try_kernel(bits: int, device: torch.device, dtype: torch.dtype) -> str | Non
 
 
 class CudaBackend(Backend):
-    def find_problem(
-        self, layer: QuantizedLinear, device: torch.device, dtype: torch.dtype
-    ) -> str | None:
+    def find_problem(self, layer, device, dtype) -> str | None:
         if device.type != "cuda":
             return f"it needs an NVIDIA GPU, and the device is {device}"
         if dtype not in DTYPE_NAMES:

@@ -52,9 +52,7 @@ class PackedInt4:
 
 
 class TorchOpsBackend(Backend):
-    def find_problem(
-        self, layer: QuantizedLinear, device: torch.device, dtype: torch.dtype
-    ) -> str | None:
+    def find_problem(self, layer, device, dtype) -> str | None:
         if device.type != "cpu":
             return "it is for CPUs"
         if dtype != torch.bfloat16:

@@ -26,9 +26,8 @@ BLOCK_ROWS = 32
 OLDEST_GPU = (8, 0)  # compute capability
 DOT_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 if triton.knobs.runtime.interpret:
-    DOT_DTYPES[torch.bfloat16] = (
-        tl.float32
-    )  # the interpreter's dot reads the bits of bfloat16 as integers
+    # The interpreter's dot reads the bits of bfloat16 as integers.
+    DOT_DTYPES[torch.bfloat16] = tl.float32
 
 
 @triton.jit
@@ -139,9 +138,7 @@ def try_kernels(
 
 
 class TritonBackend(Backend):
-    def find_problem(
-        self, layer: QuantizedLinear, device: torch.device, dtype: torch.dtype
-    ) -> str | None:
+    def find_problem(self, layer, device, dtype) -> str | None:
         if dtype not in DOT_DTYPES:
             return f"it cannot compute in {dtype}"
         if device.type == "cuda" and torch.version.hip is None:
