@@ -185,8 +185,7 @@ def test_folder_that_cannot_be_written(quick, tmp_path, monkeypatch, caplog):
 
 
 def test_library_for_another_cpu(monkeypatch):
-    library = Mock(chatglm_isa=Mock(return_value=b"avx512"))
-    library.chatglm_runs_here.return_value = 0
+    library = Mock(**{"chatglm_isa.return_value": b"avx512", "chatglm_runs_here.return_value": 0})
     monkeypatch.setattr(build_cpu.ctypes, "CDLL", lambda path: library)
     with pytest.raises(RuntimeError, match="this CPU lacks avx512 instructions"):
         build_cpu.load(Path("x"))

@@ -19,6 +19,8 @@ import transformers
 from packaging.version import Version
 from quantized_layers import each_way
 from safetensors.torch import load_file, save_file
+from test_modeling_chatglm import CONFIG, IDS, assert_close, padded_batch
+from test_modeling_chatglm import create_model as create_golden_model
 from transformers import AutoModel
 from transformers.trainer_utils import validate_quantization_for_training
 from transformers.utils.logging import warning_once
@@ -34,20 +36,10 @@ from chatglm2 import (
     quantization,
 )
 from chatglm2.kernels import Backend
-from chatglm2.quantization import (
-    QuantizedLinear,
-    StoredLinear,
-    dequantize,
-    pack_int4,
-    quantize_rows,
-    torch_matmul,
-    unpack_int4,
-)
+from chatglm2.quantization import QuantizedLinear, dequantize, torch_matmul
 
 GOLDEN = Path(__file__).parent / "golden"
-CONFIG = json.loads((GOLDEN / "tiny" / "config.json").read_text("utf-8"))
 WEIGHTS = load_file(GOLDEN / "tiny" / "model.safetensors")
-INPUTS = load_file(GOLDEN / "tiny" / "outputs.safetensors")
 OUTPUTS = load_file(GOLDEN / "quant" / "outputs.safetensors")
 META = json.loads((GOLDEN / "quant" / "meta.json").read_text("utf-8"))
 CHECKPOINTS = {
@@ -58,17 +50,13 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 TOLERANCES = {"fp32": 1e-4, "fp16": 0.025, "bf16": 0.15}
 METHOD = {"quant_method": "chatglm"}
 WAYS = [{"bits": 8}, {"bits": 4}, {"bits": 4, "group_size": 128}, {"bits": 4, "output_bits": 8}]
-IDS = INPUTS["a.input_ids"].long()
 LENGTH = IDS.shape[1]
 NUM_PRODUCTS = 4 * CONFIG["num_layers"]
 load = ChatGLMForConditionalGeneration.from_pretrained
 
 
 def create_model(dtype=torch.float16, **config) -> ChatGLMForConditionalGeneration:
-    """Build the golden tiny model, not quantized."""
-    model = ChatGLMForConditionalGeneration(ChatGLMConfig(**{**CONFIG, **config}))
-    model.load_state_dict({k: v for k, v in WEIGHTS.items() if "inv_freq" not in k})
-    return model.to(dtype).eval()
+    return create_golden_model(**config).to(dtype)
 
 
 def write_official(folder: Path, bits: int, suffix="safetensors", **config) -> Path:
@@ -88,10 +76,6 @@ def compute_logits(model) -> torch.Tensor:
     return model(IDS).logits
 
 
-def assert_close(actual, expected, tolerance):
-    torch.testing.assert_close(actual.float(), expected.float(), rtol=0, atol=tolerance)
-
-
 def assert_official(state: dict, bits: int):
     """Check that a state dict is the official checkpoint, bit for bit."""
     expected = {k: v for k, v in CHECKPOINTS[bits].items() if "inv_freq" not in k}
@@ -106,9 +90,9 @@ def assert_official(state: dict, bits: int):
 def test_packing():
     assert doctest.testmod(quantization).failed == 0
     packed = torch.arange(-128, 128, dtype=torch.int8).view(16, 16)
-    levels = unpack_int4(packed)
+    levels = quantization.unpack_int4(packed)
     assert levels.shape == (16, 32) and levels.min() == -8 and levels.max() == 7
-    assert torch.equal(pack_int4(levels), packed)
+    assert torch.equal(quantization.pack_int4(levels), packed)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -118,8 +102,8 @@ def test_levels_and_scales_are_the_official_ones(bits, dtype):
     assert len(names) == 2
     for name in names:
         weight = WEIGHTS[f"transformer.encoder.layers.{name.split('.', 2)[2]}"].to(DTYPES[dtype])
-        levels, scale = quantize_rows(weight, bits)
-        stored = pack_int4(levels) if bits == 4 else levels
+        levels, scale = quantization.quantize_rows(weight, bits)
+        stored = quantization.pack_int4(levels) if bits == 4 else levels
         assert scale.dtype == weight.dtype and torch.equal(scale, OUTPUTS[f"{name}_scale"])
         differs = stored != OUTPUTS[name]
         if (dtype, bits) == ("bf16", 8):  # where the original wraps 128 around to -128
@@ -132,7 +116,7 @@ def test_levels_and_scales_are_the_official_ones(bits, dtype):
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_rows_of_zeros_and_of_tiny_numbers(bits):
-    levels, scale = quantize_rows(OUTPUTS[f"edge.int{bits}.weight"], bits)
+    levels, scale = quantization.quantize_rows(OUTPUTS[f"edge.int{bits}.weight"], bits)
     assert torch.equal(scale, OUTPUTS[f"edge.int{bits}.scale"])
     expected = torch.tensor(META[f"edge.int{bits}"]["as_int8"])
     if bits == 4:
@@ -191,7 +175,7 @@ def test_gradient_of_the_input_in_blocks(bits, group_size, block_weights, monkey
 
 def test_output_layer_casts_where_used():
     torch.manual_seed(0)
-    layer = StoredLinear(torch.nn.Linear(32, 20, bias=False))
+    layer = quantization.StoredLinear(torch.nn.Linear(32, 20, bias=False))
     weight = layer.weight.float()
     assert layer.weight.dtype == torch.float16
     x = torch.randn(3, 32, requires_grad=True)
@@ -216,7 +200,7 @@ def test_official_checkpoint(tmp_path, bits, suffix):
 
     model = AutoModel.from_pretrained(folder).float()
     assert_close(compute_logits(model), OUTPUTS[f"cpu_float.int{bits}.logits"], 1e-4)
-    inputs = {k: INPUTS[f"b.{k}"].long() for k in ("input_ids", "attention_mask", "position_ids")}
+    inputs = padded_batch()
     with torch.no_grad():
         logits = model(**inputs).logits
     is_token = inputs["attention_mask"].bool()
