@@ -65,10 +65,7 @@ def tab(browser, page_server):
         yield Tab(page, page_server)
 
 
-@pytest.fixture
-def other(browser, page_server):
-    with opened_tab(browser, page_server) as page:
-        yield Tab(page, page_server)
+other = tab  # another one
 
 
 def the_chat(tab) -> Chat:

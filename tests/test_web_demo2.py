@@ -157,10 +157,7 @@ def tab(browser, server):
         yield Tab(page, server)
 
 
-@pytest.fixture
-def other(browser, server):
-    with opened_tab(browser, server) as page:
-        yield Tab(page, server)
+other = tab  # another one
 
 
 @pytest.mark.slow
