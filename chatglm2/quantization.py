@@ -612,6 +612,9 @@ class ChatGLMQuantizer(HfQuantizer):
     but the names of a model's modules, and gives the model this copy's layers.
     """
 
+    is_trainable = True  # gradients reach the inputs of quantized layers, for adapters and prefixes
+    is_qat_trainable = True  # Trainer requires it without PEFT; P-Tuning v2 trains only a prefix
+
     def _process_model_before_weight_loading(self, model, dtype=None, **kwargs):
         if self.pre_quantized:  # the model's constructor has made the layers
             return
@@ -651,14 +654,6 @@ class ChatGLMQuantizer(HfQuantizer):
 
     def is_serializable(self) -> bool:
         return True
-
-    @property
-    def is_trainable(self) -> bool:
-        return True  # gradients reach the inputs of quantized layers, for adapters and prefixes
-
-    @property
-    def is_qat_trainable(self) -> bool:
-        return True  # Trainer requires it without PEFT; P-Tuning v2 trains nothing but a prefix
 
 
 if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
