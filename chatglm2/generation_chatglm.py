@@ -407,6 +407,13 @@ class ChatGLMGenerationMixin(GenerationMixin):
         inputs = tokenizer([tokenizer.build_prompt(query, history)], return_tensors="pt")
         return inputs.to(self.device)
 
+    def build_stream_inputs(self, tokenizer, query: str, history=None):
+        """Return the model inputs of the new round alone; of a first round, the whole prompt."""
+        if not history:
+            return self.build_inputs(tokenizer, query)
+        ids = tokenizer.build_round(query, history)
+        return tokenizer.pad({"input_ids": [ids]}, return_tensors="pt").to(self.device)
+
     def _chat_settings(
         self,
         tokenizer,
@@ -565,6 +572,7 @@ class ChatGLMGenerationMixin(GenerationMixin):
         generation_config=None,
         logits_processor=None,
         stopping_criteria=None,
+        prefix_allowed_tokens_fn=None,
         return_past_key_values: bool = False,
         past_key_values: Cache | None = None,
         cache: Cache | None = None,
@@ -593,6 +601,7 @@ class ChatGLMGenerationMixin(GenerationMixin):
                         cache,
                         logits_processor=logits_processor,
                         stopping_criteria=StoppingCriteriaList(criteria),
+                        prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
                         streamer=streamer,
                         **kwargs,
                     )

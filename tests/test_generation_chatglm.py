@@ -450,6 +450,17 @@ def test_kept_cache_and_new_ids_never_exceed_the_context(tiny_chat, monkeypatch)
     assert cache.input_ids == before and cache.history == history, "nothing is lost"
 
 
+def test_build_stream_inputs_follow_the_earlier_rounds(tiny_chat):
+    model, tokenizer, history = tiny_chat.model, tiny_chat.tokenizer, [("你好", "你好！")]
+    first, second = (
+        model.build_stream_inputs(tokenizer, *arguments)["input_ids"][0].tolist()
+        for arguments in (("你好",), ("再见", history))
+    )
+    answer = tokenizer.encode("\n你好！", add_special_tokens=False)[2:]
+    whole = model.build_inputs(tokenizer, "再见", history)["input_ids"][0].tolist()
+    assert first + answer + second == whole
+
+
 def test_build_inputs_and_process_response(tiny_chat):
     history = [("你好", "你好！")]
     inputs = tiny_chat.model.build_inputs(tiny_chat.tokenizer, "再见", history)
