@@ -74,9 +74,7 @@ def tiny_model(tiny_checkpoint):
 
     from chatglm2 import ChatGLMForConditionalGeneration
 
-    return ChatGLMForConditionalGeneration.from_pretrained(
-        tiny_checkpoint, dtype=torch.float32
-    ).eval()
+    return ChatGLMForConditionalGeneration.from_pretrained(tiny_checkpoint, dtype=torch.float32)
 
 
 @pytest.fixture(scope="session")
