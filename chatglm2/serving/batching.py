@@ -166,8 +166,7 @@ class AnswerText:
     ):
         self.decoder = AnswerDecoder(tokenizer)
         self.context, self.decoder.end = [last_id], 1
-        self.stop, self.process_text = stop, process_text
-        self.shown, self.searched = "", 0
+        self.stop, self.process_text, self.shown = stop, process_text, ""
 
     def count_held(self, text: str) -> int:
         """Return the length of the longest end of `text` that may begin a stop or PLACEHOLDER."""
@@ -184,9 +183,7 @@ class AnswerText:
             ids: All ids of the answer so far.
         """
         text = self.decoder.decode(self.context + ids) or self.decoder.text
-        begin = max(0, self.searched - max(map(len, self.stop), default=0))
-        ends = [end for stop in self.stop if (end := text.find(stop, begin)) >= 0]
-        self.searched = len(text)
+        ends = [end for stop in self.stop if (end := text.find(stop)) >= 0]
         if ends:
             text = text[: min(ends)]
         elif not is_last:
@@ -251,7 +248,7 @@ class Generation:
         return Chunk(text, finish_reason="length")
 
 
-def sample(rows: dict[Generation, torch.Tensor]) -> list[int]:
+def sample(rows: dict[Generation, torch.Tensor]) -> dict[Generation, int]:
     """Sample the next id of each generation from its scores [1, V], with its own generator.
 
     Rows with the same settings are computed together.
@@ -275,7 +272,7 @@ def sample(rows: dict[Generation, torch.Tensor]) -> list[int]:
         waits = [torch.empty(size).exponential_(generator=g.generator) for g in group]
         index = (F.softmax(scores, dim=-1) / torch.stack(waits)).argmax(-1, keepdim=True)
         chosen.update(zip(group, candidates.gather(1, index)[:, 0].tolist(), strict=True))
-    return [chosen[generation] for generation in rows]
+    return chosen
 
 
 class Batcher:
@@ -369,22 +366,24 @@ class Batcher:
                 self.end_for_shutdown()
                 if not self.running:
                     return
-            self.drop_cancelled()
             self.admit()
             prompts = [generation for generation in self.running if generation.is_in_prompt()]
             answers = [generation for generation in self.running if not generation.is_in_prompt()]
             if prompts:
-                self.attempt(self.compute_prompt, prompts[:1])
+                with self.failing_alone(prompts[:1]):
+                    self.compute_prompt(prompts[0])
             if answers:
-                self.attempt(self.compute_tokens, answers)
+                with self.failing_alone(answers):
+                    self.compute_tokens(answers)
             self.publish()
 
-    def attempt(self, compute: Callable, generations: list[Generation]):
-        """Compute a step; an error ends only the requests of the step."""
+    @contextmanager
+    def failing_alone(self, generations: list[Generation]):
+        """Let an error, for example in `process_text`, end only these requests."""
         try:
-            compute(generations)
+            yield
         except Exception as error:
-            logger.exception("A step of %d requests failed.", len(generations))
+            logger.exception("%d requests failed.", len(generations))
             for generation in generations:
                 self.fail(generation, error)
 
@@ -414,20 +413,17 @@ class Batcher:
                     self.finish(generation, generation.cut())
         self.publish()
 
-    def drop_cancelled(self):
-        with self.condition:
-            self.waiting = deque(g for g in self.waiting if not g.is_cancelled)
+    def admit(self):
+        """Drop cancelled requests, and give the free places to waiting ones."""
         for generation in [g for g in self.running if g.is_cancelled]:
             self.leave(generation)
-
-    def admit(self):
         with self.condition:
+            self.waiting = deque(g for g in self.waiting if not g.is_cancelled)
             while self.waiting and len(self.running) < self.max_batch:
                 self.running.append(self.waiting.popleft())
 
-    def compute_prompt(self, generations: list[Generation]):
-        """Compute a segment of a prompt, and after the last one the first token of the answer."""
-        (generation,) = generations
+    def compute_prompt(self, generation: Generation):
+        """Compute a segment of a prompt; after the last one, the first token or the embedding."""
         if generation.cache is None:
             generation.cache = self.find_prefix(generation)
             generation.num_cached = generation.cache.get_seq_length()
@@ -439,16 +435,12 @@ class Batcher:
             num_prompt_tokens=len(segment),
         ).last_hidden_state
         if generation.request.is_embedding:
-            self.add_to_mean(generation, hidden_states)
+            generation.hidden_sum += hidden_states.float().sum(1)[0].cpu()
+            if not generation.is_in_prompt():
+                mean = generation.hidden_sum / generation.prompt_length
+                self.finish(generation, Chunk(finish_reason="stop", embedding=mean))
         elif not generation.is_in_prompt():
-            self.take_tokens(generations, hidden_states[:, -1])
-
-    def add_to_mean(self, generation: Generation, hidden_states: torch.Tensor):
-        """Add a segment [1, s, h] to an embedding, and finish it after the last segment."""
-        generation.hidden_sum += hidden_states.float().sum(1)[0].cpu()
-        if not generation.is_in_prompt():
-            mean = generation.hidden_sum / generation.prompt_length
-            self.finish(generation, Chunk(finish_reason="stop", embedding=mean))
+            self.take_tokens([generation], hidden_states[:, -1])
 
     def compute_tokens(self, generations: list[Generation]):
         """Compute the next token of each answer, in one batch."""
@@ -472,25 +464,15 @@ class Batcher:
         rows = dict(zip(generations, scores.split(1), strict=True))
         processed = {}
         for generation, row in rows.items():
-            with self.failing_alone(generation):
+            with self.failing_alone([generation]):
                 processed[generation] = generation.process(row)
-        token_ids = sample(processed) if processed else []
-        for generation, token_id in zip(processed, token_ids, strict=True):
-            with self.failing_alone(generation):
+        for generation, token_id in sample(processed).items():
+            with self.failing_alone([generation]):
                 chunk = generation.advance(token_id, rows[generation], self.eos_token_ids)
                 if chunk.finish_reason:
                     self.finish(generation, chunk)
                 else:
                     self.outbox.append((generation, chunk))
-
-    @contextmanager
-    def failing_alone(self, generation: Generation):
-        """Let an error, for example in `process_text`, end only its own request."""
-        try:
-            yield
-        except Exception as error:
-            logger.exception("A request failed.")
-            self.fail(generation, error)
 
     # Caches.
 
@@ -514,23 +496,21 @@ class Batcher:
         """Return a cache with as much of a prompt as any cache holds, except its last id."""
         if generation.request.is_embedding:
             return ChatGLMCache()
-        for other in self.running:
-            if other.cache is not None:
-                other.cache.input_ids = other.ids[: other.cache.get_seq_length()]
-        in_use = [other.cache for other in self.running if other.cache is not None]
-        best, length = None, MIN_SHARED_PREFIX - 1
-        for cache in [*in_use, *self.kept]:
-            shared = count_shared(cache.input_ids, generation.ids, generation.prompt_length - 1)
-            if shared > length:
-                best, length = cache, shared
-        if best is None:
+        running = [other for other in self.running if other.cache is not None]
+        for other in running:
+            other.cache.input_ids = other.ids[: other.cache.get_seq_length()]
+        caches = [*(other.cache for other in running), *self.kept]
+        limit = generation.prompt_length - 1
+        lengths = [count_shared(cache.input_ids, generation.ids, limit) for cache in caches]
+        length = max(lengths, default=0)
+        if length < MIN_SHARED_PREFIX:
             return ChatGLMCache()
-        if best in in_use:
-            return best.copy_prefix(length)
-        self.kept.remove(best)
-        if length == len(best.input_ids):
-            return best
-        self.kept.append(best)  # now the most recently used
+        best = caches[lengths.index(length)]
+        if best in self.kept:
+            self.kept.remove(best)
+            if length == len(best.input_ids):
+                return best
+            self.kept.append(best)  # now the most recently used
         return best.copy_prefix(length)
 
 

@@ -336,17 +336,14 @@ def bind(args) -> socket.socket:
             f"{where}: {error.strerror or error}: give an address of this machine, such as "
             "127.0.0.1, and a free port, such as --port 8001."
         ) from error
-    if not is_loopback(listener.getsockname()[0]) and not args.api_key:
+    address = listener.getsockname()[0].partition("%")[0]
+    if not ipaddress.ip_address(address).is_loopback and not args.api_key:
         print(
             f"--host {args.host}: other machines can use the server without a key; "
             "--api-key sets one.",
             file=sys.stderr,
         )
     return listener
-
-
-def is_loopback(address: str) -> bool:
-    return ipaddress.ip_address(address.partition("%")[0]).is_loopback
 
 
 class Server(uvicorn.Server):
