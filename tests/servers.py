@@ -2,15 +2,11 @@
 
 import argparse
 import asyncio
-import os
-import subprocess
-import sys
 import threading
 import time
 from contextlib import closing, contextmanager
 
 import httpx2 as httpx
-from conftest import ROOT
 
 import utils
 from chatglm2.serving.batching import Batcher, Chunk, Generation, Request, read_chunks
@@ -81,20 +77,3 @@ def serve(create_app, model, tokenizer, *flags: str):
             server.should_exit = True
             thread.join(TIMEOUT_S)
             assert not thread.is_alive()
-
-
-@contextmanager
-def start(script: str, *flags: str):
-    """Run a script; yields its process and its address."""
-    command = [sys.executable, str(ROOT / script), "--port", "0", "--threads", "1"]
-    command += ["--model", str(ROOT / "resources" / "chatglm2-tiny"), *flags]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
-    try:
-        lines = iter(process.stderr.readline, "")
-        address = next(line.split()[0] for line in lines if line.startswith("http://"))
-        next(line for line in lines if "startup complete" in line)
-        yield process, address
-    finally:
-        process.kill()
-        process.communicate()

@@ -4,44 +4,25 @@ import json
 
 import pytest
 
-pytest.importorskip("aiohttp", reason="needs aiohttp")
-
-import load_test
-from load_test import Answer, Conversations, ServerError, spread
+load_test = pytest.importorskip("load_test", reason="needs aiohttp and psutil")
 
 
-def test_percentiles():
-    seconds = [i / 1000 for i in range(201)]
-    assert load_test.percentiles(seconds[::-1]) == {"p50": 100, "p99": 198}
+def test_spread_and_percentiles():
+    spread = load_test.spread
+    assert (spread(20, 500, 4), spread(20, 500, 1)) == ([20, 180, 340, 500], [20])
+    seconds = [i / 1000 for i in range(200, -1, -1)]
+    assert load_test.percentiles(seconds) == {"p50": 100, "p99": 198}
 
 
-def test_spread():
-    assert spread(20, 500, 4) == [20, 180, 340, 500]
-    assert spread(20, 500, 1) == [20]
+def test_an_answer_that_ends_with_an_error():
+    with pytest.raises(load_test.ServerError, match="out of memory"):
+        load_test.Answer().read(b'data: {"error": {"message": "out of memory"}}\n')
 
 
-def test_an_answer_is_read_from_its_events():
-    answer = Answer()
-    for event in (
-        {"choices": [{"delta": {"role": "assistant", "content": ""}}]},
-        {"choices": [{"delta": {"content": "你"}}]},
-        {"choices": [{"delta": {"content": "好"}, "finish_reason": "length"}]},
-        {"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": 5}},
-    ):
-        answer.read(f"data: {json.dumps(event)}\n".encode())
-        answer.read(b"\n")
-    answer.read(b"data: [DONE]\n")
-    assert (answer.text, answer.prompt_tokens, answer.new_tokens) == ("你好", 3, 5)
-    assert len(answer.times) == 2
-    with pytest.raises(ServerError, match="out of memory"):
-        answer.read(b'data: {"error": {"message": "out of memory"}}\n')
-
-
-@pytest.mark.parametrize("length", [20, 100, 500])
-def test_conversations_have_the_given_length(tiny_tokenizer, length):
-    conversations = Conversations()
+def test_conversations_have_the_given_length(tiny_tokenizer):
+    conversations = load_test.Conversations()
     conversations.costs = {"zh": (2, 7.5, 0.85), "en": (2, 7.5, 0.33)}
-    for _ in range(20):
+    for length in (20, 100, 500) * 20:
         messages = conversations.draw(length)
         roles = [message["role"] for message in messages]
         assert roles == (["user", "assistant"] * len(roles))[: len(roles)] and len(roles) % 2
@@ -51,25 +32,16 @@ def test_conversations_have_the_given_length(tiny_tokenizer, length):
         assert abs(len(ids) - length) < 15 + 0.25 * length
 
 
-@pytest.mark.parametrize(
-    ("argv", "message"),
-    [
+def test_wrong_arguments_and_servers(tmp_path, capsys, monkeypatch):
+    for argv, message in (
         (["--url", "http://127.0.0.1:1/v1", "--threads", "1"], "leave --threads 1 out"),
         (["--clients", "1"], "at least 2 clients"),
-    ],
-)
-def test_wrong_arguments(argv, message, capsys):
-    with pytest.raises(SystemExit) as exit_info:
-        load_test.parse_args(argv)
-    assert exit_info.value.code == 2 and message in capsys.readouterr().err
-
-
-def test_no_server():
+    ):
+        with pytest.raises(SystemExit):
+            load_test.parse_args(argv)
+        assert message in capsys.readouterr().err
     with pytest.raises(SystemExit, match="no server answers"):
         load_test.main(["--url", "http://127.0.0.1:1/v1"])
-
-
-def test_a_server_that_does_not_start(tmp_path, monkeypatch):
     (tmp_path / "openai_api.py").write_text("raise SystemExit('no such checkpoint')")
     monkeypatch.setattr(load_test, "ROOT", tmp_path)
     with pytest.raises(SystemExit, match="ended with 1"):

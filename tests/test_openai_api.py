@@ -38,7 +38,7 @@ def client(server):
 
 
 def post(server, path: str, **body) -> dict:
-    response = server.post(path, json=body)
+    response = server.post(path, content=json.dumps(body), headers=JSON)
     assert response.status_code == 200, response.text
     return response.json()
 
@@ -76,7 +76,7 @@ def check_refused(response, name: str) -> str:
 
 
 def test_a_chat_completion(server, tiny_tokenizer):
-    answer = chat(server, model="any/model", user="me")
+    answer = chat(server, model="any/model")
     assert answer["object"] == "chat.completion" and answer["model"] == "any/model"
     assert answer["id"].startswith("chatcmpl-") and abs(answer["created"] - time.time()) < 60
     message = {"role": "assistant", "content": GREETING}
@@ -127,6 +127,9 @@ def test_completions_continue_text(server, tiny_tokenizer):
     assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == GREETING
     reasons = [chunk["choices"][0]["finish_reason"] for chunk in chunks]
     assert set(reasons[:-1]) == {None} and reasons[-1] == "stop"
+    body = {"prompt": "a", "ignore_eos": True}
+    assert post(server, COMPLETIONS, **body)["usage"]["completion_tokens"] == 16  # the default
+    assert post(server, COMPLETIONS, **body, max_length=30)["usage"]["total_tokens"] == 30
 
 
 def test_completions_take_texts_and_ids_of_one_or_several(server, tiny_tokenizer):
@@ -136,8 +139,7 @@ def test_completions_take_texts_and_ids_of_one_or_several(server, tiny_tokenizer
     def read(prompt) -> list[str]:
         answer = post(server, COMPLETIONS, prompt=prompt, temperature=0, max_tokens=5)
         assert [choice["index"] for choice in answer["choices"]] == [*range(len(answer["choices"]))]
-        if prompt == texts:
-            assert answer["usage"]["prompt_tokens"] == sum(map(len, ids))
+        assert prompt != texts or answer["usage"]["prompt_tokens"] == sum(map(len, ids))
         return [choice["text"] for choice in answer["choices"]]
 
     expected = [read(text)[0] for text in texts]
@@ -145,20 +147,14 @@ def test_completions_take_texts_and_ids_of_one_or_several(server, tiny_tokenizer
     assert read(ids[1]) == expected[1:]
 
 
-def test_completions_have_16_tokens_by_default(server):
-    body = {"prompt": "a", "ignore_eos": True}
-    assert post(server, COMPLETIONS, **body)["usage"]["completion_tokens"] == 16
-    assert post(server, COMPLETIONS, **body, max_length=30)["usage"]["total_tokens"] == 30
-
-
 # Honoured fields.
 
 
-@pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
-def test_the_number_of_tokens_is_limited(server, name):
-    answer = chat(server, **{name: 3})
-    assert answer["usage"]["completion_tokens"] == 3
-    assert answer["choices"][0]["finish_reason"] == "length"
+def test_the_number_of_tokens_is_limited(server):
+    for name in ("max_tokens", "max_completion_tokens"):
+        answer = chat(server, **{name: 3})
+        assert answer["usage"]["completion_tokens"] == 3
+        assert answer["choices"][0]["finish_reason"] == "length"
 
 
 def test_the_context_limits_an_answer_and_refuses_a_longer_prompt(tiny_model, tiny_tokenizer):
@@ -178,8 +174,7 @@ def test_the_context_limits_an_answer_and_refuses_a_longer_prompt(tiny_model, ti
 
 def test_a_seed_fixes_the_text_and_n_answers_take_the_next_seeds(server):
     alone = [text_of(chat(server, **WILD, seed=seed)) for seed in (5, 6, 7)]
-    assert text_of(chat(server, **WILD, seed=5)) == alone[0] and len({*alone}) > 1
-    assert len({text_of(chat(server, **WILD)) for _ in range(6)}) > 1
+    assert len({*alone}) > 1
     answer = chat(server, **WILD, seed=5, n=3)
     assert [choice["message"]["content"] for choice in answer["choices"]] == alone
     assert answer["usage"]["prompt_tokens"] == chat(server)["usage"]["prompt_tokens"]
@@ -188,6 +183,8 @@ def test_a_seed_fixes_the_text_and_n_answers_take_the_next_seeds(server):
         (choice,) = chunk["choices"]
         texts[choice["index"]] += choice["delta"].get("content", "")
     assert texts == alone
+    unseeded = chat(server, **WILD, n=6)["choices"]
+    assert len({choice["message"]["content"] for choice in unseeded}) > 1
 
 
 def test_penalties_and_biases_change_the_likeliest_tokens(server, tiny_tokenizer):
@@ -282,11 +279,11 @@ def test_answers_that_are_json(server):
 def test_fields_without_effect(server):
     unknown = {"user": "me", "metadata": {"a": "b"}, "parallel_tool_calls": False, "x": [1]}
     harmless = {"tools": [], "tool_choice": "auto", "functions": [], "function_call": "none"}
-    empty = {"modalities": ["text"], "n": 1, "logit_bias": {}, "stop": []}
-    nulls = dict.fromkeys(["temperature", "top_p", "stop", "seed", "n", "logit_bias", "tools"])
-    answer = chat(server, model="gpt-4", **unknown, **harmless, **empty)
-    assert text_of(answer) == GREETING and answer["model"] == "gpt-4"
-    assert text_of(chat(server, **nulls, tool_choice="none", top_k=1)) == GREETING
+    empty = {"modalities": ["text"], "n": 1, "logit_bias": {}, "stop": "\udc4b"}
+    nulls = dict.fromkeys(["temperature", "top_p", "seed", "n", "logit_bias", "tools"])
+    answer = chat(server, model="\ud83d", **unknown, **harmless, **empty)
+    assert text_of(answer) == GREETING and answer["model"] == "\ufffd"  # half a character
+    assert text_of(chat(server, **nulls, tool_choice="none", top_k=1, stop=[])) == GREETING
     body = {"prompt": "", "echo": False, "suffix": "", "best_of": 1, "n": 1, "temperature": 0}
     assert post(server, COMPLETIONS, **body)["choices"]
 
@@ -294,8 +291,10 @@ def test_fields_without_effect(server):
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
 IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,"}}
 REFUSED = {
-    (CHAT, "messages"): [[], None, "你好", [{"content": "a"}], [USER | {"content": [IMAGE]}]],
-    (CHAT, "messages "): [[USER | {"role": "tool"}], [{"role": "assistant", "tool_calls": [TOOL]}]],
+    (CHAT, "messages"): [
+        *([], None, "你好", [{"content": "a"}], [USER | {"content": [IMAGE]}]),
+        *([USER | {"role": "tool"}], [{"role": "assistant", "tool_calls": [TOOL]}]),
+    ],
     (CHAT, "tools"): [[TOOL]],
     (CHAT, "tool_choice"): ["required"],
     (CHAT, "functions"): [[{"name": "f"}]],
@@ -341,52 +340,39 @@ VALID = {CHAT: HELLO, COMPLETIONS: {"prompt": "a"}, EMBEDDINGS: {"input": "a"}}
 @pytest.mark.parametrize(("path", "name"), REFUSED)
 def test_wrong_values_are_refused_with_the_name_of_the_field(server, path, name):
     for value in REFUSED[path, name]:
-        content = json.dumps(VALID[path] | {name.strip(): value})  # NaN is none of JSON's numbers
-        message = check_refused(server.post(path, content=content, headers=JSON), name.strip())
-        assert message.startswith(name.strip())
-        if name == "input":
-            assert message.startswith("input: Input should be a text, or a list of texts")
+        content = json.dumps(VALID[path] | {name: value})  # NaN is none of JSON's numbers
+        message = check_refused(server.post(path, content=content, headers=JSON), name)
+        assert message.startswith(name)
 
 
-@pytest.mark.parametrize(
-    ("name", "fields"),
-    [
+def test_fields_that_exclude_each_other(server):
+    for name, fields in (
         ("top_logprobs", {"top_logprobs": 2, "logprobs": False}),
         ("stream_options", {"stream_options": {"include_usage": True}, "stream": False}),
         ("ignore_eos", {"ignore_eos": True, "response_format": {"type": "json_object"}}),
         ("ignore_eos", {"ignore_eos": True, "response_format": json_schema({})}),
-    ],
-)
-def test_fields_that_exclude_each_other(server, name, fields):
-    message = check_refused(server.post(CHAT, json=HELLO | fields), name)
-    assert message.startswith(name)
-
-
-def test_half_a_character_is_replaced(server):
-    content = json.dumps(HELLO | {"model": "\ud83d", "stop": "\udc4b"})
-    answer = server.post(CHAT, content=content, headers=JSON)
-    assert answer.status_code == 200 and answer.json()["model"] == "\ufffd"
+    ):
+        check_refused(server.post(CHAT, json=HELLO | fields), name)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("path", "name", "item"),
-    [
-        *((CHAT, "messages", item) for item in (1, {}, "a", USER)),
-        *((COMPLETIONS, "prompt", item) for item in ([0], [[]], 0, -1, "a", None)),
-        *((EMBEDDINGS, "input", item) for item in ([0], {})),
-        (CHAT, "stop", 1),
-        (CHAT, "tools", {}),
-    ],
-)
-def test_a_long_wrong_list_is_refused_without_checking_each_item(server, path, name, item):
+def test_a_long_wrong_list_is_refused_without_checking_each_item(server):
     """To check each item of 4 MB would block all other clients for 7 to 20 s."""
-    items = [item] * (3_900_000 // (len(json.dumps(item)) + 2))
-    content = json.dumps(VALID[path] | {name: items})
-    begin = time.monotonic()
-    response = server.post(path, content=content, headers=JSON)
-    assert time.monotonic() - begin < 5
-    check_refused(response, name)
+    lists = {
+        (CHAT, "messages"): [1, {}, "a", USER],
+        (CHAT, "stop"): [1],
+        (CHAT, "tools"): [{}],
+        (COMPLETIONS, "prompt"): [[0], [[]], 0, -1, "a", None],
+        (EMBEDDINGS, "input"): [[0], {}],
+    }
+    for (path, name), items in lists.items():
+        for item in items:
+            long = [item] * (3_900_000 // (len(json.dumps(item)) + 2))
+            content = json.dumps(VALID[path] | {name: long})
+            begin = time.process_time()
+            response = server.post(path, content=content, headers=JSON)
+            assert time.process_time() - begin < 5
+            check_refused(response, name)
 
 
 # Embeddings, models.
@@ -394,7 +380,7 @@ def test_a_long_wrong_list_is_refused_without_checking_each_item(server, path, n
 
 def test_embeddings(server, tiny_model, tiny_tokenizer):
     """Means of the last hidden states, of length 1; also of ids, and in base64."""
-    texts = ["你好", "a longer sentence of English words"]
+    texts = ["你好", "long " * 200, *map(str, range(30))]  # more than there are places
     ids = [tiny_tokenizer.encode(text) for text in texts]
     answer = post(server, EMBEDDINGS, input=texts, model="m")
     assert answer["object"] == "list" and answer["model"] == "m"
@@ -411,14 +397,6 @@ def test_embeddings(server, tiny_model, tiny_tokenizer):
         np.testing.assert_allclose(data, expected, atol=1e-5)
 
 
-def test_more_inputs_than_places_are_embedded_in_order(server):
-    texts = [f"{i} 你好" for i in range(80)]
-    data = post(server, EMBEDDINGS, input=texts)["data"]
-    (last,) = post(server, EMBEDDINGS, input=texts[-1])["data"]
-    assert [item["index"] for item in data] == [*range(80)]
-    np.testing.assert_allclose(data[-1]["embedding"], last["embedding"], atol=1e-6)
-
-
 def test_models(server):
     (model,) = server.get("/v1/models").json()["data"]
     assert model["id"] == "chatglm2-tiny" and model["object"] == "model"
@@ -431,50 +409,44 @@ def test_models(server):
 
 
 def test_a_failing_stream_ends_with_an_error_and_without_done(tiny_model, tiny_tokenizer):
-    with serve(openai_api.create_app, tiny_model, tiny_tokenizer, "--max-batch", "1") as server:
-        body = HELLO | {"ignore_eos": True, "stream": True}
-        with server.stream("POST", CHAT, json=body) as first:
-            lines = first.iter_lines()
-            next(lines)
-            with server.stream("POST", CHAT, json=body) as waiting:
-                wait_until(lambda: server.batcher.waiting)
-                server.batcher.close()
-                events = waiting.read().decode().split("\n\n")
-            *_, last, _, done, _ = lines
-    assert json.loads(events[-2].removeprefix("data: "))["error"]["code"] == "unavailable"
-    assert "[DONE]" not in events[-1]
-    assert '"finish_reason":"length"' in last and done == "data: [DONE]"
+    body = HELLO | {"ignore_eos": True, "stream": True}
+    with (
+        serve(openai_api.create_app, tiny_model, tiny_tokenizer, "--max-batch", "1") as server,
+        server.stream("POST", CHAT, json=body) as first,
+    ):
+        lines = first.iter_lines()
+        next(lines)
+        with server.stream("POST", CHAT, json=body) as waiting:
+            wait_until(lambda: server.batcher.waiting)
+            server.batcher.close()
+            *_, event, rest = waiting.read().decode().split("\n\n")
+        *_, last, _, done, _ = lines
+    assert json.loads(event.removeprefix("data: "))["error"]["code"] == "unavailable"
+    assert not rest and '"finish_reason":"length"' in last and done == "data: [DONE]"
 
 
 def test_the_schema_documents_only_error_objects_as_errors(server):
     schema = server.get("/openapi.json").json()
-    paths = {CHAT, COMPLETIONS, EMBEDDINGS, "/v1/models", "/v1/models/{name}"}
-    assert set(schema["paths"]) == {"/health", "/metrics", *paths}
     assert "HTTPValidationError" not in schema["components"]["schemas"]
     for path in (CHAT, COMPLETIONS, EMBEDDINGS):
-        responses = schema["paths"][path]["post"]["responses"]
-        assert set(responses) == {"200", "4XX", "503"}
+        assert set(schema["paths"][path]["post"]["responses"]) == {"200", "4XX", "503"}
 
 
 # OpenAI's own client.
 
 
-def test_openais_client_chats(client):
-    answer = client.chat.completions.create(model="chatglm2-6b", **HELLO)
-    assert answer.choices[0].message.content == GREETING
-    chunks = client.chat.completions.create(model="chatglm2-6b", **HELLO, stream=True)
+def test_openais_client(client):
+    create = client.chat.completions.create
+    assert create(model="m", **HELLO).choices[0].message.content == GREETING
+    chunks = create(model="m", **HELLO, stream=True)
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == GREETING
-    with client.chat.completions.stream(model="chatglm2-6b", **HELLO) as events:
+    with client.chat.completions.stream(model="m", **HELLO) as events:
         assert events.get_final_completion().choices[0].message.content == GREETING
-
-
-def test_openais_client_completes_embeds_and_lists(client):
     settings = {"logprobs": 1, "max_tokens": 3, "extra_body": {"ignore_eos": True}}
     answer = client.completions.create(model="m", prompt="你好", **settings)
     assert len(answer.choices[0].logprobs.tokens) == 3
-    data = client.embeddings.create(model="m", input=["你好", "a"]).data
-    assert len(data) == 2
-    assert all(math.isclose(np.linalg.norm(item.embedding), 1, abs_tol=1e-5) for item in data)
+    for item in client.embeddings.create(model="m", input=["你好", "a"]).data:  # in base64
+        assert math.isclose(np.linalg.norm(item.embedding), 1, abs_tol=1e-5)
     assert [model.id for model in client.models.list()] == ["chatglm2-tiny"]
 
 
@@ -495,17 +467,9 @@ def test_openais_client_raises_its_errors(client, tiny_model, tiny_tokenizer):
             other.chat.completions.create(model="m", **HELLO)
 
 
-def test_langchains_client(client):
-    langchain_openai = pytest.importorskip("langchain_openai", reason="needs langchain-openai")
-    llm = langchain_openai.ChatOpenAI(base_url=str(client.base_url), api_key="none", temperature=0)
-    assert llm.invoke("你好").content == GREETING
-    assert "".join(chunk.content for chunk in llm.stream("你好")) == GREETING
-
-
 @pytest.mark.parametrize("name", ["README.md", "README_ZH.md"])
 def test_the_code_of_the_readme(server, capsys, name):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / name).read_text("utf-8"), re.DOTALL)
     (source,) = [block for block in blocks if block.startswith("from openai import")]
-    assert "http://127.0.0.1:8000/" in source
-    exec(source.replace("http://127.0.0.1:8000/", f"{str(server.base_url).rstrip('/')}/"), {})
+    exec(source.replace("http://127.0.0.1:8000", str(server.base_url).rstrip("/")), {})
     assert "ChatGLM2-tiny" in capsys.readouterr().out
