@@ -138,3 +138,11 @@ def test_the_defaults_are_those_of_chat(client, monkeypatch):
     assert client.post("/", json={"prompt": "你好"}).status_code == 200
     names = ["temperature", "top_p", "top_k", "max_length"]
     assert [getattr(requests[0], name) for name in names] == [CHAT_DEFAULTS[n] for n in names]
+
+
+def test_langchains_chatglm_client(client):
+    llms = pytest.importorskip("langchain_community.llms", reason="needs langchain-community")
+    llm = llms.ChatGLM(endpoint_url=str(client.base_url), with_history=True, temperature=0.01)
+    assert llm.invoke("你好") == GREETING
+    assert llm.history == [[None, GREETING]]
+    assert llm.invoke("谢谢")

@@ -467,6 +467,13 @@ def test_openais_client_raises_its_errors(client, tiny_model, tiny_tokenizer):
             other.chat.completions.create(model="m", **HELLO)
 
 
+def test_langchains_client(client):
+    langchain_openai = pytest.importorskip("langchain_openai", reason="needs langchain-openai")
+    llm = langchain_openai.ChatOpenAI(base_url=str(client.base_url), api_key="none", temperature=0)
+    assert llm.invoke("你好").content == GREETING
+    assert "".join(chunk.content for chunk in llm.stream("你好")) == GREETING
+
+
 @pytest.mark.parametrize("name", ["README.md", "README_ZH.md"])
 def test_the_code_of_the_readme(server, capsys, name):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / name).read_text("utf-8"), re.DOTALL)
