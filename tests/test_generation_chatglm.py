@@ -15,7 +15,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_modeling_chatglm import IDS, OUTPUTS, TINY, assert_close, create_model, padded_batch
-from transformers import BatchEncoding, DynamicCache, LogitsProcessorList, StaticCache
+from transformers import (
+    BatchEncoding,
+    ContinuousBatchingConfig,
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessorList,
+    StaticCache,
+)
 
 from chatglm2 import ChatGLMCache, ChatGLMConfig, ChatGLMForConditionalGeneration
 from chatglm2.generation_chatglm import CACHE_BLOCK, CACHE_NAME, AnswerDecoder, find_end
@@ -448,6 +455,21 @@ def test_kept_cache_and_new_ids_never_exceed_the_context(tiny_chat, monkeypatch)
     with pytest.raises(ValueError, match=message):
         tiny_chat.stream("再见", history, cache, max_length=8192)
     assert cache.input_ids == before and cache.history == history, "nothing is lost"
+
+
+def test_the_continuous_batching_of_transformers(tiny_checkpoint, tiny_chat):
+    model = ChatGLMForConditionalGeneration.from_pretrained(tiny_checkpoint, dtype=torch.float32)
+    prompts = [tiny_chat.encode(query) for query in ("你好", "天空为什么是蓝色的？" * 9)]
+    settings = {"max_new_tokens": 12, "do_sample": False}
+    expected = [
+        model.generate(torch.tensor([ids]), **settings)[0, len(ids) :].tolist() for ids in prompts
+    ]
+    sizes = {"page_size": 16, "num_blocks": 64, "max_batch_tokens": 128}
+    plain = {"use_cuda_graph": False, "use_async_batching": False, "default_compile_level": 0}
+    generation = GenerationConfig(**settings, eos_token_id=2, pad_token_id=0)
+    batching = ContinuousBatchingConfig(**sizes, **plain)
+    outputs = model.generate_batch(prompts, generation, batching, warmup=False)
+    assert [outputs[key].generated_tokens for key in sorted(outputs)] == expected
 
 
 def test_build_stream_inputs_follow_the_earlier_rounds(tiny_chat):
