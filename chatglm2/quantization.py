@@ -464,29 +464,32 @@ class ChatGLMQuantizationConfig(QuantizationConfigMixin):
 
 def replace_layers(transformer: nn.Module, config: ChatGLMQuantizationConfig, empty=False):
     """Put quantized layers into a ChatGLMModel one by one; if `empty`, they are to be loaded."""
-    import_kernels()  # checks the request before the work
-    backend = transformer.backend = ModelBackend()
+    import_kernels()  # this and the next checks come first: a refused model stays as it is
+    for layer in transformer.encoder.layers:
+        for name in LINEAR_NAMES:
+            kind = type(layer.get_submodule(name))
+            if kind is not nn.Linear:
+                raise ValueError(f"{name} is a {kind.__name__}: quantize before adding adapters")
     if config.output_bits:
-        quantize_output_layer(transformer, config, empty)
+        check_output_layer(transformer, config)
+    backend = transformer.backend = ModelBackend()
     for layer in transformer.encoder.layers:
         for name in LINEAR_NAMES:
             linear = layer.get_submodule(name)
-            if type(linear) is not nn.Linear:
-                raise ValueError(
-                    f"{name} is a {type(linear).__name__}: quantize before adding adapters"
-                )
             quantized = QuantizedLinear.from_linear(linear, config.bits, config.group_size, empty)
             backend.add(quantized)
             layer.set_submodule(name, quantized)
     embedding = transformer.embedding.word_embeddings
     transformer.embedding.word_embeddings = StoredEmbedding(embedding)
-    if not config.output_bits:
+    if config.output_bits:
+        quantize_output_layer(transformer, config, empty)
+    else:
         transformer.output_layer = StoredLinear(transformer.output_layer)
         transformer.output_layer.backend = backend
 
 
-def quantize_output_layer(transformer: nn.Module, config: ChatGLMQuantizationConfig, empty=False):
-    """Quantize the output layer of a ChatGLMModel.
+def check_output_layer(transformer: nn.Module, config: ChatGLMQuantizationConfig):
+    """Check that the output layer can be quantized.
 
     Raises:
         ValueError: It shares its weight with the embedding, or an adapter has replaced it.
@@ -501,6 +504,11 @@ def quantize_output_layer(transformer: nn.Module, config: ChatGLMQuantizationCon
         raise ValueError(
             f"output_layer is a {type(linear).__name__}: quantize before adding adapters"
         )
+
+
+def quantize_output_layer(transformer: nn.Module, config: ChatGLMQuantizationConfig, empty=False):
+    """Quantize the output layer of a ChatGLMModel, after `check_output_layer`."""
+    linear = transformer.output_layer
     transformer.output_layer = QuantizedLinear.from_linear(linear, config.output_bits, None, empty)
     transformer.backend.add(transformer.output_layer)
 
@@ -586,6 +594,7 @@ def quantize_model(model, bits: int, group_size: int | None = None, output_bits:
         return model
     else:
         wanted = replace(get_quantization(model.config), output_bits=output_bits)
+        check_output_layer(model.base_model, wanted)
         quantize_output_layer(model.base_model, wanted)
     model.hf_quantizer = ChatGLMQuantizer(wanted)
     model.is_quantized, model.quantization_method = True, QUANT_METHOD

@@ -370,15 +370,16 @@ LINEAR = "encoder.layers.0.mlp.dense_4h_to_h"
         (create_model, OUTPUT | {"bits": 0}, "cannot quantize to 0 bits"),
         (lambda: create_model(tie_word_embeddings=True), OUTPUT, "is 8, but .*tie_word_emb"),
         (lambda: create_adapted("output_layer"), OUTPUT, "output_layer is a Sequential: quanti"),
-        (lambda: create_adapted(LINEAR), {"bits": 4}, "dense_4h_to_h is a Sequential: quanti"),
+        (lambda: create_adapted(LINEAR), OUTPUT, "dense_4h_to_h is a Sequential: quantize"),
     ],
 )
 def test_refused(create, options, message):
     model = create()
-    fields = model.config.to_dict()
+    fields, modules = model.config.to_dict(), list(model.modules())
     with pytest.raises(ValueError, match=message):
         model.quantize(**options)
     assert model.config.to_dict() == fields
+    assert list(model.modules()) == modules
 
 
 def test_contradicting_configs(tmp_path):
