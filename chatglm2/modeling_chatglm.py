@@ -570,6 +570,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        *,
         num_prompt_tokens: int = 0,
         cache: Cache | None = None,
         **kwargs,
@@ -661,9 +662,10 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, ChatGLMGenerationM
             input_ids,
             position_ids,
             attention_mask,
-            pick_cache(past_key_values, cache),
+            past_key_values,
             inputs_embeds,
             use_cache,
+            cache=cache,
             return_dict=True,
             **kwargs,
         )
@@ -702,8 +704,10 @@ class ChatGLMForSequenceClassification(ChatGLMPreTrainedModel):
         input_ids: torch.LongTensor | None = None,
         position_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        *,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
         **kwargs,
     ) -> SequenceClassifierOutputWithPast:
         """Compute logits [b, num_labels] and, with `labels` [b] (or [b, num_labels]), the loss.
@@ -711,7 +715,14 @@ class ChatGLMForSequenceClassification(ChatGLMPreTrainedModel):
         The other arguments are those of `ChatGLMModel.forward`.
         """
         outputs = self.transformer(
-            input_ids, position_ids, attention_mask, return_dict=True, **kwargs
+            input_ids,
+            position_ids,
+            attention_mask,
+            past_key_values,
+            inputs_embeds,
+            use_cache,
+            return_dict=True,
+            **kwargs,
         )
         logits = self.classifier_head(self.dropout(outputs.last_hidden_state[:, -1]))
         loss = None

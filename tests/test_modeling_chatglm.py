@@ -226,6 +226,9 @@ def test_sequence_classification(labels, compute_loss):
     outputs, logits = model(**padded_batch(), labels=labels), VARIANT_TENSORS["seqcls.logits"]
     assert_close(outputs.logits, logits)
     assert_close(outputs.loss, compute_loss(logits, labels))
+    by_position = (padded_batch().get(name) for name in ("input_ids", "position_ids"))
+    mask = padded_batch()["attention_mask"]
+    assert model(*by_position, mask, None, None, labels).loss == outputs.loss
 
 
 def test_rotary_rows_are_exact_at_6b_size_in_every_dtype():
