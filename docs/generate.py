@@ -8,10 +8,12 @@ After `SCRIPT - OTHER` it has only the rows that the table of OTHER lacks.
 """
 
 import argparse
+import io
 import json
+import os
 import re
 import sys
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from importlib import import_module
 from pathlib import Path
 from unittest.mock import patch
@@ -25,34 +27,28 @@ UNTITLED = ("positional arguments", "options")  # argparse's own groups
 MAX_BOUND = 2**53  # a larger one is not worth a mention
 
 
-def load_parser(script: str) -> argparse.ArgumentParser:
-    """Return the parser that `parse_args` or `main` of a script (or of a module a.b) uses first."""
+def read_help(script: str) -> str:
+    """Return what `--help` of a script (or of a module a.b) prints, each text on one line."""
     sys.path.insert(0, str((ROOT / script).parent))
     module = import_module(Path(script).stem if script.endswith(".py") else script)
-    used = []
-
-    def stop(parser, *args, **kwargs):
-        used.append(parser)
-        raise SystemExit
-
-    with patch.object(argparse.ArgumentParser, "parse_known_args", stop), suppress(SystemExit):
-        (getattr(module, "parse_args", None) or module.main)([])
-    return used[0]
+    output, run = io.StringIO(), getattr(module, "parse_args", None) or module.main
+    with patch.dict(os.environ, COLUMNS="10000"), redirect_stdout(output), suppress(SystemExit):
+        run(["--help"])
+    return output.getvalue().replace(f"{ROOT}/", "")
 
 
 def list_flags(script: str) -> dict[str, list[str]]:
     """Return a row for each flag, with the text of `--help`, by the titles of their groups."""
-    parser, groups = load_parser(script), {}
-    formatter = parser._get_formatter()
-    for group in parser._action_groups:
-        groups[group.title] = rows = []
-        for action in group._group_actions:
-            if action.help == argparse.SUPPRESS or action.dest == "help":
-                continue
-            value = formatter._format_args(action, action.dest.upper()) if action.nargs != 0 else ""
-            names = f"{', '.join(action.option_strings)} {value}".strip()
-            text = " ".join(formatter._expand_help(action).split()) if action.help else ""
-            rows.append(f"| `{names}` | {text} |".replace(f"{ROOT}/", ""))
+    groups = {}
+    # A title, or a flag and its text, which stands in the next line if the flag is long.
+    for title, flag, text in re.findall(
+        r"^(?:(\S.*):|  (-.*?)(?:\n? {2,}(.*))?)$", read_help(script), re.MULTILINE
+    ):
+        if title:
+            groups[title] = rows = []
+        elif flag != "-h, --help":
+            names = re.sub(r"^(-\w) \S+, ", r"\1, ", flag)  # the value stands after the last name
+            rows.append(f"| `{names}` | {text} |")
     return groups
 
 

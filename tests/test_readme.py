@@ -1,8 +1,10 @@
 """The commands of the documentation parse, and its Python code runs on the bundled model."""
 
+import argparse
 import re
 import shlex
 from functools import cache
+from unittest.mock import patch
 
 import pytest
 from conftest import ROOT
@@ -47,7 +49,18 @@ def find_commands(text: str) -> list[list[str]]:
     return [words[1:] for words in commands if words[:1] == ["python"] and "pytest" not in words]
 
 
-load_parser = cache(generate.load_parser)
+@cache
+def load_parser(script: str) -> argparse.ArgumentParser:
+    """Return the parser that a script (or a module a.b) uses."""
+    used = []
+
+    def stop(parser, *args, **kwargs):
+        used.append(parser)
+        raise SystemExit
+
+    with patch.object(argparse.ArgumentParser, "parse_known_args", stop):
+        generate.read_help(script)
+    return used[0]
 
 
 def parse(words: list[str]):
