@@ -362,8 +362,8 @@ class ChatGLMGenerationMixin(GenerationMixin):
         """Prepare a step like `GenerationMixin`, and mark prompts for quantized layers.
 
         Without a cache the prompt is computed at every step; it is then computed exactly. With
-        assisted generation (prompt lookup) transformers 5.23 and older pass all ids again, also
-        those that a kept cache holds; they are cut off here.
+        assisted generation (prompt lookup) transformers passes all ids again, also those that a
+        kept cache holds; they are cut off here.
         """
         cache = pick_cache(past_key_values, cache)
         held = 0 if cache is None else cache.get_seq_length()

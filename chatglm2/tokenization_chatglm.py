@@ -271,7 +271,8 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
 
     def save_vocabulary(self, save_directory, filename_prefix=None) -> tuple[str]:
         """Write `tokenizer.model` into a folder and return its path."""
-        name = (f"{filename_prefix}-" if filename_prefix else "") + "tokenizer.model"
+        prefix = f"{filename_prefix}-" if filename_prefix else ""
+        name = prefix + self.vocab_files_names["vocab_file"]
         path = os.path.join(save_directory, name)
         with open(path, "wb") as file:
             file.write(self.sp_model.serialized_model_proto())
