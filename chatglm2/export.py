@@ -21,6 +21,7 @@ from transformers.convert_slow_tokenizer import generate_merges
 
 from .checkpoint import read_tensors
 from .configuration_chatglm import ChatGLMConfig
+from .errors import one_line
 from .quantization import get_quantization
 from .refresh import check_folder
 from .tokenization_chatglm import ChatGLMTokenizer
@@ -250,7 +251,7 @@ def main(argv=None):
     try:
         print(export(args.checkpoint, args.folder))
     except (ValueError, OSError) as error:
-        sys.exit(f"{args.checkpoint} was not exported: {' '.join(str(error).split())}")
+        sys.exit(f"{args.checkpoint} was not exported: {one_line(error)}")
 
 
 if __name__ == "__main__":

@@ -209,7 +209,13 @@ def get_part(name: str) -> str:
 # Sizes, and offloading what does not fit.
 
 
-def create_empty_model(config: ChatGLMConfig) -> ChatGLMForConditionalGeneration:
+def create_empty_model(
+    config: ChatGLMConfig, quantization: ChatGLMQuantizationConfig | None = None
+) -> ChatGLMForConditionalGeneration:
+    """Return a model without data, quantized as its config says or as requested."""
+    if quantization is not None:
+        fields = {"quantization_config": quantization.to_dict()}
+        config = ChatGLMConfig.from_dict(config.to_dict() | fields)
     with torch.device("meta"):
         return ChatGLMForConditionalGeneration(config)
 
@@ -218,11 +224,8 @@ def measure_parts(
     config: ChatGLMConfig, dtype: torch.dtype, quantization: ChatGLMQuantizationConfig | None
 ) -> dict[str, int]:
     """Return the bytes of each part of a loaded model, from the shapes alone."""
-    if quantization is not None:
-        fields = {"quantization_config": quantization.to_dict()}
-        config = ChatGLMConfig.from_dict(config.to_dict() | fields)
     sizes = Counter()
-    for name, parameter in create_empty_model(config).to(dtype).named_parameters():
+    for name, parameter in create_empty_model(config, quantization).to(dtype).named_parameters():
         sizes[get_part(name)] += parameter.nbytes
     return sizes
 

@@ -19,6 +19,7 @@ from chatglm2.checkpoint import locate_checkpoint, read_config
 from chatglm2.errors import one_line
 from chatglm2.hardware import choose_threads
 from chatglm2.kernels.cpu_backend import allocate
+from chatglm2.placement import create_empty_model
 from chatglm2.quantization import ChatGLMQuantizationConfig, QuantizedLinear, get_quantization
 
 SHAPE_6B = {  # where the checkpoint's config.json differs from the class's defaults
@@ -90,12 +91,7 @@ def create_random_model(
 
     The outputs of each matrix have the variance of its inputs, so that nothing overflows.
     """
-    if quantization is not None:
-        fields = {"quantization_config": quantization.to_dict()}
-        config = ChatGLMConfig.from_dict(config.to_dict() | fields)
-    with torch.device("meta"):
-        model = ChatGLMForConditionalGeneration(config)
-    model = model.to(dtype).eval()
+    model = create_empty_model(config, quantization).to(dtype).eval()
     for module in model.modules():
         module.to_empty(device=device, recurse=False)
         for name, parameter in module.named_parameters(recurse=False):
