@@ -3,6 +3,8 @@
     python docs/generate.py            # write them
     python docs/generate.py --check    # exit with 1 if a page is stale
 
+It imports every script, so it needs requirements-dev.txt.
+
 A table stands between `<!-- flags SCRIPT -->` or `<!-- fields MODULE.CLASS -->` and `<!-- end -->`.
 After `SCRIPT - OTHER` it has only the rows that the table of OTHER lacks.
 """

@@ -22,6 +22,8 @@ from pathlib import Path
 
 from transformers.utils import logging
 
+from chatglm2.errors import one_line
+
 from .cache import CACHE_VARIABLE, get_cache_folder
 
 logger = logging.get_logger(__name__)
@@ -233,7 +235,7 @@ def get_library() -> tuple[ctypes.CDLL | None, str | None]:
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             return load(build(Path(folder))), None
     except (OSError, RuntimeError) as error:
-        return None, " ".join(str(error).split())
+        return None, one_line(error)
 
 
 def main():
