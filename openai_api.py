@@ -57,7 +57,7 @@ class Service:
         several = texts if isinstance(texts, list) and not isinstance(texts[0], int) else [texts]
         prompts = [self.tokenizer.encode(t) if isinstance(t, str) else t for t in several]
         for ids in prompts:
-            if max(ids) >= (size := self.tokenizer.vocab_size):
+            if max(ids) >= (size := len(self.tokenizer)):
                 raise RequestError(400, f"{param}: the id {max(ids)} is not below {size}.", param)
         return prompts
 
@@ -72,8 +72,8 @@ class Service:
             processors.append(OccurrencePenalty(presence, frequency, prompt_length))
         if body.logit_bias:
             biases = {(int(token_id),): bias for token_id, bias in body.logit_bias.items()}
-            if max(biases) >= (self.tokenizer.vocab_size,):
-                message = f"logit_bias: ids must be below {self.tokenizer.vocab_size}."
+            if max(biases) >= (len(self.tokenizer),):
+                message = f"logit_bias: ids must be below {len(self.tokenizer)}."
                 raise RequestError(400, message, "logit_bias")
             processors.append(SequenceBiasLogitsProcessor(biases))
         json_schema = body.response_format and body.response_format.read_schema()

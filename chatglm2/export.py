@@ -24,7 +24,7 @@ from .configuration_chatglm import ChatGLMConfig
 from .errors import one_line
 from .quantization import get_quantization
 from .refresh import check_folder
-from .tokenization_chatglm import ChatGLMTokenizer
+from .tokenization_chatglm import CHAT_TEMPLATE, ChatGLMTokenizer
 from .weights_chatglm import find_weight_files
 
 MAX_SHARD_SIZE = "5GB"
@@ -55,6 +55,10 @@ RENAMES = {
 SPECIAL_TOKENS = ("[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>")
 PREFIX = ("[gMASK]", "<sop>")
 PAD_TOKEN, EOS_TOKEN = "<unk>", "</s>"
+END_OF_ANSWER = (  # what apply_chat_template of ChatGLMTokenizer adds as an id
+    "{%- if chat.last == 'assistant' and not add_generation_prompt -%}"
+    "{{- '" + EOS_TOKEN + "' -}}{%- endif -%}"
+)
 SAMPLES = ("  a  b ", "\t\r\n\n", "Ａ①ﬁ㈱", "e\u0301", "\u200b\u3000\xa0\ufeff", "▁a▁", "𠮷\0")
 
 
@@ -175,8 +179,13 @@ def create_tokenizer(tokenizer: ChatGLMTokenizer, max_length: int) -> PreTrained
     """Return a fast tokenizer with the same ids; its chat template also writes the prefix.
 
     Raises:
-        ValueError: The SentencePiece model is of another kind than ChatGLM2's.
+        ValueError: The SentencePiece model is of another kind than ChatGLM2's, or tokens were
+            added.
     """
+    if added := tokenizer.get_added_vocab():
+        raise ValueError(
+            f"its tokenizer has added tokens, which cannot be exported: {', '.join(added)}."
+        )
     bpe, pieces = create_bpe(tokenizer)
     fast = Tokenizer(bpe)
     fast.normalizer = normalizers.Sequence(
@@ -202,6 +211,7 @@ def create_tokenizer(tokenizer: ChatGLMTokenizer, max_length: int) -> PreTrained
             decoders.Strip(" ", 1, 0),
         ]
     )
+    is_own = tokenizer.chat_template == CHAT_TEMPLATE
     return PreTrainedTokenizerFast(
         tokenizer_object=fast,
         pad_token=PAD_TOKEN,
@@ -209,7 +219,7 @@ def create_tokenizer(tokenizer: ChatGLMTokenizer, max_length: int) -> PreTrained
         padding_side="left",
         model_max_length=max_length,
         model_input_names=["input_ids", "attention_mask"],
-        chat_template="".join(PREFIX) + tokenizer.chat_template,
+        chat_template="".join(PREFIX) + tokenizer.chat_template + END_OF_ANSWER * is_own,
     )
 
 

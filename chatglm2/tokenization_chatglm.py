@@ -1,18 +1,24 @@
 """Tokenizer of ChatGLM2: SentencePiece BPE with byte fallback, and the prompt format.
 
-Text is never searched for special tokens: "[gMASK]" or "</s>" in a message are ordinary characters.
-The special tokens exist only as ids, put in front of a text by `build_inputs_with_special_tokens`.
+Text is never searched for control tokens: "[gMASK]" or "</s>" in a message are ordinary characters.
+Control tokens exist only as ids: `build_inputs_with_special_tokens` puts them in front of a text,
+and `apply_chat_template` ends a finished answer with one. Tokens that a user adds split text.
 This file is also Hugging Face remote code.
 """
 
+import operator
 import os
+from functools import partial
+from itertools import groupby
 
 import sentencepiece
 from transformers import PreTrainedTokenizer
+from transformers.utils import logging
 
 from .configuration_chatglm import check_transformers
 
 check_transformers()
+logger = logging.get_logger(__name__)
 
 SPECIAL_TOKENS = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
 ENCODING_OPTIONS = {"padding", "truncation", "max_length", "return_tensors"}
@@ -92,6 +98,24 @@ for name, expression in {
     CHAT_TEMPLATE = CHAT_TEMPLATE.replace(name, expression)
 
 
+def check_text(text: str):
+    if not isinstance(text, str):
+        raise TypeError(f"a text must be a string, not {repr(text)[:40]} ({type(text).__name__})")
+
+
+def replace_surrogates(text: str) -> str:
+    """Return a text that UTF-8 can express: a surrogate without its other half becomes U+FFFD."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return text
+
+
+def is_word(character: str) -> bool:
+    return character.isalnum() or character == "_"
+
+
 class ChatGLMTokenizer(PreTrainedTokenizer):
     """The tokenizer of ChatGLM2, with the ids, texts and padding of the original.
 
@@ -124,10 +148,69 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
             ) from error
         first_id = self.sp_model.vocab_size()
         self.special_tokens = {token: first_id + i for i, token in enumerate(SPECIAL_TOKENS)}
-        kwargs.setdefault("split_special_tokens", True)  # text is never searched for special tokens
+        self.control_tokens = dict(zip(("<unk>", "<s>", "</s>"), range(3), strict=True))
+        self.control_tokens |= self.special_tokens
+        added = kwargs.pop("added_tokens_decoder", {})
         super().__init__(
-            padding_side=padding_side, chat_template=chat_template or CHAT_TEMPLATE, **kwargs
+            padding_side=padding_side, added_tokens_decoder=self.check_added(added), **kwargs
         )
+        self.chat_template = chat_template or CHAT_TEMPLATE
+
+    @classmethod
+    def from_pretrained(cls, *args, chat_template=None, split_special_tokens=False, **kwargs):
+        """Load like PreTrainedTokenizer, but with the prompt format of this class.
+
+        Args:
+            chat_template: Used instead of this class's own. A template in the folder is not used.
+            split_special_tokens: True to read added special tokens in a text as ordinary text. The
+                folder's value is not used: earlier versions wrote True for another purpose.
+        """
+        tokenizer = super().from_pretrained(
+            *args, split_special_tokens=split_special_tokens, **kwargs
+        )
+        found = tokenizer.chat_template
+        tokenizer.chat_template = chat_template or CHAT_TEMPLATE
+        if chat_template is None and found != CHAT_TEMPLATE:
+            logger.warning(
+                f"{tokenizer.name_or_path}: its chat template is not used, ChatGLM2 has its own "
+                "prompt format; in code, give it as chat_template to use it nevertheless."
+            )
+        return tokenizer
+
+    def check_added(self, added: dict) -> dict:
+        """Return the added tokens of a folder by id, without the control tokens.
+
+        Raises:
+            ValueError: An id is below the first free one, and its token is another one.
+        """
+        for i, token in added.items():
+            if i < self.vocab_size and (i < 0 or self.name_token(i) != str(token)):
+                raise ValueError(
+                    f"added_tokens_decoder: the id of {str(token)!r} is {i}, which is taken: "
+                    f"ids of added tokens begin at {self.vocab_size}."
+                )
+        return {i: token for i, token in added.items() if str(token) not in self.control_tokens}
+
+    def _add_tokens(self, new_tokens, special_tokens=False) -> int:
+        """Add tokens. Control tokens are known already, and text is not to be split at them."""
+        added = [token for token in new_tokens if str(token) not in self.control_tokens]
+        return super()._add_tokens(added, special_tokens=special_tokens)
+
+    def name_token(self, token_id: int) -> str:
+        """Return the token of an original id; unlike when decoding, also of a control token."""
+        if token_id < self.sp_model.vocab_size():
+            return self.sp_model.id_to_piece(token_id)
+        return SPECIAL_TOKENS[token_id - self.sp_model.vocab_size()]
+
+    def __setattr__(self, key, value):
+        name = key.removesuffix("_id")
+        if name != key and name in self.SPECIAL_TOKENS_ATTRIBUTES and value is not None:
+            value = operator.index(value)
+            if 0 <= value < self.vocab_size:
+                key, value = name, self.name_token(value)
+            elif value not in self.added_tokens_decoder:
+                raise ValueError(f"{key} = {value}: ids are from 0 to {len(self) - 1}")
+        super().__setattr__(key, value)
 
     # As the original: transformers does not know these tokens as special, so `skip_special_tokens`
     # changes nothing.
@@ -137,8 +220,8 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         return super().__getattr__("unk_token") or "<unk>"
 
     @property
-    def unk_token_id(self) -> None:
-        return None
+    def unk_token_id(self) -> int | None:
+        return super().__getattr__("unk_token_id")  # as the original: None unless it was set
 
     @property
     def pad_token(self) -> str:
@@ -181,6 +264,49 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         """Return the ids of `[gMASK] sop`, which stand in front of every text."""
         return [self.get_command("[gMASK]"), self.get_command("sop")]
 
+    def tokenize(self, text: str, split_special_tokens=None, **kwargs) -> list[str]:
+        """Return the tokens of a text.
+
+        Args:
+            split_special_tokens: True to read added special tokens as ordinary text.
+        """
+        check_text(text)
+        text = replace_surrogates(text)
+        if not self.get_added_vocab():
+            return self._tokenize(text)
+        if split_special_tokens is None:
+            split_special_tokens = self.split_special_tokens
+        tokens = []
+        for i, piece in enumerate(self.split_at_added_tokens(text, split_special_tokens)):
+            if i % 2:
+                tokens.append(piece)
+            elif piece:  # SentencePiece puts a space before a text, but not after a line feed
+                tokens += self._tokenize("\n" + piece)[2:] if tokens else self._tokenize(piece)
+        return tokens
+
+    def split_at_added_tokens(self, text: str, split_special_tokens: bool) -> list[str]:
+        """Return texts and added tokens by turns; the first and the last are texts."""
+        added = {token.content: token for token in self.added_tokens_decoder.values()}
+        fragments = self.tokens_trie.split(text)
+        pieces, texts, strip_next = [], [], False
+        neighbours = zip(["", *fragments[:-1]], [*fragments[1:], ""], strict=True)
+        for fragment, (before, after) in zip(fragments, neighbours, strict=True):
+            token = added.get(fragment)
+            is_inside_word = is_word(before[-1:]) or is_word(after[:1])
+            if (
+                token is None
+                or (token.special and split_special_tokens)
+                or (token.single_word and is_inside_word)
+            ):
+                texts.append(fragment)
+                continue
+            text = "".join(texts)
+            text = text.lstrip() if strip_next else text
+            pieces += [text.rstrip() if token.lstrip else text, fragment]
+            texts, strip_next = [], token.rstrip
+        text = "".join(texts)
+        return [*pieces, text.lstrip() if strip_next else text]
+
     def _tokenize(self, text: str, **kwargs) -> list[str]:
         return self.sp_model.encode(text, out_type=str)
 
@@ -198,7 +324,16 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         return self.sp_model.id_to_piece(index)
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
-        return self.sp_model.decode_pieces(tokens)
+        text = ""
+        for is_added, group in groupby(tokens, self.get_added_vocab().__contains__):
+            pieces = list(group)
+            if is_added:
+                text += "".join(pieces)
+            elif text:  # SentencePiece drops a space only at the start of a text
+                text += self.sp_model.decode_pieces(["<0x0A>", *pieces])[1:]
+            else:
+                text = self.sp_model.decode_pieces(pieces)
+        return text
 
     def build_inputs_with_special_tokens(self, token_ids_0, token_ids_1=None) -> list[int]:
         """`[gMASK] sop a`, or `[gMASK] sop a b </s>` for a pair."""
@@ -211,6 +346,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         """Return 1 for each token that `build_inputs_with_special_tokens` adds, else 0."""
         if already_has_special_tokens:
             special = {self.get_command("<eos>"), *self.special_tokens.values()}
+            special |= set(self.all_special_ids)
             return [int(i in special) for i in token_ids_0]
         pair = [] if token_ids_1 is None else [*[0] * len(token_ids_1), 1]
         return [1, 1, *[0] * len(token_ids_0), *pair]
@@ -236,6 +372,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
             >>> tokenizer.build_prompt("你好")
             '[Round 1]\\n\\n问：你好\\n\\n答：'
         """
+        check_text(query)
         history = history or []
         rounds = [
             ROUND.format(n=n, query=old_query) + response + SEPARATOR
@@ -252,22 +389,71 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         return self.encode(text, add_special_tokens=False)[1:]
 
     def apply_chat_template(
-        self, conversation, *args, tokenize=True, return_dict=True, tokenizer_kwargs=None, **kwargs
+        self,
+        conversation,
+        tools=None,
+        documents=None,
+        chat_template=None,
+        add_generation_prompt=False,
+        continue_final_message=False,
+        tokenize=True,
+        return_dict=True,
+        tokenizer_kwargs=None,
+        **kwargs,
     ):
-        """Render messages like PreTrainedTokenizer; the ids begin with `[gMASK] sop`.
+        """Render messages like PreTrainedTokenizer; control tokens exist only in the ids.
+
+        They begin with `[gMASK] sop`, and end with the end of text if the last message is an answer
+        that is not to be continued. Answers before it have no end, as in the prompts of `chat`.
+
+        Args:
+            chat_template: Used instead of the own template; its answers get no end.
 
         Raises:
             ValueError: `return_assistant_tokens_mask` is requested.
         """
         if kwargs.pop("return_assistant_tokens_mask", False):
-            raise ValueError("return_assistant_tokens_mask needs a fast tokenizer")
-        kwargs.pop("sanitize_control_tokens", None)  # text never becomes a control token
-        options = {name: kwargs.pop(name) for name in ENCODING_OPTIONS & kwargs.keys()}
-        text = super().apply_chat_template(conversation, *args, tokenize=False, **kwargs)
+            raise ValueError(
+                "return_assistant_tokens_mask needs a fast tokenizer: train on prompts and "
+                "completions, or on the folder that `python -m chatglm2.export` writes"
+            )
+        encoding = dict(tokenizer_kwargs or {})
+        if kwargs.pop("sanitize_control_tokens", False):
+            encoding["split_special_tokens"] = True
+        encoding |= {name: kwargs.pop(name) for name in ENCODING_OPTIONS & kwargs.keys()}
+        kwargs |= {"tools": tools, "documents": documents, "chat_template": chat_template}
+        render = partial(super().apply_chat_template, tokenize=False, **kwargs)
+        text = render(
+            conversation,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+        )
         if not tokenize:
             return text
-        encoded = self(text, **options, **(tokenizer_kwargs or {}))
+        is_own = self.get_chat_template(chat_template, tools) == CHAT_TEMPLATE
+        if is_own and not add_generation_prompt and not continue_final_message:
+            end = partial(self.end_answer, render, encoding.get("split_special_tokens"))
+            is_batch = isinstance(text, list)
+            text = [*map(end, conversation, text)] if is_batch else end(conversation, text)
+        encoded = self(text, **encoding)
         return encoded if return_dict else encoded["input_ids"]
+
+    def end_answer(self, render, split_special_tokens, messages, text: str) -> str | list[int]:
+        """Return the ids of a conversation that ends with an answer, else its text.
+
+        The ids of the prompt are those for generation, so that training masks the right ones: "：“"
+        is one token, but the model generates "“" alone.
+        """
+        messages = getattr(messages, "messages", messages)
+        if render(messages, add_generation_prompt=True) == text:
+            return text
+        prompt = render(messages[:-1], add_generation_prompt=True) if len(messages) > 1 else ""
+        if not text.startswith(prompt):  # two answers in a row
+            prompt = ""
+        tokens = self.tokenize(prompt, split_special_tokens)
+        answer = "\n" * bool(prompt) + text[len(prompt) :]
+        tokens += self.tokenize(answer, split_special_tokens)[2 * bool(prompt) :]
+        return [*self.convert_tokens_to_ids(tokens), self.eos_token_id]
 
     def save_vocabulary(self, save_directory, filename_prefix=None) -> tuple[str]:
         """Write `tokenizer.model` into a folder and return its path."""

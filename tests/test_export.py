@@ -1,5 +1,6 @@
 """`python -m chatglm2.export`: the folder as stock transformers reads it, against this project."""
 
+import copy
 import itertools
 import json
 import os
@@ -166,15 +167,27 @@ def test_special_tokens_are_those_of_the_prefix_and_the_end(tokenizers):
     assert len(fast) == len(tokenizer)
 
 
-@pytest.mark.parametrize("messages", [MESSAGES, MESSAGES[:1], [{"role": "system", "content": "s"}]])
-def test_chat_template_gives_the_prefix_once(tokenizers, messages):
+@pytest.mark.parametrize(
+    "messages", [MESSAGES, MESSAGES[:1], [{"role": "system", "content": "s"}], MESSAGES[:2]]
+)
+def test_chat_template_gives_the_prefix_and_the_end_once(tokenizers, messages):
     """As ids, and as text that is encoded without further special tokens (as vLLM does)."""
     tokenizer, fast = tokenizers
-    ids = tokenizer.apply_chat_template(messages)["input_ids"]
-    assert fast.apply_chat_template(messages)["input_ids"] == ids
-    text = fast.apply_chat_template(messages, tokenize=False)
-    assert text == "[gMASK]<sop>" + tokenizer.apply_chat_template(messages, tokenize=False)
-    assert fast.encode(text, add_special_tokens=False) == ids
+    for options in ({}, {"add_generation_prompt": True}):
+        ids = tokenizer.apply_chat_template(messages, **options)["input_ids"]
+        assert fast.apply_chat_template(messages, **options)["input_ids"] == ids
+        text = fast.apply_chat_template(messages, tokenize=False, **options)
+        end = "</s>" * ids.count(2)
+        expected = tokenizer.apply_chat_template(messages, tokenize=False, **options)
+        assert text == f"[gMASK]<sop>{expected}{end}"
+        assert fast.encode(text, add_special_tokens=False) == ids
+
+
+def test_added_tokens_are_refused(tiny_tokenizer):
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.add_tokens(["<a>", "<b>"])
+    with pytest.raises(ValueError, match=r"added tokens, which cannot be exported: <a>, <b>"):
+        export.create_tokenizer(tokenizer, 2048)
 
 
 def test_chat_template_can_leave_special_tokens_in_messages_alone(tokenizers):
