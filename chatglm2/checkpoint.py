@@ -1,9 +1,7 @@
 """Find a checkpoint: a folder, a copy in the hub's cache, or a model on the hub."""
 
-import pickle
 import sys
 import threading
-import zipfile
 from pathlib import Path
 
 import torch
@@ -20,7 +18,12 @@ from safetensors.torch import load_file
 from .configuration_chatglm import ChatGLMConfig
 from .errors import one_line
 from .hardware import get_free_space, gigabytes
-from .weights_chatglm import check_weight_file, find_weight_files
+from .weights_chatglm import (
+    check_inside,
+    check_weight_file,
+    find_weight_files,
+    read_pickled_tensors,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 CURE = (
@@ -129,9 +132,18 @@ def check_file_names(model: str, names: set[str]):
 
 
 def check_folder(folder: Path):
+    """Check that a folder holds a checkpoint, in files of its own.
+
+    Raises:
+        SystemExit: It is a file, or lacks one that every checkpoint has.
+        OSError: A file is missing or none, or leads out of the folder.
+    """
     if not folder.is_dir():
         raise SystemExit(f"{folder} is a file: give the checkpoint folder that holds it.")
     check_file_names(str(folder), {file.name for file in folder.iterdir()})
+    for file in folder.iterdir():
+        if file.suffix in (".json", ".model", ".jinja"):
+            check_inside(folder, file)
 
 
 def read_config(source, **revision) -> ChatGLMConfig:
@@ -162,11 +174,7 @@ def read_tensors(*files: Path) -> dict[str, torch.Tensor]:
         if file.suffix == ".safetensors":
             tensors |= load_file(file)
             continue
-        try:
-            is_mapped = zipfile.is_zipfile(file)  # older pickles cannot be
-            tensors |= torch.load(file, "cpu", weights_only=True, mmap=is_mapped)
-        except pickle.UnpicklingError as error:
-            raise ValueError(f"{file} holds something else than tensors: not loaded.") from error
+        tensors |= read_pickled_tensors(file)
     return tensors
 
 

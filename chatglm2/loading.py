@@ -8,19 +8,20 @@ import argparse
 import re
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import torch
-from huggingface_hub.errors import HTTPError
 
 from .adapters import read_adapter
 from .checkpoint import check_disk, locate_checkpoint, read_config
 from .configuration_chatglm import ChatGLMConfig
-from .errors import one_line
+from .errors import exit_on_error
 from .hardware import choose_threads, get_free_memory, gigabytes
 from .modeling_chatglm import ChatGLMForConditionalGeneration
-from .placement import MEMORY_MARGIN, count_weight_bytes, place_model
+from .placement import MEMORY_MARGIN, count_weight_bytes, create_empty_model, place_model
 from .quantization import ChatGLMQuantizationConfig, get_quantization, prepare_layers
 from .tokenization_chatglm import ChatGLMTokenizer
+from .weights_chatglm import check_weights
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -40,7 +41,7 @@ def load_model(args: argparse.Namespace):
     threads = args.threads or choose_threads()
     if threads is not None:
         torch.set_num_threads(threads)
-    try:
+    with exit_on_error(f"{args.model}: "):
         folder, hub_info = locate_checkpoint(args.model, args.revision)
         source = args.model if folder is None else folder
         revision = {} if hub_info is None else {"revision": args.revision or "main"}
@@ -61,8 +62,6 @@ def load_model(args: argparse.Namespace):
         model = load_weights(
             source, config, device, dtype, quantization, adapter, **revision, **placement
         )
-    except (OSError, ValueError, HTTPError, RuntimeError) as error:
-        raise SystemExit(f"{args.model}: {one_line(error)}") from error
     model.base_model.exact_prefill = args.exact_prefill
     model.base_model.cache_dtype = DTYPES.get(args.kv_cache_dtype)
     return tokenizer, model
@@ -87,6 +86,8 @@ def load_weights(
         adapter: From `choose_adapter`.
         options: Arguments of `from_pretrained`: revision, device_map, offload_folder.
     """
+    if isinstance(source, Path):
+        check_weights(source, create_empty_model(config))
     is_convertible = quantization is not None and "offload_folder" not in options
     if quantization is not None and not config.quantization_bit:
         options["quantization_config"] = quantization
@@ -177,10 +178,8 @@ def choose_adapter(
     """Read the adapter, or return `None`; before the weights, because they take longer."""
     if folder is None:
         return None
-    try:
+    with exit_on_error("--adapter "):
         adapter = read_adapter(folder, config, quantization is not None, is_offloaded)
-    except (OSError, ValueError, ImportError) as error:
-        raise SystemExit(f"--adapter {one_line(error)}") from error
     print(f"{folder}: {adapter}", file=sys.stderr)
     return adapter
 
