@@ -1,5 +1,41 @@
-"""Error messages of one line."""
+"""Error messages of one line, and the end of a script that cannot load its model."""
+
+import os
+from contextlib import contextmanager
+from pathlib import Path
+from traceback import walk_tb
+
+PACKAGE = Path(__file__).resolve().parent
+MAX_LENGTH = 2000  # characters of a message
+EXPLAINED = (OSError, ValueError, ImportError)  # where this project raises them, with a next step
 
 
 def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    """Return the message without line breaks and without control characters of a terminal."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text)
+
+
+def is_explained(error: Exception) -> bool:
+    """Return whether this project has raised an error, with all that the user needs to know."""
+    *_, (frame, _) = walk_tb(error.__traceback__)
+    own = Path(frame.f_code.co_filename).is_relative_to(PACKAGE)
+    return own and isinstance(error, EXPLAINED)
+
+
+@contextmanager
+def exit_on_error(prefix: str):
+    """End the program with one line about any error: the prefix, the error's kind and message.
+
+    With the environment variable CHATGLM_TRACEBACK the error itself is raised.
+    """
+    try:
+        yield
+    except Exception as error:
+        if os.environ.get("CHATGLM_TRACEBACK"):
+            raise
+        message = one_line(error)[:MAX_LENGTH]
+        if not is_explained(error):
+            kind, hint = type(error).__name__, "CHATGLM_TRACEBACK=1 shows the traceback"
+            message = f"{kind}: {message} ({hint})" if message != kind else f"{kind} ({hint})"
+        raise SystemExit(f"{prefix}{message}") from error
