@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from memory import create_sparse
 from quantized_layers import compute_error, create_layer
 
 ROOT = Path(__file__).parent.parent
@@ -21,6 +22,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 TOLERANCES = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2}  # of the largest output
 WAYS = {"int8": (8, None, 200), "int4": (4, None, 200), "g128": (4, 128, 256)}  # and inputs
 NUM_ROWS = [1, 8, 40]
+KERNELS = ["matvec_kernel", "tile_kernel"]
 CASES = list(itertools.product(DTYPES, WAYS, NUM_ROWS))
 
 
@@ -37,11 +39,32 @@ def compute_kernel_error(dtype: str, way: str, num_rows: int) -> float:
     return compute_error(y, exact)
 
 
+def compute_error_behind_2_to_31(name: str) -> float:
+    """Compute the first outputs of 17 rows of 2**27."""
+    import triton
+
+    from chatglm2.kernels import triton_backend
+    from chatglm2.quantization import torch_matmul
+
+    num_rows, num_outputs = 17, 2**27
+    y = create_sparse(2 * num_rows * num_outputs).view(torch.float16).view(num_rows, num_outputs)
+    layer, x = create_layer(4, 128, 128, 64, dtype=torch.float16), torch.randn(17, 128).half()
+    options = {"GROUP_SIZE": 128, "BITS": 4, "BLOCK_OUT": 64, "BLOCK_IN": 128}
+    tensors = x, layer.weight, layer.weight_scale, y
+    if name == "matvec_kernel":
+        triton_backend.matvec_kernel[num_rows, 1](*tensors, 128, num_outputs, **options)
+    else:
+        options |= {"BLOCK_ROWS": 32, "DOT_DTYPE": triton.language.float16}
+        triton_backend.tile_kernel[1, 1](*tensors, num_rows, 128, num_outputs, **options)
+    return compute_error(y[:, :64], torch_matmul(x.double(), layer))
+
+
 def compute_errors() -> dict:
     """Return the errors of the kernels, and of a model that uses them."""
     from chatglm2 import ChatGLMForConditionalGeneration
 
     errors = {str(case): compute_kernel_error(*case) for case in CASES}
+    errors |= {name: compute_error_behind_2_to_31(name) for name in KERNELS}
     checkpoint = ROOT / "resources" / "chatglm2-tiny"
     logits = []
     for name in ("triton", "torch"):
@@ -62,11 +85,12 @@ def test_kernels_and_a_model_are_as_plain_torch():
     assert "backend triton (CHATGLM_BACKEND says so)" in run.stderr
     interpreted = json.loads(run.stdout)
     assert interpreted.pop("model") < 1e-3
+    assert all(interpreted[name] <= TOLERANCES["float16"] for name in KERNELS)
     assert all(interpreted[str(case)] <= TOLERANCES[case[0]] for case in CASES), interpreted
 
 
 @pytest.mark.slow  # compiles
-@pytest.mark.parametrize("name", ["matvec_kernel", "tile_kernel"])
+@pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("capability", [80, 90])
 def test_kernels_compile_for_gpus(capability, way, name, tmp_path, monkeypatch):
@@ -97,6 +121,8 @@ def test_layers_that_it_cannot_serve(monkeypatch):
 
     find_problem, layer = triton_backend.TritonBackend().find_problem, create_layer()
     gpu, cpu = torch.device("cuda", 0), torch.device("cpu")
+    small_groups = create_layer(4, 32)
+    assert "not 32" in find_problem(small_groups, gpu, torch.float16)
     assert "it needs a GPU" in find_problem(layer, cpu, torch.float32)
     assert "torch.float64" in find_problem(layer, gpu, torch.float64)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))

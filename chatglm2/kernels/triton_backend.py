@@ -31,13 +31,19 @@ if triton.knobs.runtime.interpret:
 
 
 @triton.jit
-def load_levels(weight, out, byte, in_bytes, out_features, part, BITS: tl.constexpr):
+def find_rows(matrix, row, size):
+    """Return the addresses of rows of `size` elements; matrices may have more than 2**31."""
+    return matrix + row.to(tl.int64) * size
+
+
+@triton.jit
+def load_levels(weight_rows, byte, is_out, in_bytes, part, BITS: tl.constexpr):
     """Return int32 levels [out, byte] of one part of the bytes: shifted left, the sign comes back.
 
     For BITS 4, byte 0x1f: part 0 is 0x1f000000 >> 28 = 1, part 1 is 0xf0000000 >> 28 = -1.
     """
-    inside = (out[:, None] < out_features) & (byte[None, :] < in_bytes)
-    stored = tl.load(weight + out[:, None] * in_bytes + byte[None, :], inside, other=0)
+    inside = is_out[:, None] & (byte[None, :] < in_bytes)
+    stored = tl.load(weight_rows[:, None] + byte[None, :], inside, other=0)
     return (stored.to(tl.int32) << (24 + BITS * part)) >> (32 - BITS)
 
 
@@ -50,20 +56,23 @@ def matvec_kernel(
     PARTS: tl.constexpr = 8 // BITS
     row = tl.program_id(0)
     out = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    is_out = out < out_features
+    x_row = find_rows(x, row, in_features)
+    weight_rows = find_rows(weight, out, in_features // PARTS)
+    scale_rows = find_rows(weight_scale, out, tl.cdiv(in_features, GROUP_SIZE))
     total = tl.zeros((BLOCK_OUT,), tl.float32)
-    num_groups = tl.cdiv(in_features, GROUP_SIZE)
     for start in range(0, in_features, BLOCK_IN):
         byte = start // PARTS + tl.arange(0, BLOCK_IN // PARTS)
         products = tl.zeros((BLOCK_OUT, BLOCK_IN // PARTS), tl.float32)
         for part in tl.static_range(PARTS):
             column = byte * PARTS + part
-            value = tl.load(x + row * in_features + column, column < in_features, other=0)
-            level = load_levels(weight, out, byte, in_features // PARTS, out_features, part, BITS)
+            value = tl.load(x_row + column, column < in_features, other=0)
+            level = load_levels(weight_rows, byte, is_out, in_features // PARTS, part, BITS)
             products += level.to(tl.float32) * value.to(tl.float32)[None, :]
-        scale_place = weight_scale + out * num_groups + start // GROUP_SIZE
-        scale = tl.load(scale_place, out < out_features, other=0).to(tl.float32)
+        scale = tl.load(scale_rows + start // GROUP_SIZE, is_out, other=0).to(tl.float32)
         total += tl.sum(products, 1) * scale
-    tl.store(y + row * out_features + out, total.to(y.dtype.element_ty), out < out_features)
+    y_row = find_rows(y, row, out_features)
+    tl.store(y_row + out, total.to(y.dtype.element_ty), is_out)
 
 
 @triton.jit
@@ -76,24 +85,25 @@ def tile_kernel(
     PARTS: tl.constexpr = 8 // BITS
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     out = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    is_row, is_out = row < num_rows, out < out_features
+    x_rows = find_rows(x, row, in_features)
+    weight_rows = find_rows(weight, out, in_features // PARTS)
+    scale_rows = find_rows(weight_scale, out, tl.cdiv(in_features, GROUP_SIZE))
     total = tl.zeros((BLOCK_ROWS, BLOCK_OUT), tl.float32)
-    num_groups = tl.cdiv(in_features, GROUP_SIZE)
     for start in range(0, in_features, BLOCK_IN):
         byte = start // PARTS + tl.arange(0, BLOCK_IN // PARTS)
         products = tl.zeros((BLOCK_ROWS, BLOCK_OUT), tl.float32)
         for part in tl.static_range(PARTS):
             column = byte * PARTS + part
-            inside = (row[:, None] < num_rows) & (column[None, :] < in_features)
-            value = tl.load(x + row[:, None] * in_features + column[None, :], inside, other=0)
-            level = load_levels(weight, out, byte, in_features // PARTS, out_features, part, BITS)
+            inside = is_row[:, None] & (column[None, :] < in_features)
+            value = tl.load(x_rows[:, None] + column[None, :], inside, other=0)
+            level = load_levels(weight_rows, byte, is_out, in_features // PARTS, part, BITS)
             level = tl.trans(level.to(DOT_DTYPE))
             products = tl.dot(value.to(DOT_DTYPE), level, products, input_precision="ieee")
-        scale_place = weight_scale + out * num_groups + start // GROUP_SIZE
-        scale = tl.load(scale_place, out < out_features, other=0).to(tl.float32)
+        scale = tl.load(scale_rows + start // GROUP_SIZE, is_out, other=0).to(tl.float32)
         total += products * scale[None, :]
-    inside = (row[:, None] < num_rows) & (out[None, :] < out_features)
-    place = y + row[:, None] * out_features + out[None, :]
-    tl.store(place, total.to(y.dtype.element_ty), inside)
+    place = find_rows(y, row, out_features)[:, None] + out[None, :]
+    tl.store(place, total.to(y.dtype.element_ty), is_row[:, None] & is_out[None, :])
 
 
 @torch.no_grad()
@@ -141,6 +151,8 @@ class TritonBackend(Backend):
     def find_problem(self, layer, device, dtype) -> str | None:
         if dtype not in DOT_DTYPES:
             return f"it cannot compute in {dtype}"
+        if (layer.group_size or BLOCK_IN) % BLOCK_IN:
+            return f"it needs groups of {BLOCK_IN} columns or a multiple, not {layer.group_size}"
         if device.type == "cuda" and torch.version.hip is None:
             capability = torch.cuda.get_device_capability(device)
             if capability < OLDEST_GPU:
