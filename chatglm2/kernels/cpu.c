@@ -46,11 +46,11 @@ typedef int16_t Shorts __attribute__((vector_size(4 * LANES)));
 // Adds to each lane its four unsigned bytes times the four signed bytes of x. Nothing saturates.
 INLINE Ints add_dot4(Ints sum, Bits v, int32_t x, int bits) {
     (void)bits;
-#if LANES == 16
+#ifdef AVX512
     // Assembly keeps the instructions in order: as gcc 12 orders them, they run at half the speed.
     __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(v), "v"(spread_int(x)));
     return sum;
-#elif LANES == 8
+#elif defined(AVX2)
     const __m256i all = _mm256_set1_epi32(x), bytes = (__m256i)v;
     if (bits == 4)  // sums of two products fit 16 bits
         return sum + (Ints)_mm256_madd_epi16(_mm256_maddubs_epi16(bytes, all),
@@ -171,13 +171,21 @@ static int64_t fill_tile(int64_t rows_left) {
 
 static int64_t count_vectors(int64_t out) { return divide_up(out, BLOCK) * PARTS; }
 
+// The last tile of `multiply_int8` may have more vectors than are left. They are computed from the
+// last vector and not written.
+INLINE int64_t clamp_vector(const Product *t, int64_t v) {
+    return smaller(v, count_vectors(t->linear->out) - 1);
+}
+
 // Vector v of the outputs is part v % PARTS of block v / PARTS.
 INLINE const uint8_t *find_weight(const Product *t, int64_t v) {
+    v = clamp_vector(t, v);
     return t->linear->weight + v / PARTS * BLOCK * t->columns * t->linear->bits / 8 +
            v % PARTS * 4 * LANES;
 }
 
 INLINE Floats find_scale(const Product *t, int64_t v, int64_t group) {
+    v = clamp_vector(t, v);
     return load(t->linear->scale + (v / PARTS * t->groups + group) * BLOCK + v % PARTS * LANES);
 }
 
@@ -224,7 +232,7 @@ INLINE void write_total(const Product *t, int64_t row, int64_t v, int64_t column
 }
 
 // Returns NaN for a group with infinities or NaNs, so that its results are NaN, and 0 for a group
-// of tiny numbers, which have fewer bits.
+// of tiny numbers, which have fewer bits. The digits of both groups are zeros.
 static float choose_scale(const float *x, int digits) {
     Ints largest = {0};  // float32 numbers without sign can be compared as integers
     for (int c = 0; c < GROUP; c += LANES) {
@@ -253,7 +261,8 @@ INLINE void quantize_group(const Product *t, int64_t tile, int64_t group, int64_
     int8_t bytes[3][GROUP];
     Ints sum[3] = {{0}};
     if (x_row < t->num_rows) memcpy(x, t->x + x_row * t->linear->in + first, 4 * width);
-    const float scale = choose_scale(x, digits), inverse = scale != 0 ? 1 / scale : 0;
+    const float scale = choose_scale(x, digits), inverse = scale > 0 ? 1 / scale : 0;
+    if (inverse == 0) memset(x, 0, sizeof x);
     for (int c = 0; c < GROUP; c += LANES) {
         Ints value = round_to_ints(load(x + c) * inverse);
         UNROLL for (int d = 0; d < digits; d++) {
@@ -533,9 +542,9 @@ static void multiply_stored(const void *task, int64_t unit) {
 const char *chatglm_isa(void) { return ISA; }
 
 int chatglm_runs_here(void) {
-#if LANES == 16
+#ifdef AVX512
     return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vnni");
-#elif LANES == 8
+#elif defined(AVX2)
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #else
     return 1;

@@ -20,15 +20,19 @@
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VNNI__)
 #define ISA "avx512"
+#define AVX512
 #define LANES 16  // numbers of 32 bits in a vector
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #define ISA "avx2"
+#define AVX2
 #define LANES 8
 #else
 #define ISA "portable"
+#ifndef LANES  // the tests compile longer vectors for any CPU
 #define LANES 4
 #endif
-#if LANES > 4
+#endif
+#if defined(AVX512) || defined(AVX2)
 #include <immintrin.h>
 #endif
 
@@ -66,9 +70,9 @@ INLINE void store(float *to, Floats v) { memcpy(to, &v, sizeof v); }
 INLINE Floats to_floats(Ints v) { return __builtin_convertvector(v, Floats); }
 
 INLINE Floats multiply_add(Floats a, Floats b, Floats sum) {
-#if LANES == 16
+#ifdef AVX512
     return _mm512_fmadd_ps(a, b, sum);
-#elif LANES == 8
+#elif defined(AVX2)
     return _mm256_fmadd_ps(a, b, sum);
 #else
     return sum + a * b;
@@ -98,11 +102,11 @@ INLINE float add_lanes(Floats v) {
 
 // Returns LANES numbers of 16 bits, float16 or bfloat16, as float32.
 INLINE Floats load_stored(const uint16_t *from, int is_bfloat16) {
-#if LANES == 16
+#ifdef AVX512
     const __m256i stored = _mm256_loadu_si256((const void *)from);
     if (!is_bfloat16) return _mm512_cvtph_ps(stored);
     const Bits h = (Bits)_mm512_cvtepu16_epi32(stored);
-#elif LANES == 8
+#elif defined(AVX2)
     const __m128i stored = _mm_loadu_si128((const void *)from);
     if (!is_bfloat16) return _mm256_cvtph_ps(stored);
     const Bits h = (Bits)_mm256_cvtepu16_epi32(stored);

@@ -69,7 +69,8 @@ static int64_t find_position(const Task *t, int64_t row) {
 INLINE Floats exponential(Floats x) {
     x = max_of(spread(-87), x);  // in this order of the arguments, NaN stays NaN
     x = -max_of(spread(-88), -x);
-    const Ints power = round_to_ints(x * 1.44269504f);
+    const Floats number = max_of(x, spread(-87));  // converting NaN to an integer is undefined
+    const Ints power = round_to_ints(number * 1.44269504f);
     const Floats n = to_floats(power);
     const Floats r = x - n * 0.693359375f - n * -2.12194440e-4f;  // ln 2 in two parts
     Floats sum = spread(1.0f / 5040);
