@@ -259,10 +259,10 @@ class QuantizedLinear(nn.Module):
         self, in_features, out_features, bits, group_size=None, bias=None, dtype=None, device=None
     ):
         super().__init__()
-        if in_features % (group_size or 2):
+        if in_features % (multiple := group_size or 8 // bits):
             raise ValueError(
                 f"a layer with {in_features} inputs cannot have {bits}-bit weights: the number "
-                f"must be a multiple of {group_size or 2}"
+                f"must be a multiple of {multiple}"
             )
         self.in_features, self.out_features = in_features, out_features
         self.bits, self.group_size = bits, group_size

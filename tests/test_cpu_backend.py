@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from memory import create_sparse
 from quantized_layers import create_exact_layer, create_layer, each_way
 
 from chatglm2 import ChatGLMConfig, ChatGLMForConditionalGeneration
@@ -31,7 +32,7 @@ matmul, stored_matmul = BACKEND.matmul, BACKEND.stored_matmul
 prompt_matmul = BACKEND.prompt_matmul
 SIZES = [(384, 80), (2, 1), (6, 5), (130, 33), (1000, 100), (256, 17)]  # in, out
 LAYERS = [(bits, None, *sizes) for bits in (8, 4) for sizes in SIZES]
-LAYERS += [(4, 128, 384, 80), (4, 128, 256, 17)]
+LAYERS += [(4, 128, 384, 80), (4, 128, 256, 17), (8, None, 7, 20), (8, None, 131, 33)]
 each_layer = pytest.mark.parametrize("layer", LAYERS, ids=str)
 each_dtype = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -115,10 +116,11 @@ def test_products_are_as_exact_as_those_of_float32(isa, bits, group_size, factor
 def test_nans_stay_in_their_row(isa, multiply):
     layer, x = create_layer(4, 128, 512, 200), torch.randn(9, 512)
     expected = multiply(x, layer)
-    x[1] = float("nan")
-    x[2] = 1e30
+    x[1, 5] = float("nan")
+    x[2, 300] = float("inf")
+    x[3] = 1e30
     y = multiply(x, layer)
-    assert y[1].isnan().all() and torch.equal(y[[0, *range(3, 9)]], expected[[0, *range(3, 9)]])
+    assert y[1:3].isnan().all() and torch.equal(y[[0, *range(4, 9)]], expected[[0, *range(4, 9)]])
 
 
 def test_int8_activations_of_extreme_sizes(isa):
@@ -144,6 +146,24 @@ def test_other_dtypes_are_rounded_once(dtype):
     assert matmul(x[:0], layer).shape == (0, 3, 80)
 
 
+@pytest.mark.slow  # reads 2 GB of zeros
+@each_way
+def test_weights_of_more_than_2_to_31_bytes(bits, group_size):
+    """The last outputs of a packed weight; all others are zero, which is the lowest level."""
+    in_features, out_features = 2**15, 2**16 * 8 // bits + 16
+    layer = create_layer(bits, group_size, in_features, 16)
+    last, steps = PackedWeight.from_layer(layer), in_features * bits // 32
+    weight = create_sparse(out_features // 16 * steps * 64)
+    weight[-len(last.weight) :] = last.weight
+    scale = torch.zeros(out_features // 16, *last.scale.shape[1:])
+    scale[-1] = last.scale[0]
+    large = QuantizedLinear(in_features, out_features, bits, group_size, device="meta")
+    large.packed = PackedWeight(weight, scale, large.weight.shape, bits)
+    x = torch.randn(1, in_features)
+    for multiply in (matmul, prompt_matmul):
+        assert torch.equal(multiply(x, large)[:, -16:], multiply(x, layer))
+
+
 @each_dtype
 @pytest.mark.parametrize(("in_features", "out_features"), [(64, 40), (100, 77), (6, 1)])
 def test_stored_weights(isa, dtype, in_features, out_features):
@@ -162,6 +182,64 @@ def test_every_stored_number(isa, dtype):
     weight = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)[:, None]
     y = stored_matmul(torch.ones(1, 1), weight)[0]
     torch.testing.assert_close(y, weight.float()[:, 0], rtol=0, atol=0, equal_nan=True)
+
+
+def change_default_device(layer):
+    with torch.device("meta"):
+        return layer(torch.ones(1, layer.in_features, device="cpu")), layer.state_dict()
+
+
+def test_default_device_of_torch_is_not_that_of_the_kernels():
+    layer, expected = create_layer(4, 128), create_layer(4, 128).state_dict()
+    y, state = change_default_device(layer)
+    assert torch.equal(y, layer(torch.ones(1, 384)))
+    assert all(torch.equal(state[name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("weight", lambda x: x.to(torch.int16)),
+        ("weight", lambda x: x.to("meta")),
+        ("weight", lambda x: x[:, :-1]),
+        ("weight", lambda x: x[:-1]),
+        ("weight_scale", lambda x: x.to("meta")),
+        ("weight_scale", lambda x: x[:, :-1]),
+    ],
+)
+def test_weights_that_c_cannot_read(name, change):
+    layer = create_layer(4, 128)
+    changed = change(getattr(layer, name).data)
+    setattr(layer, name, torch.nn.Parameter(changed, requires_grad=False))
+    with pytest.raises(RuntimeError):
+        matmul(torch.ones(1, 384), layer)
+
+
+def test_inputs_that_c_cannot_read():
+    layer, stored = create_layer(4, 128), torch.ones(8, 384)
+    for x in (torch.ones(2, 192), torch.ones(2, 768)):  # as many numbers as whole rows have
+        for multiply in (matmul, prompt_matmul):
+            with pytest.raises(
+                RuntimeError, match=r"give a contiguous one of .* \[2, 384\] on cpu"
+            ):
+                multiply(x, layer)
+        with pytest.raises(RuntimeError):
+            stored_matmul(x, stored.half())
+    for weight in (stored.short(), stored.half().to("meta")):
+        with pytest.raises(RuntimeError):
+            stored_matmul(torch.ones(1, 384), weight)
+
+
+def test_tensors_at_odd_addresses():
+    def misalign(x):
+        memory = torch.empty(x.nbytes + 1, dtype=torch.uint8)[1:]
+        memory = torch.frombuffer(memory.numpy(), dtype=x.dtype).view(x.shape)
+        return memory.copy_(x)
+
+    layer, x, weight = create_layer(4, 128), torch.randn(3, 384), torch.randn(9, 384).half()
+    assert misalign(x).data_ptr() % 4
+    assert torch.equal(matmul(misalign(x), layer), matmul(x, layer))
+    assert torch.equal(stored_matmul(x, misalign(weight)), stored_matmul(x, weight))
 
 
 @on_linux
@@ -291,6 +369,7 @@ def test_layers_that_it_cannot_serve(monkeypatch):
         assert find_problem(layer, CPU, dtype) is None
     assert find_problem(layer, CPU, torch.float64)
     assert find_problem(layer, torch.device("mps"), torch.float32)
+    assert "not 64" in find_problem(create_layer(4, 64), CPU, torch.float32)
     monkeypatch.setattr(cpu_backend, "get_library", lambda: (None, "no C compiler"))
     assert find_problem(layer, CPU, torch.float32) == "no C compiler"
 

@@ -1,12 +1,13 @@
 """The layers in C against the modules, and when the modules are called instead."""
 
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
+from memory import create_sparse
 from test_modeling_chatglm import VARIANT_NAMES, VARIANTS, create_variant
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, StaticCache
@@ -489,6 +490,122 @@ def test_caches_that_c_cannot_write(taken):
     assert not is_taken(model, taken, cache)
     model.transformer.cache_dtype = torch.float64
     assert not is_taken(model, taken, ChatGLMCache())
+
+
+def change_longer_layer(cache):
+    """The second layer holds more blocks of keys than the first."""
+    cache.update(*torch.randn(2, 1, 2, 1500, 16), 1)
+
+
+def change_values(cache):
+    layer = cache.layers[1]
+    layer.values, layer.buffers = layer.values[:, :, :2], None
+
+
+def change_missing_layer(cache):
+    del cache.layers[1]
+
+
+def change_shared_layer(cache):
+    cache.layers[1] = cache.layers[0]
+
+
+def change_device(cache):
+    layer = cache.layers[1]
+    layer.keys, layer.values = layer.keys.to("meta"), layer.values.to("meta")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        change_longer_layer, change_values, change_missing_layer, change_shared_layer,
+        change_device,
+    ],
+)  # fmt: skip
+def test_layers_of_a_cache_that_differ(change, taken):
+    model, cache = create(), fill(create())
+    change(cache)
+    with suppress(RuntimeError, NotImplementedError):  # of the modules
+        take_steps(model, cache, count=1)
+    assert taken == [False]
+
+
+def test_rows_that_share_a_cache(taken):
+    model, cache = create(), fill(create())
+    take_steps(model, RaggedCache([cache, cache]), 2, count=1)
+    assert taken == [False] and cache.layers[1].get_seq_length() == 7
+
+
+def test_buffers_of_another_cache(taken):
+    """An error instead of a write behind them."""
+    model = create()
+    for other, message in (
+        (fill(create(kv_channels=8)), "CPU kernels got a tensor"),
+        (fill(model, batch=2), "buffers of the cache"),
+    ):
+        cache = fill(model)
+        cache.layers[1].buffers = other.layers[1].buffers
+        with pytest.raises(RuntimeError, match=message):
+            take_steps(model, cache, count=1)
+    assert taken == [True, True]
+
+
+def test_cache_of_more_than_2_to_31_elements(taken):
+    model, cache = create(), fill(create())
+    expected = take_steps(model, fill(model))
+    for layer in cache.layers:
+        buffers = [create_sparse(2**33 + 2**12).view(torch.float32) for _ in range(2)]
+        layer.buffers = [x[: 2**31].view(1, 2, 2**26, 16) for x in buffers]
+        for buffer, held in zip(layer.buffers, (layer.keys, layer.values), strict=True):
+            buffer[:, :, :5] = held
+        layer.keys, layer.values = (x[:, :, :5] for x in layer.buffers)
+    assert torch.equal(take_steps(model, cache), expected)
+    assert taken == 6 * [True]
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"input_ids": torch.tensor([[7, 8, 9]]), "position_ids": torch.tensor([[5]])},
+        {"input_ids": IDS, "position_ids": torch.tensor([[5, 6]])},
+        {"inputs_embeds": torch.ones(1, 1, 48)},
+        {"inputs_embeds": torch.ones(1, 1, 65)},
+    ],
+)
+@torch.no_grad()
+def test_inputs_of_other_sizes(kwargs, taken):
+    model = create()
+    with suppress(RuntimeError):  # of the modules, which broadcast a single position
+        model(**kwargs, past_key_values=fill(model))
+    assert taken == [False]
+
+
+def test_sizes_that_c_cannot_compute(taken):
+    model = create()
+    layer = model.transformer.encoder.layers[1]
+    assert is_taken(model, taken)
+    for module, name, value in (
+        (layer.self_attention, "num_heads", 3),
+        (layer.self_attention, "head_dim", 32),
+        (layer.mlp, "dense_4h_to_h", layer.mlp.dense_h_to_4h),
+        (layer.mlp.dense_h_to_4h, "group_size", 32),
+        (model.config, "num_attention_heads", 3),
+    ):
+        old = getattr(module, name)
+        setattr(module, name, value)
+        assert not cpu_layers.is_model_plain(model.transformer)
+        setattr(module, name, old)
+        assert cpu_layers.is_model_plain(model.transformer)
+
+
+def test_default_device_of_torch(taken):
+    model = create()
+    expected, state = take_steps(model, fill(model)), create().state_dict()
+    ids, cache = torch.tensor([[5]]), fill(model)
+    with torch.device("meta"):
+        logits, found = compute(model, ids, cache), model.state_dict()
+    assert torch.equal(logits, expected[:, :1])
+    assert all(torch.equal(found[name], value) for name, value in state.items())
 
 
 def test_cache_of_another_model(taken):

@@ -15,31 +15,62 @@ from pathlib import Path
 
 import torch
 
-from chatglm2.quantization import QuantizedLinear
+from chatglm2.quantization import GROUP_SIZE, QuantizedLinear
 
 from . import Backend
 from .build_cpu import Linear, get_library
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+GROUP_SIZES = (None, GROUP_SIZE)
 BLOCK = 16  # outputs; see cpu.c
 HUGE_PAGE = 2 << 20
 
 
+def is_readable(tensor: torch.Tensor, dtype: torch.dtype, *shape: int) -> bool:
+    """Whether C, which checks nothing, can read a tensor as an array of this type and shape."""
+    return (
+        tensor.device.type == "cpu"
+        and tensor.dtype == dtype
+        and tensor.shape == shape
+        and tensor.is_contiguous()
+        and tensor.data_ptr() % dtype.itemsize == 0
+    )
+
+
+def get_address(tensor: torch.Tensor, dtype: torch.dtype, *shape: int) -> int:
+    """Return the address for C of a tensor that was not created for it.
+
+    Raises:
+        RuntimeError: C cannot read the tensor as an array of this type and shape.
+    """
+    if not is_readable(tensor, dtype, *shape):
+        raise RuntimeError(
+            f"the CPU kernels got a tensor of {tensor.dtype} {list(tensor.shape)} on "
+            f"{tensor.device}: give a contiguous one of {dtype} {list(shape)} on cpu"
+        )
+    return tensor.data_ptr()
+
+
+def make_readable(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return a tensor in a dtype, contiguous and aligned, copied only if necessary."""
+    tensor = tensor.detach().to(dtype).contiguous()
+    return tensor.clone() if tensor.data_ptr() % dtype.itemsize else tensor
+
+
 def call(function: str, *args):
-    """Call a C function with the addresses of tensors and torch's number of threads.
+    """Call a C function with torch's number of threads.
 
     Raises:
         MemoryError: The function could not allocate memory.
     """
-    values = [x.data_ptr() if isinstance(x, torch.Tensor) else x for x in args]
-    if getattr(get_library()[0], f"chatglm_{function}")(*values, torch.get_num_threads()):
+    if getattr(get_library()[0], f"chatglm_{function}")(*args, torch.get_num_threads()):
         raise MemoryError(f"not enough memory for the C function {function}: free some")
 
 
 def allocate(size: int) -> torch.Tensor:
     """Return bytes in pages of 2 MB if the system has them, because those are read faster."""
     if size < HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(size, dtype=torch.uint8)
+        return torch.empty(size, dtype=torch.uint8, device="cpu")
     memory = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     tensor = torch.frombuffer(memory, dtype=torch.uint8)
     start = -tensor.data_ptr() % HUGE_PAGE
@@ -66,37 +97,50 @@ class PackedWeight:
 
     @classmethod
     def from_layer(cls, layer: QuantizedLinear) -> "PackedWeight":
-        official = layer.weight.detach().contiguous()
-        num_blocks, num_steps = -(-official.shape[0] // BLOCK), -(-official.shape[1] // 4)
+        shape = torch.Size((layer.out_features, layer.in_features * layer.bits // 8))
+        official = make_readable(layer.weight, layer.weight.dtype)
+        num_blocks, num_steps = -(-shape[0] // BLOCK), -(-shape[1] // 4)
         weight = allocate(num_blocks * num_steps * 4 * BLOCK)
-        call("pack", official, weight, *official.shape, layer.bits)
-        scale = layer.weight_scale.detach().float().reshape(len(official), -1)
+        addresses = get_address(official, torch.int8, *shape), weight.data_ptr()
+        call("pack", *addresses, *shape, layer.bits)
+        scale = layer.weight_scale.detach().float().reshape(layer.out_features, -1)
         filled = scale.new_zeros(num_blocks * BLOCK, scale.shape[1])
-        filled[: len(official)] = scale
+        filled[: len(scale)] = scale
         scale = filled.unflatten(0, (-1, BLOCK)).transpose(1, 2).contiguous()
-        return cls(weight, scale, official.shape, layer.bits)
+        return cls(weight, scale, shape, layer.bits)
 
     def restore(self) -> torch.Tensor:
-        official = torch.empty(self.shape, dtype=torch.int8)
-        call("restore", self.weight, official, *self.shape, self.bits)
+        official = torch.empty(self.shape, dtype=torch.int8, device="cpu")
+        call("restore", self.weight.data_ptr(), official.data_ptr(), *self.shape, self.bits)
         return official
 
 
 def describe(layer: QuantizedLinear, packed: PackedWeight) -> Linear:
     """Return the C structure of a layer without its bias. It does not keep `packed` alive."""
-    addresses = packed.weight.data_ptr(), packed.scale.data_ptr(), None
     group_size = layer.group_size or layer.in_features
-    return Linear(*addresses, layer.in_features, layer.out_features, group_size, layer.bits)
+    num_blocks, num_steps = -(-layer.out_features // BLOCK), -(-packed.shape[1] // 4)
+    scale_shape = num_blocks, layer.in_features // group_size, BLOCK
+    return Linear(
+        get_address(packed.weight, torch.uint8, num_blocks * num_steps * 4 * BLOCK),
+        get_address(packed.scale, torch.float32, *scale_shape),
+        None,
+        layer.in_features,
+        layer.out_features,
+        group_size,
+        layer.bits,
+    )
 
 
 @torch.no_grad()
 def multiply(x: torch.Tensor, layer: QuantizedLinear, is_exact: bool) -> torch.Tensor:
     """Return x @ W.T; unless exact, x is rounded to int8 in groups of 128 columns."""
     packed = layer.pack(PackedWeight)
-    rows = x.reshape(-1, layer.in_features).float().contiguous()
+    rows = make_readable(x.reshape(-1, x.shape[-1]), torch.float32)
     y = rows.new_empty(*x.shape[:-1], layer.out_features)
     if len(rows):
-        call("multiply", ctypes.byref(describe(layer, packed)), rows, y, len(rows), is_exact)
+        address = get_address(rows, torch.float32, len(rows), layer.in_features)
+        linear = ctypes.byref(describe(layer, packed))
+        call("multiply", linear, address, y.data_ptr(), len(rows), is_exact)
     return y.to(x.dtype)
 
 
@@ -106,6 +150,8 @@ class CPUBackend(Backend):
             return "it is for CPUs"
         if dtype not in DTYPES:
             return f"it cannot compute in {dtype}"
+        if layer.group_size not in GROUP_SIZES:
+            return f"it needs a group_size of {GROUP_SIZE}, not {layer.group_size}"
         if sys.byteorder != "little":
             return "it is for little-endian machines"
         return get_library()[1]
@@ -118,12 +164,18 @@ class CPUBackend(Backend):
 
     @torch.no_grad()
     def stored_matmul(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        weight = weight.contiguous()
-        rows = x.reshape(-1, weight.shape[1]).float().contiguous()
+        weight, in_features = make_readable(weight, weight.dtype), weight.shape[1]
+        rows = make_readable(x.reshape(-1, x.shape[-1]), torch.float32)
         y = rows.new_empty(*x.shape[:-1], len(weight))
         if len(rows):
-            sizes = len(rows), weight.shape[1], len(weight)
-            call("multiply_stored", weight, rows, y, *sizes, weight.dtype == torch.bfloat16)
+            is_bfloat16 = weight.dtype == torch.bfloat16
+            dtype = torch.bfloat16 if is_bfloat16 else torch.float16
+            addresses = (
+                get_address(weight, dtype, *weight.shape),
+                get_address(rows, torch.float32, len(rows), in_features),
+            )
+            sizes = len(rows), in_features, len(weight)
+            call("multiply_stored", *addresses, y.data_ptr(), *sizes, is_bfloat16)
         return y.to(x.dtype)
 
     def prepare(self, layer: QuantizedLinear):
