@@ -25,22 +25,30 @@ HUB_NAME = "openai/gsm8k"
 STOP = "Q:"  # a base model continues with another question
 # Full NFKC would turn m² into m2, and the 2 would be read as a number.
 ASCII = {0xFF01 + i: 0x21 + i for i in range(94)} | {0x2212: "-"}  # full-width forms, minus sign
-NUMBER = re.compile(r"(?<![\d.])-?\$?(?:\d+(?:,\d{3})*(?:\.\d+)?|(?<!\w)\.\d+)")
-PHRASE = re.compile(r"(?:the answer is|答案是|答案为|答案(?=:))(?:[\s:*]|\.{2,})*", re.IGNORECASE)
+TEX = re.compile(r"\{(,)\}|\\([$%])|(?<=\d)(?:\\[ ,;:!]|~)(?=\d{3})")  # 8{,}000, \$8, 8\,000
+SPACE = "[ \u00a0\u2009\u202f]"  # between thousands
+NUMBER = re.compile(
+    rf"(?<![\d.])-?\$?(?:\d{{1,3}}(?:{SPACE}\d{{3}})+(?!\d)(?:\.\d+)?"
+    r"|\d+(?:,\d{3})*(?:\.\d+)?|(?<!\w)\.\d+)"
+)
+PHRASE = re.compile(
+    r"(?:the answer is|答案是|答案为|答案(?=:)|\\boxed\{)(?:[\s:*]|\.{2,})*", re.IGNORECASE
+)
 SENTENCE_END = re.compile(r"\.(?=\s|$)|[!?。]")
 
 
 def normalize(number: str) -> str:
-    """Return a number in one spelling: both "$1,200.00" and "1200" become "1200"."""
-    return f"{Decimal(re.sub('[$,]', '', number)).normalize():f}"
+    """Return a number in one spelling: "$1,200.00", "1 200" and "1200" become "1200"."""
+    digits = re.sub(r"[$,\s]", "", number)
+    return f"{Decimal(digits).normalize():f}"
 
 
 def extract(output: str) -> str:
-    """Return the number after "The answer is", or else the last number; "" if there is none.
+    """Return the number after "The answer is" or in \\boxed{}, or else the last number, or "".
 
     In an equation it is the number after the last "=".
     """
-    output = output.translate(ASCII)
+    output = TEX.sub(r"\1\2", output.translate(ASCII))
     if phrase := PHRASE.search(output):
         line = output[phrase.end() :].partition("\n")[0]
         sentence = SENTENCE_END.split(line)[0]
@@ -67,9 +75,12 @@ def load_items(args: Namespace) -> list[Item]:
     items = []
     for i, row in enumerate(rows):
         prompt = f"{examples}\n\nQ: {row['question']}\nA:"
-        answer = extract(row["answer"].rpartition("####")[2])
+        _, mark, value = row["answer"].rpartition("####")
+        answer = extract(value) if mark or NUMBER.fullmatch(value.strip()) else ""
         if not answer:
-            raise SystemExit(f"--data {data}, item {i + 1}: there is no number after ####.")
+            raise SystemExit(
+                f"--data {data}, item {i + 1}: there is no number after ####: {value[-60:]!r}."
+            )
         items.append(Item("gsm8k", str(i), prompt, answer))
     return items
 

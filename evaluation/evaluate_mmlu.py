@@ -4,9 +4,10 @@
     python evaluate_mmlu.py --data DIR --mode base      # a base model: 5 examples, answer only
 
 `--data` is the folder with {dev,test}/*.csv as its authors distribute it (no header, the answer a
-letter), or with a header and the answer as a number.
+letter), or with a header: columns in any order, the answer a letter or a number.
 """
 
+import re
 from argparse import Namespace
 from functools import partial
 from pathlib import Path
@@ -19,20 +20,56 @@ SOURCE = "get data.tar from https://github.com/hendrycks/test and unpack it"
 HUB_NAME = "cais/mmlu"
 EXTRACTION_PROMPT = "Therefore, among A through D, the answer is"
 LEAD = "Answer: "
+QUESTION, ANSWER = {"question", "input"}, {"answer", "target"}  # names of columns
+OPTION = re.compile(r"(?:choice|option)?s?[\W_]*([a-d]|[0-4])")
 # Anatomy is in STEM, as in lm-evaluation-harness; its authors have it among Others. Only so do the
 # published categories, weighted by their questions, give the published averages.
 CATEGORY = map_categories("MMLU")
 
 
+def read_header(path: Path, header: list[str]) -> tuple[list[int], dict[str, str]]:
+    """Return the columns of question, options and answer, and the letters of answers in numbers.
+
+    A number is that in the name of an option, or else counted from 0.
+    """
+    names = [name.strip().lower() for name in header]
+    options = [(match[1], i) for i, name in enumerate(names) if (match := OPTION.fullmatch(name))]
+    keys, columns = zip(*sorted(options), strict=True) if options else ((), ())
+    questions = [i for i, name in enumerate(names) if name in QUESTION]
+    answers = [i for i, name in enumerate(names) if name in ANSWER]
+    keys = "".join(keys)
+    if keys not in ("abcd", "0123", "1234") or len(questions) != 1 or len(answers) != 1:
+        raise SystemExit(
+            f"{path}: the header is {','.join(header)}: it needs question, A, B, C, D (or choice0 "
+            "to choice3) and answer, once each."
+        )
+    letters = dict(zip("0123" if keys == "abcd" else keys, LETTERS, strict=True))
+    return [*questions, *columns, *answers], letters
+
+
 def read_rows(path: Path) -> list[list[str]]:
     """Return the rows: question, four options, the answer's letter."""
-    rows = [row for row in reading.read_csv(path) if row]
-    if rows and rows[0][-1] == "answer":
-        letters = dict(zip("0123", LETTERS, strict=True))
-        rows = [[*row[:-1], letters.get(row[-1], "")] for row in rows[1:]]
+    rows = [row for row in reading.read_csv(path) if any(row)]
+    columns, letters, width = [*range(6)], {}, 6
+    if rows and all(
+        {cell.strip().lower() for cell in rows[0]} & names for names in (QUESTION, ANSWER)
+    ):
+        header = rows.pop(0)
+        (columns, letters), width = read_header(path, header), len(header)
     for number, row in enumerate(rows, start=1):
-        if len(row) != 6 or row[-1] not in tuple(LETTERS):
-            raise SystemExit(f"{path}, row {number}: not a question, 4 options and an answer.")
+        if len(row) != width:
+            raise SystemExit(
+                f"{path}, row {number}: {len(row)} cells instead of {width}, with a question, 4 "
+                f"options and an answer: {','.join(row)[:60]!r}."
+            )
+        answer = row[columns[-1]].strip().upper().removesuffix(".0")  # 2.0, as pandas writes it
+        answer = letters.get(answer, answer)
+        if answer not in tuple(LETTERS):
+            raise SystemExit(
+                f"{path}, row {number}: the answer is {row[columns[-1]]!r} and must be one of "
+                f"{', '.join([*LETTERS, *letters])}."
+            )
+        rows[number - 1] = [*(row[i] for i in columns[:-1]), answer]
     return rows
 
 

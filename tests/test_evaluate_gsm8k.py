@@ -31,6 +31,19 @@ EXTRACTED = {
     "18": ["The answer is approx. 18 of 20", "The answer is...18", "The answer is:\n\n**18**"],
     "20": ["The answer is 20%. That is 5 of 25.", "The answer is 20.00 dollars."],
     "48": ["She has 8 boxes of 6, that is 48 eggs."],
+    "8000": [
+        *(
+            f"The answer is {n}."
+            for n in (r"8{,}000", r"\$8,000", "8 000", "8\u202f000.0", "８，０００")
+        ),
+        *(
+            rf"So $x = 8\,000$, that is 4 \times 2\;000. {end}"
+            for end in (r"\boxed{8{,}000}", "= 8 000")
+        ),
+        r"$$\boxed{\text{\$8~000}}$$ in 2 years",
+        "She pays 4 000 + 4 000 = 8 000 dollars",
+    ],
+    "5000": ["12 5000", r"\boxed{x = 5000} is 20\% more"],
     "1200": ["It is 3 x 400. The answer is $1,200.", "The answer is 3 x $400 = $1,200"],
     "1000000": ["答案：1,000,000 元", "答案：\n\n１，０００，０００ 元"],
 }
@@ -96,7 +109,8 @@ def test_the_official_file(evaldata):
         ("--examples", "none.txt", None, "none.txt: there is no"),
         ("--examples", "gbk.txt", "问：1 加 1", r"gbk\.txt is damaged .*: it must be .*UTF-8"),
         ("--data", "x.jsonl", "[1, 2]", "item 1: there is no question, answer"),
-        ("--data", "x.jsonl", '{"question": "?", "answer": "no"}', "there is no number after ####"),
+        ("--data", "x.jsonl", '{"question": "?", "answer": "#### no"}', "after ####: ' no'"),
+        ("--data", "x.jsonl", '{"question": "?", "answer": "2 of 3"}', "after ####: '2 of 3'"),
     ],
 )
 def test_mistakes_are_one_line(data, tmp_path, flag, file, text, expected):

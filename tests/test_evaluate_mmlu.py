@@ -109,8 +109,44 @@ def test_missing_data_is_one_line(tmp_path, missing):
     assert "https://github.com/hendrycks/test" in message
 
 
-@pytest.mark.parametrize("end", ["4,7", "4,-1", "4,B", "4,", ""])
+HEADERS = {  # header: a row that is the question q with the options 1 to 4 and the answer C
+    "": "q,1,2,3,4,C",
+    "question,A,B,C,D,answer": "q,1,2,3,4,C",
+    "question,a,b,c,d,answer": "q,1,2,3,4,2",
+    "Question,A,B,C,D,Answer": "q,1,2,3,4, c ",
+    "\ufeffinput,A,B,C,D,target": "q,1,2,3,4,C",
+    '"answer","D","C","B","A","question"': '"2","4","3","2","1","q"',
+    ",question,subject,choice0,choice1,choice2,choice3,answer": "0,q,law,1,2,3,4,2.0",
+    "question,choice_1,choice_2,choice_3,choice_4,answer": "q,1,2,3,4,3",
+    "question,Option A,Option B,Option C,Option D,answer": "q,1,2,3,4,C",
+}
+
+
+@pytest.mark.parametrize("header", HEADERS)
+def test_headers(tmp_path, header):
+    path = tmp_path / "x.csv"
+    path.write_text(f"{header}\n{HEADERS[header]}\n\n", "utf-8")
+    assert mmlu.read_rows(path) == [["q", "1", "2", "3", "4", "C"]]
+
+
+@pytest.mark.parametrize("end", ["4,7", "4,-1", "4,E", "4,1.5", "4,", "", "4,B,5"])
 def test_a_damaged_row_is_named(tmp_path, end):
     path = tmp_path / "x.csv"
     path.write_text(f"\nquestion,a,b,c,d,answer\nq,1,2,3,4,2\nq,1,2,3,{end}\n", "utf-8")
-    assert "x.csv, row 2: " in fail(mmlu.read_rows, path)
+    message = fail(mmlu.read_rows, path)
+    assert "x.csv, row 2: " in message and "\n" not in message
+    assert repr(end.partition(",")[2]) in message or "cells instead of 6" in message
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("question,A,B,C,answer\nq,1,2,3,A", "the header is question,A,B,C,answer: it needs"),
+        ("question,A,B,C,D,answer,answer\n", "the header is question,A,B,C,D,answer,answer: "),
+        ("q,1,2,3,4,2\n", "row 1: the answer is '2' and must be one of A, B, C, D."),
+    ],
+)
+def test_a_header_that_is_unclear_is_named(tmp_path, text, expected):
+    path = tmp_path / "x.csv"
+    path.write_text(text, "utf-8")
+    assert expected in fail(mmlu.read_rows, path)
