@@ -264,24 +264,22 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         """Return the ids of `[gMASK] sop`, which stand in front of every text."""
         return [self.get_command("[gMASK]"), self.get_command("sop")]
 
-    def tokenize(self, text: str, split_special_tokens=None, **kwargs) -> list[str]:
+    def tokenize(self, text, split_special_tokens=None, follows=False, **kwargs) -> list[str]:
         """Return the tokens of a text.
 
         Args:
             split_special_tokens: True to read added special tokens as ordinary text.
+            follows: True if other text is before it: then SentencePiece puts no space there.
         """
         check_text(text)
         text = replace_surrogates(text)
         if not self.get_added_vocab():
-            return self._tokenize(text)
+            return self._tokenize(text, follows)
         if split_special_tokens is None:
             split_special_tokens = self.split_special_tokens
         tokens = []
         for i, piece in enumerate(self.split_at_added_tokens(text, split_special_tokens)):
-            if i % 2:
-                tokens.append(piece)
-            elif piece:  # SentencePiece puts a space before a text, but not after a line feed
-                tokens += self._tokenize("\n" + piece)[2:] if tokens else self._tokenize(piece)
+            tokens += [piece] if i % 2 else self._tokenize(piece, follows or bool(tokens))
         return tokens
 
     def split_at_added_tokens(self, text: str, split_special_tokens: bool) -> list[str]:
@@ -307,7 +305,9 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         text = "".join(texts)
         return [*pieces, text.lstrip() if strip_next else text]
 
-    def _tokenize(self, text: str, **kwargs) -> list[str]:
+    def _tokenize(self, text: str, follows=False) -> list[str]:
+        if follows:  # after a line feed, which is two tokens at the start of a text
+            return self.sp_model.encode("\n" + text, out_type=str)[2:]
         return self.sp_model.encode(text, out_type=str)
 
     def _convert_token_to_id(self, token: str) -> int:
@@ -381,12 +381,10 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         return "".join(rounds) + ROUND.format(n=len(history) + 1, query=query)
 
     def build_round(self, query: str, history) -> list[int]:
-        """Return the ids of the new round alone, which continue a conversation.
-
-        SentencePiece puts a space at the start of a text; its id is dropped.
-        """
+        """Return the ids of the new round alone, which continue a conversation."""
+        check_text(query)
         text = SEPARATOR + ROUND.format(n=len(history) + 1, query=query)
-        return self.encode(text, add_special_tokens=False)[1:]
+        return self.convert_tokens_to_ids(self.tokenize(text, follows=True))
 
     def apply_chat_template(
         self,
@@ -451,8 +449,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         if not text.startswith(prompt):  # two answers in a row
             prompt = ""
         tokens = self.tokenize(prompt, split_special_tokens)
-        answer = "\n" * bool(prompt) + text[len(prompt) :]
-        tokens += self.tokenize(answer, split_special_tokens)[2 * bool(prompt) :]
+        tokens += self.tokenize(text[len(prompt) :], split_special_tokens, bool(prompt))
         return [*self.convert_tokens_to_ids(tokens), self.eos_token_id]
 
     def save_vocabulary(self, save_directory, filename_prefix=None) -> tuple[str]:

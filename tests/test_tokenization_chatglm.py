@@ -248,6 +248,18 @@ def test_added_tokens_split_text(extended_tokenizer):
             assert tokenizer.decode(ids) == prefix + (*decoded, text)[0]
 
 
+def test_added_tokens_in_the_prompt_format(any_tokenizer):
+    """A round alone continues the conversation, whatever is added."""
+    tokenizer = copy.deepcopy(any_tokenizer)
+    tokenizer.add_tokens([AddedToken("\n\n", lstrip=True), "]", AddedToken("答", rstrip=True)])
+    first, second = tokenizer.build_prompt("a"), tokenizer.build_prompt("c", [("a", "b")])
+    ids = tokenizer.encode(first + "b") + tokenizer.build_round("c", [("a", "b")])
+    assert ids == tokenizer.encode(second)
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "]b"}]
+    ids = tokenizer.apply_chat_template(messages, return_dict=False)
+    assert ids == [*tokenizer.encode(f"{first}]b"), 2]
+
+
 def test_added_special_tokens(extended_tokenizer):
     """They are skipped and masked; in a text they can be read as ordinary text."""
     tokenizer, text = extended_tokenizer, "a<|obs|>b<drug>"
@@ -349,6 +361,7 @@ def test_a_finished_answer_has_an_end(any_tokenizer, answer):
         assert any_tokenizer.decode(ids) == shown.replace("\ud800", "\ufffd")
         assert render([*prompt, reply], tokenize=False) == shown
         assert 2 not in render([*prompt, reply], add_generation_prompt=True)
+        assert render([*prompt, reply], return_tensors="pt").tolist() == [ids]
         if answer:
             assert 2 not in render([*prompt, reply], continue_final_message=True)
     for messages in ([reply], [question, reply, reply]):
@@ -364,7 +377,8 @@ def test_a_finished_answer_has_an_end(any_tokenizer, answer):
 @pytest.mark.parametrize("text", [None, 5, 1.5, b"bytes", {"a": 1}])
 def test_what_is_no_text(tiny_tokenizer, text):
     calls = [tiny_tokenizer, tiny_tokenizer.encode, tiny_tokenizer.tokenize]
-    calls += [tiny_tokenizer.build_prompt, lambda text: tiny_tokenizer(["a", text])]
+    calls += [tiny_tokenizer.build_prompt, partial(tiny_tokenizer.build_round, history=[])]
+    calls += [lambda text: tiny_tokenizer(["a", text])]
     calls += [lambda text: tiny_tokenizer(["a", text], is_split_into_words=True)]
     for call in calls:
         with pytest.raises((ValueError, TypeError), match=r"string|specify either"):
