@@ -5,9 +5,12 @@ seconds, and neither `--help` nor a wrong flag needs them.
 """
 
 import argparse
+import ipaddress
 import math
 import os
+import re
 import sys
+from contextlib import suppress
 
 DEFAULT_MODEL = "THUDM/chatglm2-6b"
 
@@ -118,9 +121,35 @@ def add_model_arguments(parser: argparse.ArgumentParser):
 
 
 def read_key(text: str) -> str:
-    if not text:
+    """Return a key without the white space around it, such as the end of the line of a file."""
+    if not text.strip():
         raise argparse.ArgumentTypeError("the key is empty: give one, or leave the flag out")
-    return text
+    if not text.strip().isprintable():
+        raise argparse.ArgumentTypeError("the key has characters that cannot be sent")
+    return text.strip()
+
+
+def read_host(text: str) -> str:
+    """Return a host name as browsers send it."""
+    name = text.lower().removesuffix(".").removeprefix("[").removesuffix("]")
+    with suppress(ValueError):
+        name = name.encode("idna").decode()
+        if re.fullmatch(r"[\w.-]+", name, re.ASCII) or ipaddress.IPv6Address(name):
+            return name
+    raise argparse.ArgumentTypeError(
+        f"{text!r} is not a host name such as gpu.example, or an address, without a port"
+    )
+
+
+def read_origin(text: str) -> str:
+    """Return an origin as browsers send it."""
+    origin = text.lower().removesuffix("/")
+    if not re.fullmatch(r"\*|null|[a-z][a-z0-9.+-]*://[^\s/?#]+", origin):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not the address of a site such as https://chat.example or "
+            "http://localhost:3000"
+        )
+    return origin
 
 
 def add_server_arguments(parser: argparse.ArgumentParser):
@@ -144,11 +173,21 @@ def add_server_arguments(parser: argparse.ArgumentParser):
         type=read_key,
         default=os.environ.get("CHATGLM_API_KEY") or None,
         metavar="KEY",
-        help="key that clients must send (default: $CHATGLM_API_KEY, else none)",
+        help="key that clients must send; other users of this machine can see it in the list of "
+        "processes, but not $CHATGLM_API_KEY (default: $CHATGLM_API_KEY, else none)",
+    )
+    server.add_argument(
+        "--allowed-host",
+        type=read_host,
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="serve requests that call this server by this name, too; may be repeated (default: "
+        "localhost, 127.0.0.1, ::1 and --host; every name if --host admits other machines)",
     )
     server.add_argument(
         "--cors",
-        type=lambda origin: origin.rstrip("/"),  # browsers send it without
+        type=read_origin,
         action="append",
         default=[],
         metavar="ORIGIN",

@@ -2,6 +2,8 @@
 
 import argparse
 import asyncio
+import json
+import socket
 import threading
 import time
 from contextlib import closing, contextmanager
@@ -45,6 +47,40 @@ def wait_until(condition, timeout_s: float = TIMEOUT_S):
     while not condition():
         assert time.monotonic() < deadline, "in vain"
         time.sleep(0.005)
+
+
+def check_error(response, status: int, param=None, kind="invalid_request_error") -> str:
+    """Check that a response is an error object; return its message."""
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/json"
+    (error,) = response.json().values()
+    assert set(error) == {"message", "type", "param", "code"}
+    assert (error["type"], error["param"]) == (kind, param)
+    return error["message"]
+
+
+def format_request(path: str, body: dict | None = None, *headers: str, version="1.1") -> bytes:
+    """Return an HTTP request byte by byte; it has the header Host if `headers` do not."""
+    content = b"" if body is None else json.dumps(body).encode()
+    lines = [f"{'GET' if body is None else 'POST'} {path} HTTP/{version}", *headers]
+    if not any(line.lower().startswith("host:") for line in headers):
+        lines.append("Host: localhost")
+    if body is not None:
+        lines += ["Content-Type: application/json", f"Content-Length: {len(content)}"]
+    return "\r\n".join([*lines, "", ""]).encode() + content
+
+
+@contextmanager
+def sending(client, data: bytes):
+    """Send bytes to a server; yields the connection."""
+    address = client.base_url.host, client.base_url.port
+    with socket.create_connection(address, TIMEOUT_S) as connection:
+        connection.sendall(data)
+        yield connection
+
+
+def read_all(connection: socket.socket) -> bytes:
+    return b"".join(iter(lambda: connection.recv(1 << 16), b""))
 
 
 def record_requests(client, monkeypatch) -> list[Request]:

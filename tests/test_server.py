@@ -1,6 +1,5 @@
-"""`serving/server.py`: flags, keys, limits, errors, metrics, clients that leave, the end."""
+"""`serving/server.py` and `errors.py`: flags, errors, metrics, clients that leave, the end."""
 
-import json
 import signal
 import socket
 import threading
@@ -9,7 +8,7 @@ from contextlib import contextmanager, suppress
 import httpx2 as httpx
 import pytest
 from conftest import ROOT
-from servers import parse, serve, wait_until
+from servers import check_error, format_request, parse, sending, serve, wait_until
 
 import api
 import openai_api
@@ -17,7 +16,6 @@ from chatglm2.serving.server import bind
 
 CHAT = "/v1/chat/completions"
 JSON = {"Content-Type": "application/json"}
-KEY = {"Authorization": "Bearer 密钥 key".encode()}
 LONG = {"messages": [{"role": "user", "content": "你好"}], "ignore_eos": True, "temperature": 0}
 
 
@@ -29,27 +27,9 @@ def client(tiny_model, tiny_tokenizer):
 
 
 @pytest.fixture(scope="module")
-def guarded(tiny_model, tiny_tokenizer):
-    """A server with a key, for one origin, that reads 1000 bytes."""
-    flags = ["--api-key", "密钥 key", "--max-body", "0.001", "--cors", "https://chat.example"]
-    with serve(openai_api.create_app, tiny_model, tiny_tokenizer, *flags) as client:
-        yield client
-
-
-@pytest.fixture(scope="module")
 def api_client(tiny_model, tiny_tokenizer):
     with serve(api.create_app, tiny_model, tiny_tokenizer) as client:
         yield client
-
-
-def check_error(response, status: int, param=None, kind="invalid_request_error") -> str:
-    """Check that a response is an error object; return its message."""
-    assert response.status_code == status, response.text
-    assert response.headers["content-type"] == "application/json"
-    (error,) = response.json().values()
-    assert set(error) == {"message", "type", "param", "code"}
-    assert (error["type"], error["param"]) == (kind, param)
-    return error["message"]
 
 
 # The command line.
@@ -61,15 +41,28 @@ def test_flags(monkeypatch):
     assert (args.host, args.api_key, args.cors, args.max_batch) == ("127.0.0.1", None, [], 8)
     monkeypatch.setenv("CHATGLM_API_KEY", "secret")
     assert parse().api_key == "secret" and parse("--api-key", "other").api_key == "other"
-    assert parse("--cors", "http://localhost:3000/").cors == ["http://localhost:3000"]
+    monkeypatch.setenv("CHATGLM_API_KEY", "from a file\n")
+    assert parse().api_key == "from a file"
+    assert parse("--cors", "http://LocalHost:3000/").cors == ["http://localhost:3000"]
+    names = ["GPU.example.", "[::1]", "例子.example"]
+    args = parse(*(part for name in names for part in ("--allowed-host", name)))
+    assert args.allowed_host == ["gpu.example", "::1", "xn--fsqu00a.example"]
 
 
 def test_wrong_flags_are_refused(capsys):
-    wrong = {"--max-batch": "0", "--port": "70000", "--grace": "-1", "--context": "x"}
-    for flag, value in (wrong | {"--api-key": ""}).items():
-        with pytest.raises(SystemExit):
-            parse(flag, value)
-        assert f"argument {flag}: " in capsys.readouterr().err
+    for flag, *values in (
+        ("--max-batch", "0"),
+        ("--port", "70000"),
+        ("--grace", "-1"),
+        ("--context", "x"),
+        ("--api-key", "", " ", "a\nb"),
+        ("--allowed-host", "", "*", "a:80", "http://a", "a b", "a..b"),
+        ("--cors", "", "localhost:3000", "https://", "https://a/page"),
+    ):
+        for value in values:
+            with pytest.raises(SystemExit):
+                parse(flag, value)
+            assert f"argument {flag}: " in capsys.readouterr().err
 
 
 def test_a_taken_port_ends_the_script_before_the_model_is_loaded():
@@ -92,7 +85,7 @@ def test_hosts(capsys, monkeypatch):
         (["--host", "0.0.0.0"], True),  # other machines need no key
     ):
         bind(parse(*flags)).close()
-        assert ("--api-key" in capsys.readouterr().err) == is_warned
+        assert ("CHATGLM_API_KEY" in capsys.readouterr().err) == is_warned
 
 
 def test_an_ipv6_address():
@@ -113,68 +106,7 @@ def test_a_model_in_the_folder_itself_and_a_context_above_its_own(
     assert "--context 4096: " in capsys.readouterr().err
 
 
-# Keys, origins, limits, errors.
-
-
-def test_a_wrong_key_is_refused_before_the_body_is_read(guarded):
-    for key in ("", "Bearer", "Bearer x", "Bearer 密钥", "Basic 密钥 key"):
-        headers = {"Authorization": key.encode()}
-        for method, path in (("POST", CHAT), ("GET", "/v1/models"), ("GET", "/metrics")):
-            response = guarded.request(method, path, headers=headers, content=b"{" * 5000)
-            check_error(response, 401)
-            assert response.headers["www-authenticate"] == "Bearer"
-            assert response.json()["error"]["code"] == "invalid_api_key"
-        assert guarded.get("/health", headers=headers).status_code == 200
-    for scheme in ("Bearer", "bearer"):
-        headers = {"Authorization": f"{scheme} 密钥 key".encode()}
-        assert guarded.get("/v1/models", headers=headers).status_code == 200
-
-
-def test_browsers_of_allowed_origins(guarded, client):
-    preflight = {
-        "Origin": "https://chat.example",
-        "Access-Control-Request-Method": "POST",
-        "Access-Control-Request-Headers": "authorization,content-type,x-requested-with",
-    }
-    response = guarded.options(CHAT, headers=preflight)
-    assert response.status_code == 200
-    assert response.headers["access-control-allow-origin"] == "https://chat.example"
-    allowed = response.headers["access-control-allow-headers"]
-    assert "authorization" in allowed and "x-requested-with" in allowed
-    assert "POST" in response.headers["access-control-allow-methods"]
-    response = guarded.post(CHAT, headers=preflight | KEY, json=LONG | {"max_tokens": 1})
-    assert response.status_code == 200
-    assert response.headers["access-control-allow-origin"] == "https://chat.example"
-    preflight["Origin"] = "https://evil.example"
-    assert guarded.options(CHAT, headers=preflight).status_code == 400
-    for server in (guarded, client):  # the second allows no origin
-        response = server.get("/health", headers=preflight)
-        assert "access-control-allow-origin" not in response.headers
-    check_error(client.options(CHAT, headers=preflight), 405)
-
-
-@contextmanager
-def sending(client, head: str, content: bytes = b""):
-    """Send a chat request by hand; yields the connection."""
-    with socket.create_connection((client.base_url.host, client.base_url.port), 10) as connection:
-        head = (
-            f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n{head}\r\n\r\n"
-        )
-        connection.sendall(head.encode() + content)
-        yield connection
-
-
-def test_the_size_of_a_body_is_limited(guarded):
-    content = b'{"messages": [], "pad": "' + b"x" * 2000
-    chunked = (content[i : i + 100] for i in range(0, len(content), 100))
-    for body in (content, chunked):
-        response = guarded.post(CHAT, headers=JSON | KEY, content=body)
-        assert "1000 bytes" in check_error(response, 413)
-    small = b'{"messages": [], "pad": "' + b"x" * 900 + b'"}'
-    check_error(guarded.post(CHAT, headers=JSON | KEY, content=small), 400, "messages")
-    head = "Authorization: Bearer 密钥 key\r\nContent-Length: 1001"
-    with sending(guarded, head) as connection:  # refused before the body is sent
-        assert connection.recv(1000).startswith(b"HTTP/1.1 413 ")
+# Errors.
 
 
 def test_other_errors_of_clients(client):
@@ -254,8 +186,7 @@ def test_several_answers_are_queued_all_or_none(client):
 
 def test_a_client_that_leaves_frees_its_place(client):
     for stream in (True, False):
-        content = json.dumps(LONG | {"stream": stream}).encode()
-        with sending(client, f"Content-Length: {len(content)}", content):
+        with sending(client, format_request(CHAT, LONG | {"stream": stream})):
             wait_until(lambda: client.batcher.running)
             (generation,) = client.batcher.running
         wait_until_idle(client)

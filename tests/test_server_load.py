@@ -18,7 +18,9 @@ RAW_TIMEOUT_S = 2
 PROMPT_TOKENS = (20, 100)
 BURST = 200  # requests at once: more than wait by default
 MAX_GROWTH = 1.05  # of the server's memory after the first 100 requests
-HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+HEAD = (
+    b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+)
 GARBAGE = [
     b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(range(256)),  # TLS
     b"\x00\xff\r\n\r\n" * 100,

@@ -1,15 +1,9 @@
-"""The parts that api.py and openai_api.py share: flags, guards, errors, answers, start and stop.
-
-Every error is an OpenAI error object: {"error": {"message", "type", "param", "code"}}.
-"""
+"""The parts that api.py and openai_api.py share: the app, answers, start and stop."""
 
 import asyncio
 import dataclasses
 import gc
-import hmac
-import ipaddress
-import json
-import reprlib
+import logging
 import signal
 import socket
 import sys
@@ -17,151 +11,21 @@ import sys
 import uvicorn
 from fastapi import FastAPI, Response
 from fastapi import Request as HTTPRequest
-from fastapi.exceptions import RequestValidationError
-from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel
 from starlette.datastructures import State
-from starlette.exceptions import HTTPException
 
 from chatglm2.hardware import listen
 
 from .batching import Batcher, Chunk, PromptTooLong, Request, Unavailable, read_chunks
+from .connections import Connection, ProbeClients, is_logged
+from .errors import ERROR_RESPONSES, RequestError, add_error_handlers, describe_error
+from .guards import Cors, Guard, SiteGuard, is_loopback, list_hosts
 from .metrics import CountRequests, Metrics
 
-OPEN_PATHS = ("/health", "/openapi.json")  # need no key
-RETRY_AFTER_S = 1
 FLUSH_S = 5  # for clients to read their last chunk
-SHOWN_VALUE_LENGTH = 80  # characters of a wrong value that an error message shows
 EVENT_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-
-
-# Errors.
-
-
-class ErrorDetail(BaseModel):
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
-class ErrorResponse(BaseModel):
-    error: ErrorDetail
-
-
-# For the OpenAPI schema; 4XX is 400 or 422 (a wrong field), 401 (no key) or 413 (too large).
-ERROR_RESPONSES = {"4XX": {"model": ErrorResponse}, 503: {"model": ErrorResponse}}
-
-
-class RequestError(HTTPException):
-    """A refused request: a message, the name of the wrong field, a code for programs."""
-
-    def __init__(self, status: int, message: str, param=None, code=None, headers=None):
-        super().__init__(status, message, headers)
-        self.param, self.code = param, code
-
-
-def describe_error(status: int, message: str, param=None, code=None) -> str:
-    """Return an error object as JSON, in ASCII, because a wrong value can be any text."""
-    kind = "server_error" if status >= 500 else "invalid_request_error"
-    error = {"message": message, "type": kind, "param": param, "code": code}
-    return json.dumps({"error": error})
-
-
-def error_response(status: int, message: str, param=None, code=None, headers=None) -> Response:
-    content = describe_error(status, message, param, code)
-    return Response(content, status, headers, media_type="application/json")
-
-
-def describe_invalid(error: RequestValidationError) -> tuple[str, str | None]:
-    """Return a message about a wrong field, and the field's name."""
-    # A field of several types has an error for each; the deepest is of the type that was meant.
-    detail = max(error.errors(), key=lambda item: len(item["loc"]))
-    # The path also has names of types, which are no identifiers.
-    path = [str(p) for p in detail["loc"][1:] if isinstance(p, int) or p.isidentifier()]
-    if detail["type"] == "json_invalid":
-        return f"The body is not JSON: {detail['ctx']['error']}.", None
-    if detail["type"] == "together":
-        param = detail["ctx"]["param"]
-        return f"{param}: {detail['msg']}.", param
-    if not path:
-        return "The body must be a JSON object, sent as Content-Type: application/json.", None
-    message = f"{'.'.join(path)}: {detail['msg']}"
-    if detail["type"] != "missing":
-        message += f", not {reprlib.repr(detail['input']):.{SHOWN_VALUE_LENGTH}}"
-    return f"{message}.", path[0]
-
-
-def add_error_handlers(app: FastAPI, invalid_status: int):
-    """Answer every error with an error object; a wrong field has the status `invalid_status`."""
-
-    @app.exception_handler(RequestValidationError)
-    async def on_invalid(request: HTTPRequest, error: RequestValidationError):
-        return error_response(invalid_status, *describe_invalid(error))
-
-    @app.exception_handler(HTTPException)
-    async def on_http_error(request: HTTPRequest, error: HTTPException):
-        # FastAPI hides why it could not parse a body.
-        if isinstance(error.__cause__, UnicodeDecodeError):
-            return error_response(invalid_status, "The body is not JSON: it is not in UTF-8.")
-        if isinstance(error.__cause__, RecursionError):
-            return error_response(invalid_status, "The body is nested too deeply.")
-        param, code = getattr(error, "param", None), getattr(error, "code", None)
-        return error_response(error.status_code, error.detail, param, code, error.headers)
-
-    @app.exception_handler(Unavailable)
-    async def on_unavailable(request: HTTPRequest, error: Unavailable):
-        headers = {"Retry-After": str(RETRY_AFTER_S)}
-        return error_response(503, str(error), code="unavailable", headers=headers)
-
-    @app.exception_handler(Exception)
-    async def on_failure(request: HTTPRequest, error: Exception):
-        message = "The server failed; its log has the cause."
-        headers = {"Connection": "close"}  # uvicorn closes it
-        return error_response(500, message, code="internal_error", headers=headers)
-
-
-class Guard:
-    """ASGI middleware: checks the key before anything is read, and limits the body's size."""
-
-    def __init__(self, app, api_key: str | None, max_body: int):
-        self.app, self.max_body = app, max_body
-        self.too_large = f"The body has more than {max_body} bytes."
-        self.expected = api_key and api_key.encode()
-
-    def is_allowed(self, scope) -> bool:
-        if not self.expected or scope["path"] in OPEN_PATHS:
-            return True
-        given = dict(scope["headers"]).get(b"authorization", b"")
-        scheme, _, key = given.partition(b" ")
-        return hmac.compare_digest(key, self.expected) and scheme.lower() == b"bearer"
-
-    async def __call__(self, scope, receive, send):
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
-        if not self.is_allowed(scope):
-            message = "A valid key is required, in the header Authorization: Bearer KEY."
-            headers = {"WWW-Authenticate": "Bearer"}
-            response = error_response(401, message, code="invalid_api_key", headers=headers)
-            return await response(scope, receive, send)
-        # Starlette has a limit too, but answers in plain text. The HTTP parser has checked that
-        # the header is a number.
-        if int(dict(scope["headers"]).get(b"content-length", 0)) > self.max_body:
-            response = error_response(413, self.too_large)
-            return await response(scope, receive, send)
-        num_read = 0
-
-        async def receive_limited():
-            nonlocal num_read
-            message = await receive()
-            num_read += len(message.get("body", b""))
-            if num_read > self.max_body:
-                raise RequestError(413, self.too_large)
-            return message
-
-        await self.app(scope, receive_limited, send)
 
 
 # Answers.
@@ -224,6 +88,8 @@ class Answers:
         Raises:
             RequestError: The client closed the connection; the generations are cancelled.
         """
+
+        request.state.is_collecting = True
 
         async def gather() -> list[Chunk]:
             answers = [Chunk() for _ in self.generations]
@@ -298,8 +164,15 @@ def create_app(model, tokenizer, args, title: str, invalid_status=400, **options
     app.add_middleware(Guard, api_key=args.api_key, max_body=int(args.max_body * 1e6))
     if args.cors:
         app.add_middleware(
-            CORSMiddleware, allow_origins=args.cors, allow_methods=["*"], allow_headers=["*"]
+            Cors,
+            allow_origins=args.cors,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            allow_private_network=True,
         )
+    hosts = list_hosts(args.host, args.allowed_host)
+    app.add_middleware(SiteGuard, hosts=hosts, origins=args.cors)
+    app.add_middleware(ProbeClients)
     app.add_middleware(CountRequests, counter=metrics.requests)
 
     @app.head("/health", include_in_schema=False)
@@ -336,11 +209,10 @@ def bind(args) -> socket.socket:
             f"{where}: {error.strerror or error}: give an address of this machine, such as "
             "127.0.0.1, and a free port, such as --port 8001."
         ) from error
-    address = listener.getsockname()[0].partition("%")[0]
-    if not ipaddress.ip_address(address).is_loopback and not args.api_key:
+    if not args.api_key and not is_loopback(args.host):
         print(
             f"--host {args.host}: other machines can use the server without a key; "
-            "--api-key sets one.",
+            "the environment variable CHATGLM_API_KEY sets one.",
             file=sys.stderr,
         )
     return listener
@@ -350,7 +222,9 @@ class Server(uvicorn.Server):
     """uvicorn, but at shutdown running answers end properly and new requests are refused."""
 
     def __init__(self, app: FastAPI, grace_s: float):
-        super().__init__(uvicorn.Config(app, timeout_graceful_shutdown=FLUSH_S))
+        config = uvicorn.Config(app, http=Connection, ws="none", timeout_graceful_shutdown=FLUSH_S)
+        super().__init__(config)
+        logging.getLogger("uvicorn.error").addFilter(is_logged)
         self.batcher, self.grace_s = app.state.batcher, grace_s
 
     async def shutdown(self, sockets=None):

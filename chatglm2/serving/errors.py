@@ -1,0 +1,97 @@
+"""Errors of the servers: OpenAI's {"error": {"message", "type", "param", "code"}}."""
+
+import json
+import reprlib
+
+from fastapi import FastAPI, Response
+from fastapi import Request as HTTPRequest
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+
+from .batching import Unavailable
+
+RETRY_AFTER = {"Retry-After": "1"}  # seconds
+SHOWN_VALUE_LENGTH = 80  # characters of a wrong value that an error message shows
+
+
+class ErrorDetail(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorResponse(BaseModel):
+    error: ErrorDetail
+
+
+# For the OpenAPI schema; docs/api.md lists what the status codes mean.
+ERROR_RESPONSES = {"4XX": {"model": ErrorResponse}, 503: {"model": ErrorResponse}}
+
+
+class RequestError(HTTPException):
+    """A refused request: a message, the name of the wrong field, a code for programs."""
+
+    def __init__(self, status: int, message: str, param=None, code=None, headers=None):
+        super().__init__(status, message, headers)
+        self.param, self.code = param, code
+
+
+def describe_error(status: int, message: str, param=None, code=None) -> str:
+    """Return an error object as JSON, in ASCII, because a wrong value can be any text."""
+    kind = "server_error" if status >= 500 else "invalid_request_error"
+    error = {"message": message, "type": kind, "param": param, "code": code}
+    return json.dumps({"error": error})
+
+
+def error_response(status: int, message: str, param=None, code=None, headers=None) -> Response:
+    content = describe_error(status, message, param, code)
+    return Response(content, status, headers, media_type="application/json")
+
+
+def describe_invalid(error: RequestValidationError) -> tuple[str, str | None]:
+    """Return a message about a wrong field, and the field's name."""
+    # A field of several types has an error for each; the deepest is of the type that was meant.
+    detail = max(error.errors(), key=lambda item: len(item["loc"]))
+    # The path also has names of types, which are no identifiers.
+    path = [str(p) for p in detail["loc"][1:] if isinstance(p, int) or p.isidentifier()]
+    if detail["type"] == "json_invalid":
+        return f"The body is not JSON: {detail['ctx']['error']}.", None
+    if detail["type"] == "together":
+        param = detail["ctx"]["param"]
+        return f"{param}: {detail['msg']}.", param
+    if not path:
+        return "The body must be a JSON object, sent as Content-Type: application/json.", None
+    message = f"{'.'.join(path)}: {detail['msg']}"
+    if detail["type"] != "missing":
+        message += f", not {reprlib.repr(detail['input']):.{SHOWN_VALUE_LENGTH}}"
+    return f"{message}.", path[0]
+
+
+def add_error_handlers(app: FastAPI, invalid_status: int):
+    """Answer every error with an error object; a wrong field has the status `invalid_status`."""
+
+    @app.exception_handler(RequestValidationError)
+    async def on_invalid(request: HTTPRequest, error: RequestValidationError):
+        return error_response(invalid_status, *describe_invalid(error))
+
+    @app.exception_handler(HTTPException)
+    async def on_http_error(request: HTTPRequest, error: HTTPException):
+        # FastAPI hides why it could not parse a body.
+        if isinstance(error.__cause__, UnicodeDecodeError):
+            return error_response(invalid_status, "The body is not JSON: it is not in UTF-8.")
+        if isinstance(error.__cause__, RecursionError):
+            return error_response(invalid_status, "The body is nested too deeply.")
+        param, code = getattr(error, "param", None), getattr(error, "code", None)
+        return error_response(error.status_code, error.detail, param, code, error.headers)
+
+    @app.exception_handler(Unavailable)
+    async def on_unavailable(request: HTTPRequest, error: Unavailable):
+        return error_response(503, str(error), code="unavailable", headers=RETRY_AFTER)
+
+    @app.exception_handler(Exception)
+    async def on_failure(request: HTTPRequest, error: Exception):
+        message = "The server failed; its log has the cause."
+        headers = {"Connection": "close"}  # uvicorn closes it
+        return error_response(500, message, code="internal_error", headers=headers)
