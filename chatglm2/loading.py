@@ -64,7 +64,24 @@ def load_model(args: argparse.Namespace):
         )
     model.base_model.exact_prefill = args.exact_prefill
     model.base_model.cache_dtype = DTYPES.get(args.kv_cache_dtype)
+    check_vocabulary(args.model, tokenizer, config.padded_vocab_size)
     return tokenizer, model
+
+
+def check_vocabulary(name: str, tokenizer: ChatGLMTokenizer, num_rows: int):
+    """Check that the model has a row for each token.
+
+    Raises:
+        SystemExit: It has not.
+    """
+    added = tokenizer.get_added_vocab()
+    if (last := max([tokenizer.vocab_size - 1, *added.values()])) >= num_rows:
+        file = "tokenizer_config.json" if last in added.values() else "tokenizer.model"
+        raise SystemExit(
+            f"{name}: {file} has tokens with ids up to {last}, and padded_vocab_size in "
+            f"config.json is {num_rows}: use the tokenizer of this model; if tokens were added in "
+            "training, the model that resize_token_embeddings gave."
+        )
 
 
 def load_weights(
