@@ -5,7 +5,7 @@ import threading
 from pathlib import Path
 
 import torch
-from huggingface_hub import HfApi, constants, try_to_load_from_cache
+from huggingface_hub import HfApi, constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     HFValidationError,
     HTTPError,
@@ -15,13 +15,14 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 from safetensors.torch import load_file
 
-from .configuration_chatglm import ChatGLMConfig
 from .errors import one_line
 from .hardware import get_free_space, gigabytes
+from .recognition import check_description, check_kind, check_names
 from .weights_chatglm import (
     check_inside,
     check_weight_file,
     find_weight_files,
+    read_all_shapes,
     read_pickled_tensors,
 )
 
@@ -31,6 +32,7 @@ CURE = (
     "(--model FOLDER), or a mirror of the hub (environment variable HF_ENDPOINT)"
 )
 HUB_TIMEOUT_S = 8
+DESCRIPTIONS = (".json", ".model", ".jinja", "tokenization_chatglm.py")  # ends of file names
 
 
 def locate_checkpoint(model: str, revision: str | None):
@@ -43,7 +45,8 @@ def locate_checkpoint(model: str, revision: str | None):
         (folder, None) or (None, information).
 
     Raises:
-        SystemExit: There is no such checkpoint, or it lacks a file.
+        SystemExit: There is no such checkpoint.
+        ValueError: It lacks a file, holds something else, or a file is damaged.
     """
     for folder in (Path(model).expanduser(), ROOT / model):
         if folder.exists():
@@ -115,11 +118,18 @@ def find_cached_copy(model: str, revision: str | None) -> Path | None:
         return None
     folder = Path(config).parent
     files = [folder / "tokenizer.model", *find_weight_files(folder)]
-    return folder if len(files) > 1 and all(file.exists() for file in files) else None
+    if len(files) < 2 or not all(file.exists() for file in files):
+        return None
+    check_kind(folder)
+    return folder
 
 
 def check_file_names(model: str, names: set[str]):
-    """Check that the names of a checkpoint's files include all that loading needs."""
+    """Check that the names of a checkpoint's files include all that loading needs.
+
+    Raises:
+        ValueError: They do not.
+    """
     weights = {"model.safetensors", "pytorch_model.bin"}
     weights |= {f"{name}.index.json" for name in weights}
     for needed, what in (
@@ -128,37 +138,26 @@ def check_file_names(model: str, names: set[str]):
         (weights, "weights (model.safetensors or pytorch_model.bin, or their index)"),
     ):
         if not needed & names:
-            raise SystemExit(f"{model} is not a complete checkpoint: it has no {what}; {CURE}.")
+            raise ValueError(f"{model} is not a complete checkpoint: it has no {what}; {CURE}.")
 
 
 def check_folder(folder: Path):
-    """Check that a folder holds a checkpoint, in files of its own.
+    """Check that a folder holds a complete ChatGLM2 checkpoint, in files of its own.
 
     Raises:
-        SystemExit: It is a file, or lacks one that every checkpoint has.
-        OSError: A file is missing or none, or leads out of the folder.
+        ValueError: It lacks a file, holds something else, or a file is damaged.
+        OSError: A file cannot be read.
     """
     if not folder.is_dir():
-        raise SystemExit(f"{folder} is a file: give the checkpoint folder that holds it.")
-    check_file_names(str(folder), {file.name for file in folder.iterdir()})
-    for file in folder.iterdir():
-        if file.suffix in (".json", ".model", ".jinja"):
-            check_inside(folder, file)
-
-
-def read_config(source, **revision) -> ChatGLMConfig:
-    """Return the configuration of a checkpoint.
-
-    Raises:
-        SystemExit: It is a model of another type.
-    """
-    fields, _ = ChatGLMConfig.get_config_dict(source, **revision)
-    if fields.get("model_type") != "chatglm":
-        raise SystemExit(
-            f"{source} is a model of type {fields.get('model_type')!r}: this program runs ChatGLM2 "
-            "models (model_type 'chatglm')."
-        )
-    return ChatGLMConfig.from_dict(fields)
+        raise ValueError(f"{folder} is a file: give the checkpoint folder that holds it.")
+    check_kind(folder)
+    names = {file.name for file in folder.iterdir()}
+    if "tokenizer.model" not in names and find_weight_files(folder):
+        check_names(folder, read_all_shapes(folder))  # perhaps an adapter
+    check_file_names(str(folder), names)
+    for name in names:
+        if name.endswith((".json", ".model", ".jinja")):
+            check_inside(folder, folder / name)
 
 
 def read_tensors(*files: Path) -> dict[str, torch.Tensor]:
@@ -178,6 +177,49 @@ def read_tensors(*files: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
+# Downloads.
+
+
+def download_descriptions(model: str, revision: str | None, hub_info) -> Path:
+    """Download all files but the weights; return their folder in the hub's cache.
+
+    Raises:
+        ValueError: They describe no ChatGLM2 model.
+        OSError, HTTPError: The hub cannot be reached.
+    """
+    names = {file.rfilename for file in hub_info.siblings}
+    folder = download(model, revision, {name for name in names if name.endswith(DESCRIPTIONS)})
+    check_description(folder)
+    return folder
+
+
+def download_weights(model: str, revision: str | None, hub_info) -> Path:
+    """Download the weights, if the disk can hold them; return their folder in the hub's cache.
+
+    Raises:
+        SystemExit: The disk is too small.
+        ValueError: They are no ChatGLM2 model.
+        OSError, HTTPError: The hub cannot be reached.
+    """
+    check_disk(model, hub_info)
+    names = {file.rfilename for file in hub_info.siblings}
+    suffix = find_weight_suffix(names)
+    weights = {x for x in names if x.startswith(("model", "pytorch_model")) and x.endswith(suffix)}
+    folder = download(model, revision, weights)
+    check_folder(folder)
+    return folder
+
+
+def download(model: str, revision: str | None, names: set[str]) -> Path:
+    names = sorted(name for name in names if "/" not in name)
+    paths = [hf_hub_download(model, name, revision=revision or "main") for name in names]
+    return Path(paths[0]).parent
+
+
+def find_weight_suffix(names: set[str]) -> str:
+    return ".safetensors" if any(name.endswith(".safetensors") for name in names) else ".bin"
+
+
 def check_disk(model: str, hub_info):
     """Check that the disk of the hub's cache can hold the download.
 
@@ -185,7 +227,7 @@ def check_disk(model: str, hub_info):
         SystemExit: It cannot.
     """
     names = {file.rfilename for file in hub_info.siblings}
-    suffix = ".safetensors" if any(name.endswith(".safetensors") for name in names) else ".bin"
+    suffix = find_weight_suffix(names)
     needed = sum(
         file.size or 0
         for file in hub_info.siblings

@@ -19,11 +19,12 @@ from tokenizers.models import BPE
 from transformers import GlmConfig, GlmForCausalLM, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import generate_merges
 
-from .checkpoint import read_tensors
+from .checkpoint import check_folder, read_tensors
 from .configuration_chatglm import ChatGLMConfig
 from .errors import one_line
+from .json_files import read_config
 from .quantization import get_quantization
-from .refresh import check_folder
+from .recognition import check_shapes
 from .tokenization_chatglm import CHAT_TEMPLATE, ChatGLMTokenizer
 from .weights_chatglm import find_weight_files
 
@@ -233,14 +234,9 @@ def export(checkpoint: Path, folder: Path) -> str:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} exists and is not an empty folder: give a new one.")
     check_folder(checkpoint)
-    for name, found in (
-        ("tokenizer.model", (checkpoint / "tokenizer.model").is_file()),
-        ("model.safetensors or pytorch_model.bin", find_weight_files(checkpoint)),
-    ):
-        if not found:
-            raise ValueError(f"there is no {name} in it: download the whole checkpoint.")
-    config = ChatGLMConfig.from_pretrained(checkpoint)
+    config = read_config(checkpoint)
     check_config(config)
+    check_shapes(checkpoint, config)
     tokenizer = create_tokenizer(ChatGLMTokenizer.from_pretrained(checkpoint), config.seq_length)
     state = convert_weights(read_tensors(*find_weight_files(checkpoint)), config)
     model = create_model(state, convert_config(config))

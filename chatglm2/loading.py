@@ -13,15 +13,16 @@ from pathlib import Path
 import torch
 
 from .adapters import read_adapter
-from .checkpoint import check_disk, locate_checkpoint, read_config
+from .checkpoint import download_descriptions, download_weights, locate_checkpoint
 from .configuration_chatglm import ChatGLMConfig
 from .errors import exit_on_error
 from .hardware import choose_threads, get_free_memory, gigabytes
+from .json_files import check_tokenizer_files, read_config, read_generation_config
 from .modeling_chatglm import ChatGLMForConditionalGeneration
-from .placement import MEMORY_MARGIN, count_weight_bytes, create_empty_model, place_model
+from .placement import MEMORY_MARGIN, count_weight_bytes, place_model
 from .quantization import ChatGLMQuantizationConfig, get_quantization, prepare_layers
+from .recognition import check_shapes
 from .tokenization_chatglm import ChatGLMTokenizer
-from .weights_chatglm import check_weights
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -43,12 +44,15 @@ def load_model(args: argparse.Namespace):
         torch.set_num_threads(threads)
     with exit_on_error(f"{args.model}: "):
         folder, hub_info = locate_checkpoint(args.model, args.revision)
-        source = args.model if folder is None else folder
-        revision = {} if hub_info is None else {"revision": args.revision or "main"}
-        config = read_config(source, **revision)
+        if hub_info is not None:
+            folder = download_descriptions(args.model, args.revision, hub_info)
+        config, generation_config = read_config(folder), read_generation_config(folder)
+        check_tokenizer_files(folder)
         quantization = choose_quantization(args, config)
         device, dtype, reason = choose_device_and_dtype(args.device, args.dtype, config.dtype)
-        placement, where = place_model(args, config, quantization, device, dtype, source)
+        if hub_info is None:
+            check_shapes(folder, config)
+        placement, where = place_model(args, config, quantization, device, dtype, folder)
         adapter = choose_adapter(
             args.adapter, config, quantization, is_offloaded="offload_folder" in placement
         )
@@ -57,31 +61,38 @@ def load_model(args: argparse.Namespace):
         if not placement:
             check_memory(args.model, config, device, dtype, quantization)
         if hub_info is not None:
-            check_disk(args.model, hub_info)
-        tokenizer = ChatGLMTokenizer.from_pretrained(source, **revision)
+            folder = download_weights(args.model, args.revision, hub_info)
+            check_shapes(folder, config)
+        tokenizer = load_tokenizer(folder, config)
         model = load_weights(
-            source, config, device, dtype, quantization, adapter, **revision, **placement
+            folder,
+            config,
+            device,
+            dtype,
+            quantization,
+            adapter,
+            generation_config=generation_config,
+            **placement,
         )
     model.base_model.exact_prefill = args.exact_prefill
     model.base_model.cache_dtype = DTYPES.get(args.kv_cache_dtype)
-    check_vocabulary(args.model, tokenizer, config.padded_vocab_size)
     return tokenizer, model
 
 
-def check_vocabulary(name: str, tokenizer: ChatGLMTokenizer, num_rows: int):
-    """Check that the model has a row for each token.
+def load_tokenizer(folder: Path, config: ChatGLMConfig) -> ChatGLMTokenizer:
+    """Load the tokenizer.
 
     Raises:
-        SystemExit: It has not.
+        ValueError: It has more tokens than the model has embeddings, or is damaged.
     """
-    added = tokenizer.get_added_vocab()
-    if (last := max([tokenizer.vocab_size - 1, *added.values()])) >= num_rows:
-        file = "tokenizer_config.json" if last in added.values() else "tokenizer.model"
-        raise SystemExit(
-            f"{name}: {file} has tokens with ids up to {last}, and padded_vocab_size in "
-            f"config.json is {num_rows}: use the tokenizer of this model; if tokens were added in "
-            "training, the model that resize_token_embeddings gave."
+    tokenizer = ChatGLMTokenizer.from_pretrained(folder)
+    if len(tokenizer) > config.padded_vocab_size:
+        raise ValueError(
+            f"{folder}: the tokenizer has {len(tokenizer)} tokens, and padded_vocab_size in "
+            f"config.json is {config.padded_vocab_size}: one of them is another model's; download "
+            "both again."
         )
+    return tokenizer
 
 
 def load_weights(
@@ -101,10 +112,8 @@ def load_weights(
 
     Args:
         adapter: From `choose_adapter`.
-        options: Arguments of `from_pretrained`: revision, device_map, offload_folder.
+        options: Arguments of `from_pretrained`: device_map, offload_folder, generation_config.
     """
-    if isinstance(source, Path):
-        check_weights(source, create_empty_model(config))
     is_convertible = quantization is not None and "offload_folder" not in options
     if quantization is not None and not config.quantization_bit:
         options["quantization_config"] = quantization

@@ -21,6 +21,9 @@ from pathlib import Path
 from huggingface_hub.constants import HF_HOME
 
 from .configuration_chatglm import AUTO_MAP, TRANSFORMERS_RANGE
+from .json_files import read_json
+from .recognition import check_kind, check_names
+from .weights_chatglm import find_weight_files, read_all_shapes
 
 BACKUP = ".before_refresh"
 STAGING = ".before_refresh.tmp"  # files that are not complete yet or no longer needed
@@ -31,50 +34,6 @@ AUTO_MAPS = {
     "tokenizer_config.json": {"AutoTokenizer": ["tokenization_chatglm.ChatGLMTokenizer", None]},
 }
 MANAGED = sorted({file.name for file in CODE_FILES} | set(AUTO_MAPS))
-
-
-def read_json(path: Path) -> dict:
-    """Return the object in a JSON file.
-
-    Raises:
-        ValueError: The file is not JSON in UTF-8, or holds no object.
-    """
-    try:
-        fields = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}): download it again.") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"{path} holds no JSON object: download it again.")
-    return fields
-
-
-def check_folder(folder: Path):
-    """Check that a folder holds a ChatGLM2 checkpoint.
-
-    Raises:
-        ValueError: It does not; the message is one line that names the problem and the remedy.
-    """
-    path = folder / "config.json"
-    if not path.is_file():
-        raise ValueError(f"{folder} has no config.json: give the folder that holds the checkpoint.")
-    config = read_json(path)
-    if config.get("model_type") != "chatglm":
-        raise ValueError(
-            f"{path} has model_type {config.get('model_type')!r}, not 'chatglm': use a ChatGLM2 "
-            "checkpoint (such as THUDM/chatglm2-6b)."
-        )
-    if "multi_query_attention" not in config:
-        raise ValueError(
-            f"{path} has no multi_query_attention, so it is not ChatGLM2 but perhaps ChatGLM-6B: "
-            "use a ChatGLM2 checkpoint (such as THUDM/chatglm2-6b)."
-        )
-    # The configs of ChatGLM3 and GLM-4 have the same fields; their tokenizers have role tokens.
-    for name in ("tokenizer_config.json", "tokenization_chatglm.py"):
-        if (folder / name).is_file() and b"<|user|>" in (folder / name).read_bytes():
-            raise ValueError(
-                f"{folder / name} knows the token <|user|>, so it is ChatGLM3 or GLM-4: use a "
-                "ChatGLM2 checkpoint (such as THUDM/chatglm2-6b)."
-            )
 
 
 def set_auto_map(path: Path, auto_map: dict) -> bytes:
@@ -113,7 +72,11 @@ def refresh(folder: Path):
     Raises:
         ValueError: The folder holds no ChatGLM2 checkpoint.
     """
-    check_folder(folder)
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} has no config.json: give the folder that holds the checkpoint.")
+    check_kind(folder)
+    if find_weight_files(folder):
+        check_names(folder, read_all_shapes(folder))
     contents = {file.name: file.read_bytes() for file in CODE_FILES}
     contents |= {name: set_auto_map(folder / name, value) for name, value in AUTO_MAPS.items()}
     backup, staging = folder / BACKUP, folder / STAGING

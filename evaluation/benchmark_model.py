@@ -15,9 +15,10 @@ from transformers.utils import logging
 
 import utils
 from chatglm2 import ChatGLMConfig, ChatGLMForConditionalGeneration, generation_chatglm, loading
-from chatglm2.checkpoint import locate_checkpoint, read_config
+from chatglm2.checkpoint import download_descriptions, locate_checkpoint
 from chatglm2.errors import one_line
 from chatglm2.hardware import choose_threads
+from chatglm2.json_files import read_config
 from chatglm2.kernels.cpu_backend import allocate
 from chatglm2.placement import create_empty_model
 from chatglm2.quantization import ChatGLMQuantizationConfig, QuantizedLinear, get_quantization
@@ -52,10 +53,9 @@ def read_shape(args: argparse.Namespace) -> ChatGLMConfig:
     """Return the configuration of the model to be measured."""
     try:
         if not args.random_weights:
-            folder, _ = locate_checkpoint(args.model, args.revision)
-            revision = {} if folder else {"revision": args.revision or "main"}
-            return read_config(folder or args.model, **revision)
-        return read_config(args.model) if args.model else ChatGLMConfig(**SHAPE_6B)
+            folder, hub_info = locate_checkpoint(args.model, args.revision)
+            return read_config(folder or download_descriptions(args.model, args.revision, hub_info))
+        return read_config(Path(args.model)) if args.model else ChatGLMConfig(**SHAPE_6B)
     except (OSError, ValueError) as error:
         raise SystemExit(f"--model {args.model}: {one_line(error)}") from error
 

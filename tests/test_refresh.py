@@ -128,10 +128,10 @@ CHATGLM3 = b'{"added_tokens_decoder": {"64795": {"content": "<|user|>"}}}'
     [
         ("config.json", None, "has no config.json"),
         ("config.json", b"{", "config.json is not valid JSON (Expecting property name"),
-        ("config.json", b"\xff\xfe", "config.json is not valid JSON ("),
+        ("config.json", b"\xff\xfe", "config.json is not in UTF-8 ("),
         ("config.json", b"[]", "config.json holds no JSON object"),
         ("config.json", b"{}", "config.json has model_type None, not 'chatglm'"),
-        ("config.json", b'{"model_type": "glm"}', "has model_type 'glm', not 'chatglm'"),
+        ("config.json", b'{"model_type": "glm"}', "has model_type 'glm', transformers' own"),
         ("config.json", b'{"model_type": "chatglm"}', "has no multi_query_attention, so it is not"),
         ("tokenizer_config.json", b"nonsense", "tokenizer_config.json is not valid JSON"),
         ("tokenizer_config.json", CHATGLM3, "knows the token <|user|>, so it is ChatGLM3"),
