@@ -92,8 +92,9 @@ def test_max_length_counts_prompt_and_answer(client, tiny_tokenizer):
     assert ask(client, prompt="你好", max_length=length + 2)["response"] == "你好"
     assert ask(client, prompt="你好", max_length=20000)["response"] == GREETING
     for prompt, max_length, param, limit in (
-        ("你好", length, "max_length", f"max_length is {length}"),
-        ("你好" * 3000, 20000, "prompt", "the context 2048"),
+        ("你好", length, "max_length", f"max_length is {length}: give a larger"),
+        ("你好" * 3000, 20000, "prompt", "the context 2048: shorten it"),
+        ("你好" * 9000, None, "prompt", "the context 2048: shorten it"),  # above the default, too
     ):
         response = client.post("/", json={"prompt": prompt, "max_length": max_length})
         error = response.json()["error"]

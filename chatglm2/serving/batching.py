@@ -327,12 +327,15 @@ class Batcher:
     def compute_end(self, request: Request) -> int:
         """Return the number of ids, of prompt and answer together, at which an answer ends."""
         length, max_length = len(request.input_ids), request.max_length
-        if max_length is not None and length >= max_length:
-            message = f"The prompt has {length} tokens, max_length is {max_length}: raise it."
-            raise PromptTooLong(message, "max_length")
         if length >= self.context + request.is_embedding:  # an embedding adds no token
-            message = f"The prompt has {length} tokens, the context {self.context}: shorten it."
-            raise PromptTooLong(message, "context")
+            message = f"The prompt has {length} tokens, the context {self.context}: shorten it"
+            if self.context < (most := self.model.config.seq_length):
+                message += f", or start the server with --context, up to {most}"
+            raise PromptTooLong(f"{message}.", "context")
+        if max_length is not None and length >= max_length:
+            message = f"The prompt has {length} tokens, max_length is {max_length}"
+            message += ": give a larger max_length, or shorten the prompt."
+            raise PromptTooLong(message, "max_length")
         return find_end(length, self.context, max_length, request.max_new_tokens)
 
     def close(self, grace_s: float = 0.0):
