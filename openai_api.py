@@ -161,9 +161,24 @@ class Service:
         form = responses.Completions(self.tokenizer, body.model)
         return await self.answer(form, body, request, requests)
 
+    def check_lengths(self, prompts: list[list[int]]):
+        """Refuse inputs for embeddings that are too long, before the first one is computed."""
+        batcher = self.state.batcher
+        limit, num_tokens = batcher.context * batcher.max_batch, sum(map(len, prompts))
+        if num_tokens > limit:
+            message = f"input: {num_tokens} tokens in one request; at most {limit} are allowed."
+            raise RequestError(400, message, "input")
+        if (longest := max(map(len, prompts))) > batcher.context:
+            message = f"input: a text has {longest} tokens, the context {batcher.context}."
+            raise RequestError(400, message, "input", "context_length_exceeded")
+
     async def embed(self, body: schema.EmbeddingRequest, request: HTTPRequest):
         """Return the mean of the last hidden states of each text, scaled to length 1."""
+        if body.dimensions not in (None, size := self.model.config.hidden_size):
+            message = f"dimensions: {body.dimensions} is not the {size} of the model: leave it out."
+            raise RequestError(400, message, "dimensions")
         prompts = await run_in_threadpool(self.encode_texts, body.input, "input")
+        self.check_lengths(prompts)
         size, vectors = self.state.batcher.max_batch, []
         for first in range(0, len(prompts), size):  # so that a long list needs no long queue
             requests = [Request(ids, is_embedding=True) for ids in prompts[first : first + size]]

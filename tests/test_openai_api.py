@@ -15,6 +15,7 @@ from conftest import ROOT
 from servers import record_requests, serve, wait_until
 
 import openai_api
+from chatglm2.serving import schema
 
 CHAT, COMPLETIONS, EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
 JSON = {"Content-Type": "application/json"}
@@ -253,8 +254,14 @@ SCHEMA = {
 }
 
 
-def json_schema(schema: dict) -> dict:
-    return {"type": "json_schema", "json_schema": {"name": "x", "strict": True, "schema": schema}}
+def json_schema(wanted: dict) -> dict:
+    return {"type": "json_schema", "json_schema": {"name": "x", "strict": True, "schema": wanted}}
+
+
+@pytest.mark.parametrize("kind", ["json_object", "json_schema"])
+def test_a_schema_in_the_form_of_llama_cpp(server, kind):
+    wanted = {"type": kind, "schema": SCHEMA}
+    jsonschema.validate(json.loads(text_of(chat(server, response_format=wanted))), SCHEMA)
 
 
 def test_answers_that_are_json(server):
@@ -280,10 +287,14 @@ def test_fields_without_effect(server):
     unknown = {"user": "me", "metadata": {"a": "b"}, "parallel_tool_calls": False, "x": [1]}
     harmless = {"tools": [], "tool_choice": "auto", "functions": [], "function_call": "none"}
     empty = {"modalities": ["text"], "n": 1, "logit_bias": {}, "stop": "\udc4b"}
-    nulls = dict.fromkeys(["temperature", "top_p", "seed", "n", "logit_bias", "tools"])
+    empty |= {"store": False, "service_tier": "auto", "reasoning_effort": "none"}
+    nulls = dict.fromkeys(schema.ChatRequest.model_fields.keys() - {"messages", "model"})
+    nulls |= {"max_tokens": 40.0, "temperature": 0}
     answer = chat(server, model="\ud83d", **unknown, **harmless, **empty)
     assert text_of(answer) == GREETING and answer["model"] == "\ufffd"  # half a character
-    assert text_of(chat(server, **nulls, tool_choice="none", top_k=1, stop=[])) == GREETING
+    assert text_of(chat(server, **nulls | {"top_k": 1, "stop": []})) == GREETING
+    for name, choice in (("tools", "tool_choice"), ("functions", "function_call")):
+        assert text_of(chat(server, **{name: [TOOL], choice: "none"})) == GREETING
     body = {"prompt": "", "echo": False, "suffix": "", "best_of": 1, "n": 1, "temperature": 0}
     assert post(server, COMPLETIONS, **body)["choices"]
 
@@ -293,20 +304,27 @@ IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,"}}
 REFUSED = {
     (CHAT, "messages"): [
         *([], None, "你好", [{"content": "a"}], [USER | {"content": [IMAGE]}]),
-        *([USER | {"role": "tool"}], [{"role": "assistant", "tool_calls": [TOOL]}]),
+        *([USER | {"role": "tool"}], [{"role": "assistant", "content": "", "tool_calls": [TOOL]}]),
+        *([{"role": "user", "contents": "hi"}], [USER | {"content": None}]),
+        [{"role": "assistant"}, USER],
     ],
-    (CHAT, "tools"): [[TOOL]],
+    (CHAT, "tools"): [[TOOL], ["f"], "none"],
     (CHAT, "tool_choice"): ["required"],
     (CHAT, "functions"): [[{"name": "f"}]],
     (CHAT, "function_call"): [{"name": "f"}],
     (CHAT, "modalities"): [["text", "audio"]],
     (CHAT, "audio"): [{"voice": "alloy", "format": "wav"}],
     (CHAT, "web_search_options"): [{}],
+    (CHAT, "prediction"): [{"type": "content", "content": "a"}],
+    (CHAT, "reasoning_effort"): ["high"],
+    (CHAT, "store"): [True],
+    (CHAT, "service_tier"): ["flex"],
+    (CHAT, "guided_json"): [{}],
     (CHAT, "model"): [7],
     (CHAT, "temperature"): [2.1, -0.1, "1", True, math.nan, math.inf],
     (CHAT, "top_p"): [1.01, math.nan],
     (CHAT, "top_k"): [-1],
-    (CHAT, "max_tokens"): [0, 1.5],
+    (CHAT, "max_tokens"): [0, 1.5, True, "8"],
     (CHAT, "max_completion_tokens"): [-1],
     (CHAT, "max_length"): [0],
     (CHAT, "n"): [0, 17],
@@ -321,18 +339,22 @@ REFUSED = {
     (CHAT, "response_format"): [
         {"type": "yaml"},
         {"type": "json_schema"},
+        {"type": "text", "schema": {}},
+        {"type": "json_object", "schema": {}, "json_schema": {"schema": {}}},
         json_schema({"type": "x"}),
     ],
     (CHAT, "stream"): [1],
     (CHAT, "stream_options"): [{}, {"include_usage": "yes"}],
-    (COMPLETIONS, "prompt"): [None, [], [[]], [4096], [-1], ["a", 1]],
+    (COMPLETIONS, "prompt"): [
+        *(None, [], [[]], [4096], [-1], ["a", 1], [True], [1, True], [1.5], [[1, "1"]])
+    ],
     (COMPLETIONS, "echo"): [True],
     (COMPLETIONS, "suffix"): ["b"],
     (COMPLETIONS, "best_of"): [2],
     (COMPLETIONS, "logprobs"): [21],
-    (EMBEDDINGS, "input"): [[], None, {}, [None]],
+    (EMBEDDINGS, "input"): [[], None, {}, [None], [[1] * 2000] * 9],
     (EMBEDDINGS, "encoding_format"): ["int8"],
-    (EMBEDDINGS, "dimensions"): [8],
+    (EMBEDDINGS, "dimensions"): [8, 0, "256"],
 }
 VALID = {CHAT: HELLO, COMPLETIONS: {"prompt": "a"}, EMBEDDINGS: {"input": "a"}}
 
@@ -386,7 +408,8 @@ def test_embeddings(server, tiny_model, tiny_tokenizer):
     assert answer["object"] == "list" and answer["model"] == "m"
     num_tokens = sum(map(len, ids))
     assert answer["usage"] == {"prompt_tokens": num_tokens, "total_tokens": num_tokens}
-    coded = post(server, EMBEDDINGS, input=ids, encoding_format="base64")
+    fields = {"encoding_format": "base64", "dimensions": 256.0}
+    coded = post(server, EMBEDDINGS, input=[[*map(float, item)] for item in ids], **fields)
     for i, (item, other) in enumerate(zip(answer["data"], coded["data"], strict=True)):
         with torch.inference_mode():
             hidden = tiny_model.transformer(torch.tensor([ids[i]])).last_hidden_state[0]
@@ -401,6 +424,11 @@ def test_models(server):
     (model,) = server.get("/v1/models").json()["data"]
     assert model["id"] == "chatglm2-tiny" and model["object"] == "model"
     assert server.get("/v1/models/chatglm2-tiny").json() == model
+    for path in ("/v1/models", "/v1/models/chatglm2-tiny", "/metrics", "/openapi.json", "/health"):
+        head, get = server.head(path), server.get(path)
+        assert (head.status_code, head.content) == (200, b"") and get.content
+    assert server.head("/v1/models/other").status_code == 404
+    assert server.head(CHAT).status_code == 405
     error = server.get("/v1/models/other").json()["error"]
     assert error["code"] == "model_not_found" and error["param"] == "model"
 
@@ -426,10 +454,10 @@ def test_a_failing_stream_ends_with_an_error_and_without_done(tiny_model, tiny_t
 
 
 def test_the_schema_documents_only_error_objects_as_errors(server):
-    schema = server.get("/openapi.json").json()
-    assert "HTTPValidationError" not in schema["components"]["schemas"]
+    document = server.get("/openapi.json").json()
+    assert "HTTPValidationError" not in document["components"]["schemas"]
     for path in (CHAT, COMPLETIONS, EMBEDDINGS):
-        assert set(schema["paths"][path]["post"]["responses"]) == {"200", "4XX", "503"}
+        assert set(document["paths"][path]["post"]["responses"]) == {"200", "4XX", "503"}
 
 
 # OpenAI's own client.

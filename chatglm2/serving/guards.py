@@ -176,6 +176,8 @@ class Guard:
     async def __call__(self, scope, receive, send):
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
+        if scope["method"] == "HEAD":  # answered like GET; uvicorn leaves out the body
+            scope = scope | {"method": "GET"}
         if not self.is_allowed(scope):
             message = "A valid key is required, in the header Authorization: Bearer KEY."
             headers = {"WWW-Authenticate": "Bearer"}

@@ -29,6 +29,7 @@ MAX_LOGPROBS = 20
 MAX_INPUTS = 2048
 MAX_IDS = 2**17  # in a prompt: more than any context
 MAX_BIASES = 4096
+MAX_TOOLS = 128
 
 
 # Types of fields.
@@ -42,6 +43,13 @@ def replace_surrogates(text: str) -> str:
 def read_whole(value):
     """Return 1.0 as 1, because JSON Schema counts it as an integer; other values unchanged."""
     return int(value) if type(value) is float and value.is_integer() else value
+
+
+def read_whole_ids(value):
+    """Return a list of ids with 1.0 as 1; one pass for the list, because a call per id is slow."""
+    if isinstance(value, list) and len(value) <= MAX_IDS and float in set(map(type, value)):
+        return [*map(read_whole, value)]
+    return value
 
 
 def integer(low: int, high: int | None = None):
@@ -92,7 +100,11 @@ Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
 TokenId = Annotated[str, Field(pattern=r"^\d{1,6}$")]
 Stop = Annotated[Text, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 Id = Annotated[int, Field(ge=0)]
-Ids = Annotated[list[Id], Field(min_length=1, max_length=MAX_IDS, fail_fast=True)]
+Ids = Annotated[
+    list[Id],
+    Field(min_length=1, max_length=MAX_IDS, fail_fast=True),
+    BeforeValidator(read_whole_ids),
+]
 Inputs = Field(min_length=1, max_length=MAX_INPUTS, fail_fast=True)
 
 
@@ -142,24 +154,36 @@ class StreamOptions(StrictTypes):
 
 
 class JsonSchema(StrictTypes):
-    json_schema: Annotated[dict, Field(alias="schema")]
+    content: Annotated[dict, Field(alias="schema")]
 
 
 class ResponseFormat(StrictTypes):
+    """OpenAI's forms, and llama.cpp's, which has the schema in a field `schema` beside `type`."""
+
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
+    content: Annotated[dict | None, Field(alias="schema")] = None
 
     @model_validator(mode="after")
     def check_schema(self):
-        if self.type == "json_schema" and self.json_schema is None:
+        num_schemas = (self.json_schema is not None) + (self.content is not None)
+        if self.type == "json_schema" and not num_schemas:
             raise PydanticCustomError("missing_schema", "json_schema is missing")
+        if num_schemas > (self.type != "text"):
+            message = "Input should have one schema, and only with a type for JSON"
+            raise PydanticCustomError("schemas", message)
         return self
 
     def read_schema(self) -> dict | None:
         """Return the requested JSON schema; `None` for text."""
-        if self.type == "json_schema":
-            return self.json_schema.json_schema
+        if self.json_schema is not None:
+            return self.json_schema.content
+        if self.content is not None:
+            return self.content
         return {"type": "object"} if self.type == "json_object" else None
+
+
+USE_RESPONSE_FORMAT = "Use response_format with a JSON schema"  # instead of fields of vLLM
 
 
 class SamplingRequest(StrictTypes):
@@ -179,6 +203,11 @@ class SamplingRequest(StrictTypes):
     logit_bias: Biases | None = None
     response_format: ResponseFormat | None = None
     ignore_eos: bool | None = None
+    guided_json: refused(USE_RESPONSE_FORMAT) = None
+    guided_choice: refused(USE_RESPONSE_FORMAT) = None
+    guided_regex: refused(USE_RESPONSE_FORMAT) = None
+    guided_grammar: refused(USE_RESPONSE_FORMAT) = None
+    structured_outputs: refused(USE_RESPONSE_FORMAT) = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
@@ -204,22 +233,45 @@ Parts = Annotated[list[TextPart], Field(max_length=MAX_MESSAGES, fail_fast=True)
 
 class Message(StrictTypes):
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | Parts | None = None
+    content: Text | Parts | None
     tool_calls: refused("ChatGLM2 is not trained for tools", []) = None
     function_call: refused("ChatGLM2 is not trained for functions") = None
+
+    @model_validator(mode="after")
+    def check_content(self):
+        if self.content is None and self.role != "assistant":  # as OpenAI
+            raise PydanticCustomError("no_content", "content may only be null for an assistant")
+        return self
+
+
+Tools = Annotated[list[dict], Field(max_length=MAX_TOOLS, fail_fast=True)]
 
 
 class ChatRequest(SamplingRequest):
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     logprobs: bool | None = None
     top_logprobs: integer(0, MAX_LOGPROBS) | None = None
-    tools: refused("ChatGLM2 is not trained for tools", []) = None
+    tools: Tools | None = None
     tool_choice: refused("ChatGLM2 is not trained for tools", "none", "auto") = None
-    functions: refused("ChatGLM2 is not trained for functions", []) = None
+    functions: Tools | None = None
     function_call: refused("ChatGLM2 is not trained for functions", "none", "auto") = None
     modalities: refused("ChatGLM2 answers with text only", [], ["text"]) = None
     audio: refused("ChatGLM2 answers with text only") = None
+    prediction: refused("There are no predicted outputs") = None
+    reasoning_effort: refused("ChatGLM2 does not reason before it answers", "none") = None
+    verbosity: refused("The length of answers cannot be chosen", "medium") = None
+    moderation: refused("There is no moderation") = None
     web_search_options: refused("There is no web search") = None
+    store: refused("Answers are not stored", False) = None
+    service_tier: refused("There is one tier", "auto", "default") = None
+
+    @model_validator(mode="after")
+    def check_tools(self):
+        for param, choice in ("tools", "tool_choice"), ("functions", "function_call"):
+            if getattr(self, param) and getattr(self, choice) != "none":
+                reason = f'ChatGLM2 is not trained for tools: allowed with "{choice}": "none"'
+                raise wrong_together(param, reason)
+        return self
 
     @model_validator(mode="after")
     def check_logprobs(self):
@@ -240,4 +292,4 @@ class EmbeddingRequest(StrictTypes):
     input: Texts
     model: Text = "chatglm2-6b"
     encoding_format: Literal["float", "base64"] | None = None
-    dimensions: refused("The model fixes the number of dimensions") = None
+    dimensions: Count | None = None

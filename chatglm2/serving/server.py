@@ -175,7 +175,6 @@ def create_app(model, tokenizer, args, title: str, invalid_status=400, **options
     app.add_middleware(ProbeClients)
     app.add_middleware(CountRequests, counter=metrics.requests)
 
-    @app.head("/health", include_in_schema=False)
     @app.get("/health", responses={503: ERROR_RESPONSES[503]})
     async def health():
         if batcher.deadline is not None:
