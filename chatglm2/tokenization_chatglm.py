@@ -270,7 +270,13 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         Args:
             split_special_tokens: True to read added special tokens as ordinary text.
             follows: True if other text is before it: then SentencePiece puts no space there.
+
+        Raises:
+            TypeError: `text` is not a string.
+            NotImplementedError: Offsets are requested.
         """
+        if kwargs.get("return_offsets_mapping"):
+            raise NotImplementedError("return_offsets_mapping needs a fast tokenizer")
         check_text(text)
         text = replace_surrogates(text)
         if not self.get_added_vocab():
@@ -412,8 +418,8 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         """
         if kwargs.pop("return_assistant_tokens_mask", False):
             raise ValueError(
-                "return_assistant_tokens_mask needs a fast tokenizer: train on prompts and "
-                "completions, or on the folder that `python -m chatglm2.export` writes"
+                "return_assistant_tokens_mask needs a fast tokenizer: mask the ids of "
+                "messages[:-1] with add_generation_prompt=True, with which these ids begin"
             )
         encoding = dict(tokenizer_kwargs or {})
         if kwargs.pop("sanitize_control_tokens", False):
