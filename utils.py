@@ -152,6 +152,18 @@ def read_origin(text: str) -> str:
     return origin
 
 
+def add_allowed_host(group):
+    group.add_argument(
+        "--allowed-host",
+        type=read_host,
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="serve requests that call this server by this name, too; may be repeated (default: "
+        "localhost, 127.0.0.1, ::1 and --host; every name if --host admits other machines)",
+    )
+
+
 def add_server_arguments(parser: argparse.ArgumentParser):
     """Add the arguments of both HTTP servers."""
     server = parser.add_argument_group("server")
@@ -176,15 +188,7 @@ def add_server_arguments(parser: argparse.ArgumentParser):
         help="key that clients must send; other users of this machine can see it in the list of "
         "processes, but not $CHATGLM_API_KEY (default: $CHATGLM_API_KEY, else none)",
     )
-    server.add_argument(
-        "--allowed-host",
-        type=read_host,
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="serve requests that call this server by this name, too; may be repeated (default: "
-        "localhost, 127.0.0.1, ::1 and --host; every name if --host admits other machines)",
-    )
+    add_allowed_host(server)
     server.add_argument(
         "--cors",
         type=read_origin,

@@ -10,6 +10,7 @@ import os
 import weakref
 
 import gradio as gr
+from fastapi.middleware import Middleware
 
 import utils
 from chatglm2.chat.markdown import to_markdown
@@ -17,6 +18,7 @@ from chatglm2.chat.shared_model import EXAMPLES, WELCOME, Chat, SharedModel, sam
 from chatglm2.errors import one_line
 from chatglm2.hardware import listen
 from chatglm2.loading import describe
+from chatglm2.serving.guards import SiteGuard, list_hosts
 
 MAX_WAITING = 16  # questions that wait, each in a thread; further ones wait in Gradio's queue
 FONTS = ["Segoe UI", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", "sans-serif"]
@@ -171,11 +173,17 @@ def main(argv=None):
     server.add_argument(
         "--share", action="store_true", help="make a public link through Gradio's site"
     )
+    utils.add_allowed_host(server)
     utils.add_model_arguments(parser)
     args = parser.parse_args(argv)
     check_address(args.host, args.port)
     tokenizer, model = utils.load_model(args)
+    # Gradio checks origins, but serves sites that let their name mean 127.0.0.1. A public link has
+    # a name that is not known yet.
+    hosts = None if args.share else list_hosts(args.host, args.allowed_host)
+    guards = [Middleware(SiteGuard, hosts=hosts, origins=["*"])]
     server = {"server_name": args.host, "server_port": args.port, "share": args.share}
+    server["app_kwargs"] = {"middleware": guards}
     try:
         build_demo(model, tokenizer, args.model).launch(**server, **LOOK)
     except OSError as error:

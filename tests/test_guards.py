@@ -1,10 +1,13 @@
 """`serving/guards.py`: keys, names of the host, origins of pages, size and time of bodies."""
 
 import select
+import socket
 import time
 from contextlib import ExitStack
 
 import pytest
+from conftest import ROOT
+from pages import served_page
 from servers import check_error, format_request, parse, sending, serve, wait_until
 
 import openai_api
@@ -189,3 +192,37 @@ def test_a_slow_body_is_read_as_long_as_it_comes(client, monkeypatch):
     monkeypatch.setattr(guards, "BODY_TIMEOUT_S", 0.1)
     with sending(client, request[:-1]) as connection:
         assert connection.recv(1000).startswith(b"HTTP/1.1 408")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("program", "flags", "path"),
+    [
+        (["web_demo.py"], ["--port", "{port}", "--allowed-host", "gpu.example"], "/config"),
+        (
+            ["streamlit", "run", "web_demo2.py", "--server.port", "{port}"],
+            ["--"],
+            "/_stcore/stream",
+        ),
+    ],
+    ids=["gradio", "streamlit"],
+)
+def test_sites_that_call_a_web_page_by_their_own_name(
+    program, flags, path, tiny_checkpoint, tmp_path
+):
+    words = [ROOT / word if word.endswith(".py") else word for word in program]
+    upgrade = {
+        "Connection": "Upgrade",
+        "Upgrade": "websocket",
+        "Sec-WebSocket-Key": "a" * 22 + "==",
+        "Sec-WebSocket-Version": "13",
+    }
+    with served_page(words, [*flags, "--model", tiny_checkpoint], tmp_path) as server:
+        port = server.address.rstrip("/").rpartition(":")[2]
+        for host, statuses in (("localhost", (200, 101)), ("evil.example", (421, 403))):
+            lines = [f"Host: {host}:{port}", f"Origin: http://{host}:{port}"]
+            if "stream" in path:
+                lines += [f"{name}: {value}" for name, value in upgrade.items()]
+            with socket.create_connection(("127.0.0.1", int(port)), 60) as connection:
+                connection.sendall(format_request(path, None, *lines))
+                assert int(connection.recv(1000).split()[1]) in statuses
