@@ -227,7 +227,7 @@ def test_metrics_count_requests_and_tokens(tiny_model, tiny_tokenizer):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_stopping_ends_running_answers_and_refuses_new_ones(number, tiny_checkpoint):
+def test_stopping_ends_running_answers_and_refuses_new_ones(number, tiny_checkpoint, capfd):
     load_test = pytest.importorskip("load_test", reason="needs aiohttp and psutil")
     flags = ["--model", str(tiny_checkpoint), "--threads", "1", "--grace", "2", "--max-batch", "1"]
     body = LONG | {"stream": True}
@@ -252,3 +252,4 @@ def test_stopping_ends_running_answers_and_refuses_new_ones(number, tiny_checkpo
                 *_, last, done = [line for line in lines if line]
         assert '"finish_reason":"length"' in last and done == "data: [DONE]"
         assert process.wait(10) == 0
+        assert "nanobind" not in capfd.readouterr().err

@@ -243,4 +243,7 @@ def run(app: FastAPI, args, listener: socket.socket):
     gc.collect()
     gc.freeze()  # else parsing a large body visits all objects of the libraries again and again
     sys.setswitchinterval(2e-4)  # lets the computing thread wait less for the sending one
-    Server(app, args.grace).run(sockets=[listener])
+    try:
+        Server(app, args.grace).run(sockets=[listener])
+    finally:
+        gc.unfreeze()  # else nanobind reports the objects of triton as leaked when Python ends
