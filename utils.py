@@ -6,6 +6,7 @@ seconds, and neither `--help` nor a wrong flag needs them.
 
 import argparse
 import ipaddress
+import logging
 import math
 import os
 import re
@@ -13,6 +14,8 @@ import sys
 from contextlib import suppress
 
 DEFAULT_MODEL = "THUDM/chatglm2-6b"
+# More threads than processors only wait for each other; thousands of them end the process.
+MAX_THREADS = max(64, os.cpu_count() or 1)
 
 
 # Arguments.
@@ -24,10 +27,10 @@ def number(kind: type, low, high=None):
     def convert(text: str):
         try:
             value = kind(text)
+            if low <= value <= (math.inf if high is None else high) and value != math.inf:
+                return value
         except ValueError:
-            value = math.nan
-        if math.isfinite(value) and low <= value and (high is None or value <= high):
-            return value
+            pass  # refused below
         noun = "an integer" if kind is int else "a number"
         allowed = f"of at least {low}" if high is None else f"from {low} to {high}"
         raise argparse.ArgumentTypeError(f"{text!r} is not {noun} {allowed}")
@@ -88,7 +91,7 @@ def add_model_arguments(parser: argparse.ArgumentParser):
     advanced = parser.add_argument_group("advanced")
     advanced.add_argument(
         "--threads",
-        type=number(int, 1),
+        type=number(int, 1, MAX_THREADS),
         metavar="N",
         help="CPU threads (default: $OMP_NUM_THREADS, else the physical cores that this process "
         "may use)",
@@ -197,6 +200,38 @@ def add_server_arguments(parser: argparse.ArgumentParser):
         metavar="ORIGIN",
         help="allow web pages of this origin to call the server; may be repeated (default: none)",
     )
+
+
+# Running.
+
+
+def open_closed_streams():
+    """Open the standard streams that the caller has closed: a file would get their number."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+            if name == "stdout":
+                print("stdout is closed: what is printed there is lost.", file=sys.stderr)
+
+
+def run_script(main):
+    """Run a script; Ctrl-C, a closed pipe or a full disk end it without a traceback."""
+    open_closed_streams()
+    logging.raiseExceptions = False  # else each line that cannot be logged prints a traceback
+    try:
+        try:
+            main()
+        finally:
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except OSError as error:
+        if os.environ.get("CHATGLM_TRACEBACK"):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the rest
+        is_closed = isinstance(error, BrokenPipeError)  # its reader has read enough
+        hint = "CHATGLM_TRACEBACK=1 shows the traceback"
+        sys.exit(1 if is_closed else f"{type(error).__name__}: {error} ({hint})")
 
 
 # Loading.

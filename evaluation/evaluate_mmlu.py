@@ -126,4 +126,4 @@ BENCHMARK = core.Benchmark(
 main = partial(core.main, BENCHMARK)
 
 if __name__ == "__main__":
-    main()
+    core.utils.run_script(main)

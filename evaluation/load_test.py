@@ -29,6 +29,10 @@ import yaml
 from tables import format_table
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import utils  # noqa: E402
+
 DIALOGUES = ROOT / "resources" / "chatglm2-tiny" / "training" / "dialogues"
 NUM_CALIBRATIONS = 8  # requests for each language
 NUM_ROUNDS = 3  # of one client and of all, in turn
@@ -313,4 +317,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    utils.run_script(main)
