@@ -17,11 +17,7 @@ from openai.types import Completion, Model
 from openai.types.chat import ChatCompletion
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import State
-from transformers import (
-    LogitsProcessorList,
-    RepetitionPenaltyLogitsProcessor,
-    SequenceBiasLogitsProcessor,
-)
+from transformers import LogitsProcessorList, SequenceBiasLogitsProcessor
 
 import utils
 from chatglm2.serving import responses, schema, server
@@ -65,8 +61,6 @@ class Service:
         self, body: schema.SamplingRequest, prompt_length: int
     ) -> LogitsProcessorList:
         processors = LogitsProcessorList()
-        if body.repetition_penalty is not None:
-            processors.append(RepetitionPenaltyLogitsProcessor(body.repetition_penalty))
         presence, frequency = body.presence_penalty or 0.0, body.frequency_penalty or 0.0
         if presence or frequency:
             processors.append(OccurrencePenalty(presence, frequency, prompt_length))

@@ -14,13 +14,14 @@ from transformers import (
 )
 
 from .configuration_chatglm import ChatGLMConfig
-from .generation_chatglm import CHAT_DEFAULTS, ChatGLMCache
+from .generation_chatglm import ChatGLMCache
 from .modeling_chatglm import (
     ChatGLMForConditionalGeneration,
     ChatGLMForSequenceClassification,
     ChatGLMModel,
 )
 from .quantization import ChatGLMQuantizationConfig
+from .sampling_chatglm import CHAT_DEFAULTS
 from .tokenization_chatglm import ChatGLMTokenizer
 
 __all__ = [

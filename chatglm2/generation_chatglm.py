@@ -5,6 +5,7 @@ Hugging Face remote code.
 """
 
 import atexit
+import copy
 import inspect
 import queue
 import threading
@@ -14,24 +15,24 @@ from transformers import (
     Cache,
     DynamicLayer,
     GenerationMixin,
-    LogitsProcessor,
     LogitsProcessorList,
     StoppingCriteria,
     StoppingCriteriaList,
 )
 from transformers.generation.streamers import BaseStreamer
-from transformers.utils import logging
 
-logger = logging.get_logger(__name__)
-
-# Sampling of chat, stream_chat and every script; generate alone is greedy, as the original.
-CHAT_DEFAULTS = {
-    "do_sample": True,
-    "temperature": 0.8,
-    "top_k": 50,
-    "top_p": 0.8,
-    "max_length": 8192,
-}
+from .sampling_chatglm import (
+    CHAT_DEFAULTS,
+    SAMPLING_ONLY,
+    InvalidScoreLogitsProcessor,
+    VocabularyLogitsProcessor,
+    as_ids,
+    find_end,
+    find_end_ids,
+    own_settings,
+    read_fields,
+    read_sampling,
+)
 
 CACHE_SETTINGS = ("use_cache", "cache_implementation")  # arguments of generate
 # Name of the cache in arguments and outputs: transformers 5.24 renamed past_key_values.
@@ -41,18 +42,6 @@ CACHE_NAME = (
     else "past_key_values"
 )
 CACHE_BLOCK = 256  # tokens by which the capacity of a cache grows
-
-
-def find_end(prompt_length: int, context: int, max_length=None, max_new_tokens=None) -> int:
-    """Return the number of tokens, prompt and answer together, at which an answer must end.
-
-    The lowest limit counts; `None` is no limit. The result is at most `prompt_length` if there is
-    no room for an answer.
-    """
-    limits = [context, max_length]
-    if max_new_tokens is not None:
-        limits.append(prompt_length + max_new_tokens)
-    return min(limit for limit in limits if limit is not None)
 
 
 def pick_cache(past_key_values, cache):
@@ -242,20 +231,6 @@ class RaggedCache(Cache):
         return [key for key, _ in updated], [value for _, value in updated]
 
 
-class InvalidScoreLogitsProcessor(LogitsProcessor):
-    """Force id 5 if a score is not finite, as the original, so that sampling does not fail."""
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        if not torch.isfinite(scores).all():
-            logger.warning_once(
-                "The model computed NaN or infinity: broken or incomplete weights, or an overflow "
-                "of float16 (try float32 or bfloat16)."
-            )
-            scores = torch.zeros_like(scores)
-            scores[..., 5] = 5e4
-        return scores
-
-
 class StopOnEvent(StoppingCriteria):
     """Ends a generation once a `threading.Event` is set."""
 
@@ -382,12 +357,20 @@ class ChatGLMGenerationMixin(GenerationMixin):
         return inputs
 
     def generate(
-        self, inputs=None, generation_config=None, past_key_values=None, cache=None, **kwargs
+        self,
+        inputs=None,
+        generation_config=None,
+        past_key_values=None,
+        cache=None,
+        tokenizer=None,
+        **kwargs,
     ):
         """Generate like `GenerationMixin`, with a `ChatGLMCache` unless another is requested.
 
         Args:
             cache: The name of `past_key_values` since transformers 5.24.
+            tokenizer: With it, only ids of the tokenizer are generated: the output matrix has more
+                rows. It is also asked for the end of an answer, and needed for `stop_strings`.
         """
         cache = pick_cache(past_key_values, cache)
         settings = generation_config or self.generation_config
@@ -396,7 +379,35 @@ class ChatGLMGenerationMixin(GenerationMixin):
             cache = ChatGLMCache()
         if cache is not None:
             kwargs[CACHE_NAME] = cache
+        if "eos_token_id" not in kwargs:
+            end_ids = self.find_end_ids(tokenizer, generation_config)
+            if generation_config is None:
+                kwargs["eos_token_id"] = end_ids
+            else:  # transformers warns of both, a generation_config and its fields
+                generation_config = copy.copy(generation_config)
+                generation_config.eos_token_id = end_ids
+        if tokenizer is not None:
+            vocabulary = VocabularyLogitsProcessor(len(tokenizer))
+            processors = [vocabulary, *(kwargs.get("logits_processor") or [])]
+            kwargs["logits_processor"] = LogitsProcessorList(processors)
+            kwargs["tokenizer"] = tokenizer
         return super().generate(inputs, generation_config, **kwargs)
+
+    def find_end_ids(self, tokenizer=None, generation_config=None) -> list[int]:
+        """Return the ids that end an answer.
+
+        Asked in turn: `generation_config`, the checkpoint's generation_config.json and config.json,
+        the tokenizer, the default of `ChatGLMConfig`. Ids that are no tokens do not count.
+        """
+        config = self.config
+        sources = generation_config, self.generation_config, config, tokenizer, type(config)
+        num_ids = config.padded_vocab_size if tokenizer is None else len(tokenizer)
+        return find_end_ids(*sources, num_ids=num_ids)
+
+    @property
+    def eos_token_ids(self) -> list[int]:
+        """The ids that end an answer, as far as the model knows without a tokenizer."""
+        return self.find_end_ids()
 
     def process_response(self, response: str) -> str:
         """Strip the text and fill in the training date, as the original."""
@@ -414,29 +425,16 @@ class ChatGLMGenerationMixin(GenerationMixin):
         ids = tokenizer.build_round(query, history)
         return tokenizer.pad({"input_ids": [ids]}, return_tensors="pt").to(self.device)
 
-    def _chat_settings(
-        self,
-        tokenizer,
-        prompt_length,
-        num_free,
-        max_length,
-        sampling,
-        max_new_tokens=None,
-        **kwargs,
-    ) -> dict:
-        """Return the arguments of `generate` for `chat` and `stream_chat`.
+    def _find_end(self, prompt_length: int, num_free: int, max_length, max_new_tokens) -> int:
+        """Return the number of ids, prompt and answer together, at which the answer must end.
 
         Args:
             prompt_length: Number of ids before the answer, including cached ones.
             num_free: How many of these ids `max_length` does not count.
-            sampling: `do_sample`, `temperature`, `top_p` and `logits_processor`.
 
         Raises:
             ValueError: The prompt leaves no room for an answer.
         """
-        if "stop_strings" in kwargs:
-            kwargs["tokenizer"] = tokenizer
-        do_sample, temperature, top_p, logits_processor = sampling
         context = self.config.seq_length
         if max_new_tokens is not None:
             max_length = prompt_length - num_free + max_new_tokens
@@ -448,17 +446,46 @@ class ChatGLMGenerationMixin(GenerationMixin):
                 f"{max_length} and the context {context}: shorten the prompt or the history, or "
                 "raise max_length."
             )
-        processors = [*(logits_processor or []), InvalidScoreLogitsProcessor()]
-        settings = {
-            "max_length": end,
-            "do_sample": do_sample and temperature > 0,
+        return end
+
+    def _chat_settings(
+        self,
+        tokenizer,
+        prompt_length,
+        num_free,
+        max_length,
+        named,
+        generation_config=None,
+        **kwargs,
+    ) -> dict:
+        """Return the arguments of `generate` for `chat` and `stream_chat`.
+
+        Args:
+            named: `do_sample`, `temperature`, `top_p` and `logits_processor`; `None` if not given.
+            kwargs: Further arguments; like `named` they replace the fields of `generation_config`.
+
+        Raises:
+            ValueError: There is no room for an answer, or more than one text is requested.
+        """
+        given = {} if generation_config is None else read_fields(generation_config)
+        given["eos_token_id"] = self.find_end_ids(tokenizer, generation_config)
+        given |= kwargs | {name: value for name, value in named.items() if value is not None}
+        for name, allowed in {"num_return_sequences": 1, "return_dict_in_generate": False}.items():
+            if given.get(name, allowed) not in (None, allowed):
+                raise ValueError(f"{name}={given[name]}: a chat is one text: use generate.")
+        max_length = min(max_length, given.pop("max_length", max_length))
+        limits = prompt_length, num_free, max_length, given.pop("max_new_tokens", None)
+        settings = read_sampling(self.generation_config, given.get("do_sample")) | given
+        settings["do_sample"] = given.get("do_sample", True) and settings["temperature"] > 0
+        if not settings["do_sample"]:  # transformers warns of those that have no effect
+            settings = {k: v for k, v in settings.items() if k not in SAMPLING_ONLY}
+        processors = [*(given.get("logits_processor") or []), InvalidScoreLogitsProcessor()]
+        settings |= {
+            "tokenizer": tokenizer,
+            "max_length": self._find_end(*limits),
             "logits_processor": LogitsProcessorList(processors),
-            **kwargs,
         }
-        if settings["do_sample"]:
-            settings.setdefault("top_k", CHAT_DEFAULTS["top_k"])
-            settings |= {"temperature": temperature, "top_p": top_p}
-        return settings
+        return own_settings(self.generation_config, **settings)
 
     @torch.no_grad()
     def chat(
@@ -468,13 +495,17 @@ class ChatGLMGenerationMixin(GenerationMixin):
         history=None,
         max_length: int = CHAT_DEFAULTS["max_length"],
         num_beams: int = 1,
-        do_sample: bool = CHAT_DEFAULTS["do_sample"],
-        top_p: float = CHAT_DEFAULTS["top_p"],
-        temperature: float = CHAT_DEFAULTS["temperature"],
+        do_sample: bool | None = None,
+        top_p: float | None = None,
+        temperature: float | None = None,
         logits_processor: list | None = None,
         **kwargs,
     ) -> tuple[str, list[tuple[str, str]]]:
         """Answer a question.
+
+        By default the checkpoint's generation_config.json decides `do_sample`, `temperature`,
+        `top_k`, `top_p` and `repetition_penalty`; `CHAT_DEFAULTS` has what it does not name. Its
+        other fields have no effect here.
 
         Args:
             history: Earlier rounds, a list of (question, answer); it is not changed.
@@ -486,16 +517,16 @@ class ChatGLMGenerationMixin(GenerationMixin):
             The answer, and the history with the new round.
 
         Raises:
-            ValueError: The prompt has `max_length` tokens or more, or fills the context.
+            ValueError: The prompt has `max_length` tokens or more, or fills the context, or
+                `kwargs` ask for more than one text.
         """
         history = read_history(history)
         input_ids = self.build_inputs(tokenizer, query, history)["input_ids"]
         prompt_length = input_ids.shape[1]
-        sampling = do_sample, temperature, top_p, logits_processor
-        settings = self._chat_settings(tokenizer, prompt_length, 0, max_length, sampling, **kwargs)
-        sequences = self.generate(
-            input_ids, num_beams=num_beams, past_key_values=ChatGLMCache(), **settings
-        )
+        named = {"do_sample": do_sample, "temperature": temperature, "top_p": top_p}
+        named |= {"logits_processor": logits_processor, "num_beams": num_beams}
+        settings = self._chat_settings(tokenizer, prompt_length, 0, max_length, named, **kwargs)
+        sequences = self.generate(input_ids, past_key_values=ChatGLMCache(), **settings)
         answer = decode_answer(tokenizer, sequences[0, prompt_length:].tolist())
         response = self.process_response(answer)
         return response, [*history, (query, response)]
@@ -507,9 +538,9 @@ class ChatGLMGenerationMixin(GenerationMixin):
         history=None,
         past_key_values: Cache | None = None,
         max_length: int = CHAT_DEFAULTS["max_length"],
-        do_sample: bool = CHAT_DEFAULTS["do_sample"],
-        top_p: float = CHAT_DEFAULTS["top_p"],
-        temperature: float = CHAT_DEFAULTS["temperature"],
+        do_sample: bool | None = None,
+        top_p: float | None = None,
+        temperature: float | None = None,
         logits_processor: list | None = None,
         return_past_key_values: bool = False,
         prompt: tuple[list[int], int] | None = None,
@@ -529,15 +560,16 @@ class ChatGLMGenerationMixin(GenerationMixin):
         cache then holds the history yielded last. No answer ends with half a character.
 
         Raises:
-            ValueError: As `chat`.
+            ValueError: As `chat`, or several beams are requested.
         """
         history = read_history(history)
         cache = past_key_values if isinstance(past_key_values, ChatGLMCache) else ChatGLMCache()
         ids, num_kept = prompt or cache.continue_with(tokenizer, query, history)
         num_free = num_kept if prompt is None and cache.stands_for(history) else 0
-        sampling = do_sample, temperature, top_p, logits_processor
+        named = {"do_sample": do_sample, "temperature": temperature, "top_p": top_p}
+        named |= {"logits_processor": logits_processor}
         limits = len(ids), num_free, max_length
-        settings = self._chat_settings(tokenizer, *limits, sampling, **kwargs)
+        settings = self._chat_settings(tokenizer, *limits, named, **kwargs)
         cache.crop(num_kept - cache.get_seq_length())
         cache.history = None
         input_ids = torch.tensor([ids], device=self.device)
@@ -556,15 +588,10 @@ class ChatGLMGenerationMixin(GenerationMixin):
             if cache.is_consistent(self.config.num_layers):
                 # `generate` may be ahead of the answer that was yielded last.
                 cache.crop(min(len(shown_ids) - 1 - cache.get_seq_length(), 0))
-                cache.record(shown_ids, [*history, (query, response)], self.eos_token_ids)
+                end_ids = as_ids(settings["eos_token_id"])
+                cache.record(shown_ids, [*history, (query, response)], end_ids)
             else:
                 cache.reset()
-
-    @property
-    def eos_token_ids(self) -> list[int]:
-        """The ids that end an answer."""
-        ids = self.generation_config.eos_token_id
-        return ids if isinstance(ids, list) else [] if ids is None else [ids]
 
     def stream_generate(
         self,
@@ -582,8 +609,15 @@ class ChatGLMGenerationMixin(GenerationMixin):
 
         Closing the generator ends the generation within a token. With `return_past_key_values` it
         yields (ids, cache); the thread continues meanwhile, so the cache may be ahead of the ids.
-        The other arguments are those of `generate`; beam search cannot be streamed.
+        The other arguments are those of `generate`.
+
+        Raises:
+            ValueError: The settings ask for beam search, which cannot be streamed.
         """
+        configs = filter(None, (generation_config, self.generation_config))
+        beams = [kwargs.get("num_beams"), *(config.num_beams for config in configs)]
+        if (num_beams := next(filter(None, beams), 1)) > 1:
+            raise ValueError(f"num_beams={num_beams} cannot be streamed: use 1, chat or generate.")
         cache = pick_cache(past_key_values, cache)
         cache = ChatGLMCache() if cache is None else cache
         streamer, stop, device = TokenStreamer(), threading.Event(), self.device.type

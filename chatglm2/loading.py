@@ -85,7 +85,9 @@ def load_tokenizer(folder: Path, config: ChatGLMConfig) -> ChatGLMTokenizer:
     Raises:
         ValueError: It has more tokens than the model has embeddings, or is damaged.
     """
-    tokenizer = ChatGLMTokenizer.from_pretrained(folder)
+    # Trainers may save other sides, with which prompts of a batch are cut or continued wrongly.
+    sides = {"padding_side": "left", "truncation_side": "right"}
+    tokenizer = ChatGLMTokenizer.from_pretrained(folder, **sides)
     if len(tokenizer) > config.padded_vocab_size:
         raise ValueError(
             f"{folder}: the tokenizer has {len(tokenizer)} tokens, and padded_vocab_size in "

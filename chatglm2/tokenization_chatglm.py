@@ -322,9 +322,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         return self.sp_model.piece_to_id(token)
 
     def _convert_id_to_token(self, index: int) -> str:
-        if index >= self.vocab_size:
-            raise IndexError(f"id {index} is out of range: there are {self.vocab_size} tokens")
-        # As the original: special tokens have no text.
+        # As the original: special tokens have no text; nor do the ids that pad the model's matrix.
         if index < 3 or index >= self.sp_model.vocab_size():
             return ""
         return self.sp_model.id_to_piece(index)

@@ -188,7 +188,6 @@ class Worker:
 
     def measure(self, prompt_tokens: int, new_tokens: int) -> dict:
         """Generate as `chat` does."""
-        self.model.generation_config.eos_token_id = None  # all answers have the same length
         ids, stamps = self.draw_prompt(prompt_tokens), Stamps()
         cache = generation_chatglm.ChatGLMCache()
         sampling = {k: v for k, v in generation_chatglm.CHAT_DEFAULTS.items() if k != "max_length"}
@@ -198,6 +197,7 @@ class Worker:
             past_key_values=cache,
             streamer=stamps,
             max_new_tokens=new_tokens,
+            eos_token_id=None,  # all answers have the same length
             logits_processor=LogitsProcessorList(
                 [generation_chatglm.InvalidScoreLogitsProcessor()]
             ),

@@ -40,6 +40,7 @@ from tqdm import tqdm
 import utils
 from chatglm2.errors import one_line
 from chatglm2.loading import name_precision
+from chatglm2.sampling_chatglm import own_settings
 
 MAX_PROMPT_TOKENS = 2048  # of zero-shot prompts, as the original
 MAX_NEW_TOKENS = 512  # as the original
@@ -126,15 +127,18 @@ def parse_args(benchmark: Benchmark, argv: list[str] | None = None) -> argparse.
 
 
 def encode(model, tokenizer, prompts: list[str], **truncation):
-    return tokenizer(prompts, padding=True, return_tensors="pt", **truncation).to(model.device)
+    """Return a batch, padded on the left with a mask, whatever the checkpoint's files say."""
+    padding = {"padding": True, "padding_side": "left", "return_attention_mask": True}
+    return tokenizer(prompts, return_tensors="pt", **padding, **truncation).to(model.device)
 
 
 @torch.inference_mode()
 def generate(model, tokenizer, prompts: list[str], stop: str | None = None, **truncation):
     """Return the greedy continuations of a batch of prompts, each cut before the text `stop`."""
     inputs = encode(model, tokenizer, prompts, **truncation)
-    stopping = {"stop_strings": [stop], "tokenizer": tokenizer} if stop else {}
-    outputs = model.generate(**inputs, do_sample=False, max_new_tokens=MAX_NEW_TOKENS, **stopping)
+    settings = {"do_sample": False, "max_new_tokens": MAX_NEW_TOKENS, "tokenizer": tokenizer}
+    settings |= {"pad_token_id": tokenizer.pad_token_id, "stop_strings": [stop] if stop else None}
+    outputs = model.generate(**inputs, **own_settings(model.generation_config, **settings))
     texts = tokenizer.batch_decode(outputs[:, inputs["input_ids"].shape[1] :].tolist())
     return [text.partition(stop)[0] for text in texts] if stop else texts
 
@@ -194,7 +198,7 @@ def choose(model, tokenizer, prompts: list[str], lead: str = "", **truncation) -
     """
     letter_ids = [tokenizer.encode(lead + c, add_special_tokens=False)[-1] for c in LETTERS]
     inputs = encode(model, tokenizer, prompts, **truncation)
-    logits = model(**inputs, return_last_logit=True).logits[:, -1, letter_ids]
+    logits = model(**inputs, return_last_logit=True, return_dict=True).logits[:, -1, letter_ids]
     return [LETTERS[i] for i in logits.argmax(dim=-1).tolist()]
 
 

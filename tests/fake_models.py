@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from chatglm2 import ChatGLMConfig
 
@@ -22,7 +23,7 @@ class FakeModel(torch.nn.Module):
     def __init__(self, tokenizer, reply=lambda text: "", letter=lambda text: "C"):
         super().__init__()
         self.tokenizer, self.reply, self.letter = tokenizer, reply, letter
-        self.config = ChatGLMConfig(seq_length=32768)
+        self.config, self.generation_config = ChatGLMConfig(seq_length=32768), GenerationConfig()
         self.generate_calls, self.forward_calls = [], []
 
     def read(self, input_ids, attention_mask) -> list[str]:
@@ -42,7 +43,7 @@ class FakeModel(torch.nn.Module):
         padded = torch.tensor([ids + [0] * (width - len(ids)) for ids in replies])
         return torch.cat([input_ids, padded], dim=1)
 
-    def forward(self, input_ids, attention_mask, position_ids, return_last_logit):
+    def forward(self, input_ids, attention_mask, position_ids, return_last_logit, return_dict):
         prompts = self.read(input_ids, attention_mask)
         self.forward_calls.append(prompts)
         logits = torch.zeros(len(prompts), 1, self.tokenizer.vocab_size)

@@ -43,7 +43,7 @@ class SlowModel:
     def __init__(self, model):
         self.model = model
         self.config, self.device, self.dtype = model.config, model.device, model.dtype
-        self.calls = []
+        self.generation_config, self.calls = model.generation_config, []
 
     def stream_chat(self, tokenizer, query, history, past_key_values, **settings):
         self.calls.append({"query": query, "history": list(history), **settings})

@@ -138,7 +138,8 @@ def test_the_defaults_are_those_of_chat(client, monkeypatch):
     requests = record_requests(client, monkeypatch)
     assert client.post("/", json={"prompt": "你好"}).status_code == 200
     names = ["temperature", "top_p", "top_k", "max_length"]
-    assert [getattr(requests[0], name) for name in names] == [CHAT_DEFAULTS[n] for n in names]
+    request = client.batcher.fill_in(requests[0])
+    assert [getattr(request, name) for name in names] == [CHAT_DEFAULTS[n] for n in names]
 
 
 def test_langchains_chatglm_client(client):

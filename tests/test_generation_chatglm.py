@@ -9,7 +9,7 @@ import time
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
-from unittest.mock import Mock, patch
+from unittest.mock import MagicMock, patch
 
 import pytest
 import torch
@@ -216,7 +216,8 @@ def test_stream_generate_computes_under_the_callers_autocast(model):
 
 def sample(model, method, **settings):
     """Return the probabilities of the first token that `chat` or `stream_chat` samples."""
-    found, tokenizer = [], Mock(return_value=BatchEncoding({"input_ids": IDS}))
+    found, tokenizer = [], MagicMock(return_value=BatchEncoding({"input_ids": IDS}))
+    tokenizer.__len__.return_value = model.config.padded_vocab_size
     tokenizer.encode.return_value, tokenizer.decode.return_value = IDS[0].tolist(), ""
 
     def multinomial(probabilities, num_samples):

@@ -7,6 +7,7 @@ from contextlib import closing, contextmanager
 
 from chatglm2 import CHAT_DEFAULTS
 from chatglm2.errors import one_line
+from chatglm2.sampling_chatglm import read_sampling
 
 from .conversation import Conversation
 
@@ -137,7 +138,8 @@ class SharedModel:
 
 def sampling_sliders(model) -> dict[str, dict]:
     """Return label, bounds, default and step of the slider of each sampling setting."""
-    context = model.config.seq_length
+    context, defaults = model.config.seq_length, read_sampling(model.generation_config)
+    defaults["max_length"] = CHAT_DEFAULTS["max_length"]
     sliders = {
         "max_length": ("最大长度 Maximum length", min(64, context), context, 1),
         "top_p": ("Top P", 0.0, 1.0, 0.01),
@@ -148,7 +150,7 @@ def sampling_sliders(model) -> dict[str, dict]:
             "label": label,
             "minimum": minimum,
             "maximum": maximum,
-            "value": min(CHAT_DEFAULTS[name], maximum),
+            "value": min(defaults[name], maximum),
             "step": step,
         }
         for name, (label, minimum, maximum, step) in sliders.items()

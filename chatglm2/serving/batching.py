@@ -18,25 +18,24 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
 from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopPLogitsWarper,
 )
 
-from chatglm2.generation_chatglm import (
-    CACHE_BLOCK,
-    CHAT_DEFAULTS,
-    AnswerDecoder,
-    ChatGLMCache,
+from chatglm2.generation_chatglm import CACHE_BLOCK, AnswerDecoder, ChatGLMCache, RaggedCache
+from chatglm2.sampling_chatglm import (
     InvalidScoreLogitsProcessor,
-    RaggedCache,
+    VocabularyLogitsProcessor,
     find_end,
+    read_sampling,
 )
 
 logger = logging.getLogger(__name__)
@@ -63,6 +62,9 @@ class PromptTooLong(ValueError):
 class Request:
     """A prompt, and how to answer it.
 
+    `temperature`, `top_k`, `top_p` and `repetition_penalty` are by default the checkpoint's, see
+    `read_sampling`.
+
     Attributes:
         max_new_tokens: Tokens of the answer; `None` for as many as the other limits allow.
         max_length: Tokens of prompt and answer together; `None` for the context's.
@@ -81,9 +83,10 @@ class Request:
     input_ids: list[int]
     max_new_tokens: int | None = None
     max_length: int | None = None
-    temperature: float = CHAT_DEFAULTS["temperature"]
-    top_k: int = CHAT_DEFAULTS["top_k"]
-    top_p: float = CHAT_DEFAULTS["top_p"]
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    repetition_penalty: float | None = None
     seed: int | None = None
     stop: list[str] = field(default_factory=list)
     ignore_eos: bool = False
@@ -220,8 +223,9 @@ class Generation:
         return self.cache is None or self.cache.get_seq_length() < self.prompt_length
 
     def process(self, scores: torch.Tensor) -> torch.Tensor:
-        processors = self.request.processors
-        return processors(torch.tensor([self.ids]), scores) if processors else scores
+        if not self.request.processors:
+            return scores
+        return force_finite(None, self.request.processors(torch.tensor([self.ids]), scores))
 
     def measure(self, scores: torch.Tensor, token_id: int) -> list[TokenLogprob]:
         if self.request.num_logprobs is None:
@@ -291,7 +295,9 @@ class Batcher:
         self.model, self.tokenizer = model, tokenizer
         self.max_batch, self.max_queue, self.kept_tokens = max_batch, max_queue, kept_tokens
         self.context = min(context, model.config.seq_length)
-        self.eos_token_ids, self.num_ids = model.eos_token_ids, len(tokenizer)
+        self.eos_token_ids = model.find_end_ids(tokenizer)
+        self.sampling = read_sampling(model.generation_config)
+        self.ban_padding = VocabularyLogitsProcessor(len(tokenizer))
         self.waiting: deque[Generation] = deque()
         self.running: list[Generation] = []
         self.kept: list[ChatGLMCache] = []  # the least recently used first
@@ -312,7 +318,7 @@ class Batcher:
             PromptTooLong: The prompt leaves no room for an answer.
             Unavailable: The queue is full, or the batcher is closing.
         """
-        end = self.compute_end(request)
+        end, request = self.compute_end(request), self.fill_in(request)
         generation = Generation(self.tokenizer, request, end, queue, index)
         with self.condition:
             if self.deadline is not None:
@@ -323,6 +329,15 @@ class Batcher:
             self.waiting.append(generation)
             self.condition.notify()
         return generation
+
+    def fill_in(self, request: Request) -> Request:
+        """Return the request with the checkpoint's sampling where it has none of its own."""
+        sampling = {k: v for k, v in self.sampling.items() if getattr(request, k) is None}
+        request = replace(request, **sampling)
+        if request.repetition_penalty == 1:
+            return request
+        penalty = RepetitionPenaltyLogitsProcessor(request.repetition_penalty)
+        return replace(request, processors=LogitsProcessorList([penalty, *request.processors]))
 
     def compute_end(self, request: Request) -> int:
         """Return the number of ids, of prompt and answer together, at which an answer ends."""
@@ -436,6 +451,7 @@ class Batcher:
             torch.tensor([segment], device=self.model.device),
             past_key_values=generation.cache,
             num_prompt_tokens=len(segment),
+            return_dict=True,
         ).last_hidden_state
         if generation.request.is_embedding:
             generation.hidden_sum += hidden_states.float().sum(1)[0].cpu()
@@ -452,6 +468,7 @@ class Batcher:
             torch.tensor([[g.ids[-1]] for g in generations], device=device),
             torch.tensor([[len(g.ids) - 1] for g in generations], device=device),
             past_key_values=RaggedCache([g.cache for g in generations]),
+            return_dict=True,
         ).last_hidden_state
         self.take_tokens(generations, hidden_states[:, -1])
 
@@ -461,9 +478,7 @@ class Batcher:
         This happens on the CPU, so that a seed gives the same tokens on every device.
         """
         scores = self.model.transformer.output_layer(hidden_states).float().cpu()
-        if not torch.isfinite(scores).all():
-            scores = torch.cat([force_finite(None, row) for row in scores.split(1)])
-        scores[:, self.num_ids :] = -torch.inf  # rows that pad the matrix
+        scores = force_finite(None, self.ban_padding(None, scores))
         rows = dict(zip(generations, scores.split(1), strict=True))
         processed = {}
         for generation, row in rows.items():

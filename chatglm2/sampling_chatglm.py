@@ -1,0 +1,140 @@
+"""How answers are sampled: whose settings count, which ids exist, where an answer ends.
+
+This file is also Hugging Face remote code.
+"""
+
+import torch
+import torch.nn.functional as F
+from transformers import GenerationConfig, LogitsProcessor
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+# Sampling of chat, stream_chat and every script; generate alone is greedy, as the original.
+CHAT_DEFAULTS = {
+    "do_sample": True,
+    "temperature": 0.8,
+    "top_k": 50,
+    "top_p": 0.8,
+    "max_length": 8192,
+}
+
+# `generate` uses every field of a checkpoint's generation_config; chat, stream_chat and the scripts
+# only these, which decide how likely tokens are, and the special ids.
+CHECKPOINT_FIELDS = {"do_sample", "temperature", "top_k", "top_p", "repetition_penalty"}
+SAMPLING_ONLY = {"temperature", "top_k", "top_p"}
+SPECIAL_IDS = {"eos_token_id", "pad_token_id", "bos_token_id"}
+# Values of the fields for which `generate` does not accept `None`.
+PLAIN_FIELDS = {
+    "use_cache": True,
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "length_penalty": 1.0,
+    "early_stopping": False,
+    "min_length": 0,
+}
+
+
+def read_fields(generation_config: GenerationConfig) -> dict:
+    """Return the fields that are set."""
+    fields = vars(generation_config).items()
+    hidden = {"transformers_version"}
+    return {k: v for k, v in fields if v is not None and not k.startswith("_") and k not in hidden}
+
+
+def own_settings(generation_config: GenerationConfig, **settings) -> dict:
+    """Return arguments of `generate` that leave to a checkpoint only what it may decide.
+
+    Args:
+        generation_config: The checkpoint's. Its fields outside of `CHECKPOINT_FIELDS` are reset.
+        settings: The arguments to add.
+    """
+    used = CHECKPOINT_FIELDS | SPECIAL_IDS | settings.keys()
+    others = {k: v for k, v in read_fields(generation_config).items() if k not in used}
+    unused = sorted(k for k, v in others.items() if v is not False and v != PLAIN_FIELDS.get(k))
+    if unused:
+        logger.warning_once(
+            f"chat and the scripts do not use the checkpoint's {', '.join(unused)}: give them as "
+            "arguments, or use generate."
+        )
+    return {name: PLAIN_FIELDS.get(name) for name in others} | settings
+
+
+def read_sampling(generation_config: GenerationConfig, do_sample: bool | None = None) -> dict:
+    """Return temperature, top_k, top_p and repetition_penalty, by default those of `CHAT_DEFAULTS`.
+
+    Args:
+        generation_config: The checkpoint's.
+        do_sample: Replaces the checkpoint's. If it is False, the temperature is 0.
+    """
+    sampling = {name: CHAT_DEFAULTS[name] for name in SAMPLING_ONLY} | {"repetition_penalty": 1.0}
+    fields = read_fields(generation_config)
+    sampling |= {name: fields[name] for name in sampling.keys() & fields.keys()}
+    if do_sample is None:
+        do_sample = fields.get("do_sample", CHAT_DEFAULTS["do_sample"])
+    return sampling if do_sample else sampling | {"temperature": 0.0}
+
+
+def as_ids(ids) -> list[int]:
+    """Return one id, several ids or `None` as a list."""
+    if isinstance(ids, torch.Tensor):
+        ids = ids.tolist()
+    return list(ids) if isinstance(ids, list | tuple) else [] if ids is None else [ids]
+
+
+def find_end_ids(*sources, num_ids: int) -> list[int]:
+    """Return the ids that end an answer, from the first source that names one below `num_ids`.
+
+    Args:
+        sources: Objects with `eos_token_id`; `None` is skipped.
+    """
+    for source in sources:
+        ids = as_ids(getattr(source, "eos_token_id", None))
+        if ids := [i for i in ids if isinstance(i, int) and 0 <= i < num_ids]:
+            return ids
+    return []
+
+
+def find_end(prompt_length: int, context: int, max_length=None, max_new_tokens=None) -> int:
+    """Return the number of tokens, prompt and answer together, at which an answer must end.
+
+    The lowest limit counts; `None` is no limit. The result is at most `prompt_length` if there is
+    no room for an answer.
+    """
+    limits = [context, max_length]
+    if max_new_tokens is not None:
+        limits.append(prompt_length + max_new_tokens)
+    return min(limit for limit in limits if limit is not None)
+
+
+class VocabularyLogitsProcessor(LogitsProcessor):
+    """Bans the ids from `num_ids` on: rows that pad the output matrix and are no tokens."""
+
+    def __init__(self, num_ids: int):
+        self.num_ids = num_ids
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        num_banned = scores.shape[-1] - self.num_ids
+        if num_banned <= 0:
+            return scores
+        return F.pad(scores[..., : self.num_ids], (0, num_banned), value=-torch.inf)
+
+
+class InvalidScoreLogitsProcessor(LogitsProcessor):
+    """Force id 5 in a broken row of scores, as the original, so that sampling does not fail.
+
+    A row is broken if it has NaN or +inf, or no finite score; -inf is a banned token.
+    """
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        is_whole = scores.amax(-1, keepdim=True).isfinite()  # the maximum with NaN is NaN
+        if is_whole.all():
+            return scores
+        logger.warning_once(
+            "The model computed NaN or infinity, or all tokens are banned: broken or incomplete "
+            "weights, an overflow of float16 (try float32 or bfloat16), or settings that allow "
+            "nothing."
+        )
+        forced = torch.zeros_like(scores)
+        forced[..., 5] = 5e4
+        return torch.where(is_whole, scores, forced)
