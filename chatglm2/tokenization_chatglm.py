@@ -291,7 +291,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     def split_at_added_tokens(self, text: str, split_special_tokens: bool) -> list[str]:
         """Return texts and added tokens by turns; the first and the last are texts."""
         added = {token.content: token for token in self.added_tokens_decoder.values()}
-        fragments = self.tokens_trie.split(text)
+        fragments = self.tokens_trie.split(text) or [""]
         pieces, texts, strip_next = [], [], False
         neighbours = zip(["", *fragments[:-1]], [*fragments[1:], ""], strict=True)
         for fragment, (before, after) in zip(fragments, neighbours, strict=True):

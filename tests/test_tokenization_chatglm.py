@@ -219,6 +219,7 @@ def extended_tokenizer(any_tokenizer, tmp_path, request):
 
 
 ADDED = {  # text: the added tokens that it has, and the text after decoding if it is another
+    "": ([],),
     "a<drug>b": (["<drug>"],),
     "<drug> b <|obs|>": (["<drug>", "<|obs|>"],),
     "<drug><drug>": (["<drug>", "<drug>"],),
