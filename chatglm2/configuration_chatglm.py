@@ -131,6 +131,11 @@ def select_fields(cls, values: dict) -> dict:
     return {name: value for name, value in values.items() if name in names}
 
 
+def find_implementations(config_dict: dict) -> list[str]:
+    """Return the fields of a config.json that choose kernels, which transformers may download."""
+    return sorted(x for x, value in config_dict.items() if "_implementation" in x and value)
+
+
 @strict
 @dataclass
 class RopeFields:
@@ -270,13 +275,12 @@ class ChatGLMConfig(PreTrainedConfig):
             ValueError: A value is not allowed; the message is one line.
         """
         own, converted = (select_fields(kind, config_dict) for kind in (cls, LibraryFields))
-        ignored = sorted(name for name in config_dict if "_implementation" in name)
-        if ignored:
+        if ignored := find_implementations(config_dict):
             logger.warning(f"config.json: {' and '.join(ignored)} ignored: pass it as an argument.")
         others = {
             name: value
             for name, value in config_dict.items()
-            if not (name in ignored or name.startswith("_") or hasattr(cls, name))
+            if not ("_implementation" in name or name.startswith("_") or hasattr(cls, name))
         }
         try:
             check_fields(cls, own)

@@ -17,6 +17,7 @@ from .configuration_chatglm import (
     check_fields,
     checked,
     choice,
+    find_implementations,
     id_or_ids,
     integer,
     number,
@@ -95,7 +96,7 @@ def read_config(folder: Path) -> ChatGLMConfig:
         for name, value in select_fields(kind, content).items()
         if name not in UNUSED
     }
-    if ignored := sorted(name for name in content if "_implementation" in name):
+    if ignored := find_implementations(content):
         print(f"{path}: {', '.join(ignored)}: ignored, a folder chooses no code.", file=sys.stderr)
     try:
         config = ChatGLMConfig.from_dict(used)

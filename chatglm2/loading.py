@@ -8,7 +8,6 @@ import argparse
 import re
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
@@ -63,7 +62,8 @@ def load_model(args: argparse.Namespace):
         if hub_info is not None:
             folder = download_weights(args.model, args.revision, hub_info)
             check_shapes(folder, config)
-        tokenizer = load_tokenizer(folder, config)
+        tokenizer = ChatGLMTokenizer.from_pretrained(folder)
+        check_vocabulary(args.model, tokenizer, config.padded_vocab_size)
         model = load_weights(
             folder,
             config,
@@ -79,22 +79,20 @@ def load_model(args: argparse.Namespace):
     return tokenizer, model
 
 
-def load_tokenizer(folder: Path, config: ChatGLMConfig) -> ChatGLMTokenizer:
-    """Load the tokenizer.
+def check_vocabulary(name: str, tokenizer: ChatGLMTokenizer, num_rows: int):
+    """Check that the model has a row for each token.
 
     Raises:
-        ValueError: It has more tokens than the model has embeddings, or is damaged.
+        SystemExit: It has not.
     """
-    # Trainers may save other sides, with which prompts of a batch are cut or continued wrongly.
-    sides = {"padding_side": "left", "truncation_side": "right"}
-    tokenizer = ChatGLMTokenizer.from_pretrained(folder, **sides)
-    if len(tokenizer) > config.padded_vocab_size:
-        raise ValueError(
-            f"{folder}: the tokenizer has {len(tokenizer)} tokens, and padded_vocab_size in "
-            f"config.json is {config.padded_vocab_size}: one of them is another model's; download "
-            "both again."
+    added = tokenizer.get_added_vocab()
+    if (last := max([tokenizer.vocab_size - 1, *added.values()])) >= num_rows:
+        file = "tokenizer_config.json" if last in added.values() else "tokenizer.model"
+        raise SystemExit(
+            f"{name}: {file} has tokens with ids up to {last}, and padded_vocab_size in "
+            f"config.json is {num_rows}: use the tokenizer of this model; if tokens were added in "
+            "training, the model that resize_token_embeddings gave."
         )
-    return tokenizer
 
 
 def load_weights(

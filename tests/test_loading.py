@@ -164,6 +164,19 @@ def test_config_that_cannot_be_run(checkpoint, fields, expected):
     assert expected in fail_to_load(checkpoint)
 
 
+def test_tokens_without_a_row(checkpoint):
+    file = checkpoint / "tokenizer_config.json"
+    config = json.loads(file.read_text("utf-8"))
+    file.write_text(json.dumps(config | {"pad_token": "[PAD]"}), "utf-8")
+    expected = "tokenizer_config.json has tokens with ids up to 4096, and padded_vocab_size"
+    assert expected in fail_to_load(checkpoint)
+
+
+def test_the_tokenizer_of_another_model(checkpoint, official_tokenizer):
+    official_tokenizer.save_pretrained(checkpoint)
+    assert "tokenizer.model has tokens with ids up to 64793, and " in fail_to_load(checkpoint)
+
+
 def test_quantized_weights_whose_config_does_not_say_so(int4_checkpoint, tmp_path):
     folder = shutil.copytree(int4_checkpoint, tmp_path / "checkpoint")
     change_config(folder, quantization_bit=0, quantization_config=None)

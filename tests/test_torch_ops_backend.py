@@ -91,7 +91,8 @@ def test_layers_that_it_cannot_serve(monkeypatch):
     layer = create_layer(4, None)
     assert BACKEND.find_problem(layer, torch.device("mps"), torch.bfloat16)
     assert BACKEND.find_problem(layer, CPU, torch.float32) == "it needs bfloat16"
-    for odd in (create_layer(8, None, out_features=72), create_layer(4, None, 320)):
+    sizes = (8, None, 384, 72), (8, None, 40), (8, None, 7), (4, None, 320)
+    for odd in (create_layer(*size) for size in sizes):
         problem = BACKEND.find_problem(odd, CPU, DTYPE)
         assert "it needs a multiple of" in problem or "no vector instructions" in problem
     monkeypatch.setitem(torch_ops_backend.OPERATORS, 4, ["_weight_int4pack_mm_of_the_future"])

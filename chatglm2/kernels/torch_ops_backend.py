@@ -19,6 +19,7 @@ from . import Backend
 
 MAX_ROWS = 32
 GROUP_SIZE = 128  # of INT4 with a scale for each row: the operator knows only groups
+INT8_COLUMNS = 16  # columns at a time: the INT8 operator reads others past the end
 PACKED_ROWS = 1024  # rows that are unpacked at a time, a multiple of the operator's blocks
 OPERATORS = {
     8: ["_weight_int8pack_mm"],
@@ -64,9 +65,9 @@ class TorchOpsBackend(Backend):
             return "the CPU has no vector instructions that torch knows"
         if layer.out_features % 16:
             return f"it needs a multiple of 16 outputs, not {layer.out_features}"
-        group_size = get_group_size(layer)
-        if layer.bits == 4 and layer.in_features % group_size:
-            return f"it needs a multiple of {group_size} inputs, not {layer.in_features}"
+        multiple = get_group_size(layer) if layer.bits == 4 else INT8_COLUMNS
+        if layer.in_features % multiple:
+            return f"it needs a multiple of {multiple} inputs, not {layer.in_features}"
         return None
 
     @torch.no_grad()
