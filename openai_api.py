@@ -7,12 +7,12 @@ Clients use the base URL http://127.0.0.1:8000/v1 and any key.
 
 import argparse
 import time
-from functools import cached_property
 from pathlib import Path
 
 import torch.nn.functional as F
 from fastapi import FastAPI
 from fastapi import Request as HTTPRequest
+from llguidance import LLMatcher
 from openai.types import Completion, Model
 from openai.types.chat import ChatCompletion
 from starlette.concurrency import run_in_threadpool
@@ -22,7 +22,7 @@ from transformers import LogitsProcessorList, SequenceBiasLogitsProcessor
 import utils
 from chatglm2.serving import responses, schema, server
 from chatglm2.serving.batching import OccurrencePenalty, Request
-from chatglm2.serving.json_grammar import JsonGrammar
+from chatglm2.serving.json_grammar import JsonGrammar, JsonProcessor
 from chatglm2.serving.responses import as_json
 from chatglm2.serving.server import RequestError
 
@@ -34,11 +34,15 @@ class Service:
 
     def __init__(self, model, tokenizer, name: str, state: State):
         self.model, self.tokenizer, self.state = model, tokenizer, state
+        self.grammar = JsonGrammar(tokenizer, model.config.padded_vocab_size)
         self.card = Model(id=name, created=int(time.time()), object="model", owned_by="THUDM")
 
-    @cached_property
-    def grammar(self) -> JsonGrammar:
-        return JsonGrammar(self.tokenizer, self.model.config.padded_vocab_size)
+    async def compile_schema(self, body: schema.SamplingRequest) -> LLMatcher | None:
+        """Return the grammar of the answers; `None` for text."""
+        json_schema = body.response_format and body.response_format.read_schema()
+        if json_schema is None:  # {} is a schema too: any JSON
+            return None
+        return await self.grammar.compile_in_time(json_schema)
 
     def encode_chat(self, messages: list[schema.Message]) -> list[int]:
         messages = [message.model_dump(include={"role", "content"}) for message in messages]
@@ -58,7 +62,7 @@ class Service:
         return prompts
 
     def build_processors(
-        self, body: schema.SamplingRequest, prompt_length: int
+        self, body: schema.SamplingRequest, matcher: LLMatcher | None, prompt_length: int
     ) -> LogitsProcessorList:
         processors = LogitsProcessorList()
         presence, frequency = body.presence_penalty or 0.0, body.frequency_penalty or 0.0
@@ -70,40 +74,39 @@ class Service:
                 message = f"logit_bias: ids must be below {len(self.tokenizer)}."
                 raise RequestError(400, message, "logit_bias")
             processors.append(SequenceBiasLogitsProcessor(biases))
-        json_schema = body.response_format and body.response_format.read_schema()
-        if json_schema is not None:  # {} is a schema too: any JSON
-            try:
-                processors.append(self.grammar.compile(json_schema, prompt_length))
-            except ValueError as error:
-                message = f"response_format: {error}"
-                raise RequestError(400, message, "response_format") from error
+        if matcher is not None:
+            processors.append(JsonProcessor(matcher, prompt_length))
         return processors
 
-    def build_request(self, body: schema.SamplingRequest, ids: list[int], choice: int, **settings):
+    def build_request(
+        self, body: schema.SamplingRequest, matcher, ids: list[int], choice: int, **settings
+    ):
         limits = [limit for limit in (body.max_tokens, body.max_completion_tokens) if limit]
         return server.build_request(
             body,
             ids,
             max_new_tokens=min(limits, default=None),
             seed=None if body.seed is None else body.seed + choice,
-            processors=self.build_processors(body, len(ids)),
+            processors=self.build_processors(body, matcher, len(ids)),
             **settings,
         )
 
-    def build_chat(self, body: schema.ChatRequest) -> list[Request]:
+    def build_chat(self, body: schema.ChatRequest, matcher: LLMatcher | None) -> list[Request]:
         num_logprobs = body.top_logprobs if body.logprobs is None else body.top_logprobs or 0
         settings = {
             "num_logprobs": None if body.logprobs is False else num_logprobs,
             "process_text": self.model.process_response,
         }
         ids = self.encode_chat(body.messages)
-        return [self.build_request(body, ids, i, **settings) for i in range(body.n or 1)]
+        return [self.build_request(body, matcher, ids, i, **settings) for i in range(body.n or 1)]
 
-    def build_completions(self, body: schema.CompletionRequest) -> list[Request]:
+    def build_completions(
+        self, body: schema.CompletionRequest, matcher: LLMatcher | None
+    ) -> list[Request]:
         if not (body.max_tokens or body.max_completion_tokens or body.max_length):
             body.max_tokens = COMPLETION_MAX_TOKENS
         return [
-            self.build_request(body, ids, i, num_logprobs=body.logprobs)
+            self.build_request(body, matcher, ids, i, num_logprobs=body.logprobs)
             for ids in self.encode_texts(body.prompt, "prompt")
             for i in range(body.n or 1)
         ]
@@ -145,13 +148,15 @@ class Service:
 
     async def chat(self, body: schema.ChatRequest, request: HTTPRequest):
         """Answer a conversation."""
-        requests = await run_in_threadpool(self.build_chat, body)
+        matcher = await self.compile_schema(body)
+        requests = await run_in_threadpool(self.build_chat, body, matcher)
         form = responses.ChatCompletions(self.tokenizer, body.model)
         return await self.answer(form, body, request, requests)
 
     async def complete(self, body: schema.CompletionRequest, request: HTTPRequest):
         """Continue texts, without the prompt format of a conversation."""
-        requests = await run_in_threadpool(self.build_completions, body)
+        matcher = await self.compile_schema(body)
+        requests = await run_in_threadpool(self.build_completions, body, matcher)
         form = responses.Completions(self.tokenizer, body.model)
         return await self.answer(form, body, request, requests)
 

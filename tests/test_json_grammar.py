@@ -1,13 +1,17 @@
 """`serving/json_grammar.py`: answers follow the JSON schema, whatever the model prefers."""
 
+import asyncio
 import json
+import threading
 
 import pytest
 import torch
 from jsonschema import validate
 from transformers import LogitsProcessorList
 
-from chatglm2.serving.json_grammar import JsonGrammar, read_bytes
+from chatglm2.serving import json_grammar
+from chatglm2.serving.batching import InvalidRequest, Unavailable
+from chatglm2.serving.json_grammar import JsonGrammar, JsonProcessor, read_bytes
 
 
 def make_object(**properties) -> dict:
@@ -37,9 +41,10 @@ def test_answers_are_json_of_the_schema(grammar, tiny_model, tiny_tokenizer):
     inputs = tiny_tokenizer([tiny_tokenizer.build_prompt("你好")], return_tensors="pt")
     length = inputs["input_ids"].shape[1]
     settings = {"do_sample": True, "temperature": 2.0, "max_new_tokens": 300}
+    matcher = grammar.compile(json.dumps(PERSON))
     for seed in range(6):
         torch.manual_seed(seed)
-        processors = LogitsProcessorList([grammar.compile(PERSON, length)])
+        processors = LogitsProcessorList([JsonProcessor(matcher, length)])
         ids = tiny_model.generate(**inputs, **settings, logits_processor=processors)[0, length:]
         assert ids[-1] == tiny_tokenizer.eos_token_id
         validate(json.loads(tiny_tokenizer.decode(ids)), PERSON)
@@ -49,7 +54,8 @@ def test_answers_are_json_of_the_schema(grammar, tiny_model, tiny_tokenizer):
 def test_any_json_object_can_be_written(any_tokenizer, text):
     _, first, *ids = any_tokenizer.encode("\n" + text, add_special_tokens=False)
     assert any_tokenizer.decode([first]) == "\n"
-    processor = JsonGrammar(any_tokenizer, 65024).compile({"type": "object"}, 3)
+    matcher = JsonGrammar(any_tokenizer, 65024).compile('{"type": "object"}')
+    processor = JsonProcessor(matcher, 3)
     scores = torch.zeros(1, 65024)
     for i, token_id in enumerate([*ids, any_tokenizer.eos_token_id]):
         allowed = processor(torch.tensor([[9, 9, 9, *ids[:i]]]), scores)[0]
@@ -58,13 +64,42 @@ def test_any_json_object_can_be_written(any_tokenizer, text):
     assert allowed.isfinite().nonzero().flatten().tolist() == [any_tokenizer.eos_token_id]
 
 
-def test_a_schema_that_is_too_large_fails_and_does_not_end_the_answer(grammar, tiny_tokenizer):
-    schema = {"type": "object", "properties": {str(i): {"type": "string"} for i in range(3000)}}
-    processor, scores = grammar.compile(schema, 0), torch.zeros(1, 4096)
-    allowed = processor(torch.zeros(1, 0, dtype=torch.long), scores)[0].isfinite().nonzero()
-    assert all(tiny_tokenizer.decode(i).startswith("{") for i in allowed)  # only JSON is allowed
-    with pytest.raises(ValueError, match="items; max is"):
-        processor(allowed[:1], scores)
+def make_branches(count: int) -> dict:
+    return {"anyOf": [{"type": "string", "minLength": i, "maxLength": 2 * i} for i in range(count)]}
+
+
+def test_a_schema_that_turns_out_to_be_too_large_fails_and_does_not_end_the_answer(grammar):
+    schema = {"type": "array", "items": {"type": "array", "items": make_branches(900)}}
+    matcher, scores = grammar.compile(json.dumps(schema)), torch.zeros(1, 4096)
+    processor = JsonProcessor(matcher, 0)
+    ids = grammar.tokenizer.tokenize_str('[["')
+    with pytest.raises(InvalidRequest, match=r"^response_format: .*too many expressions"):
+        for i in range(4):
+            processor(torch.tensor([ids[:i]], dtype=torch.long), scores)
+
+
+def test_one_slow_token_ends_an_answer_with_the_reason(grammar, monkeypatch):
+    monkeypatch.setattr(json_grammar, "STEP_TIMEOUT_S", 0.05)
+    processor, end = JsonProcessor(grammar.compile("{}"), 0), threading.Event()
+    processor.thread.submit(end.wait, 60)
+    with pytest.raises(InvalidRequest, match="simplify the schema"):
+        processor(torch.zeros(1, 0, dtype=torch.long), torch.zeros(1, 4096))
+    end.set()
+
+
+def test_compiling_is_limited_in_time_and_its_result_is_kept(grammar, monkeypatch):
+    def compile(schema: dict):
+        return asyncio.run(grammar.compile_in_time(schema))
+
+    assert compile(PERSON) is compile(PERSON)
+    monkeypatch.setattr(json_grammar, "COMPILE_TIMEOUT_S", 0.05)
+    end = threading.Event()
+    monkeypatch.setattr(grammar, "compile_once", lambda text: end.wait(60))
+    with pytest.raises(InvalidRequest, match=r"takes more than 0\.05 s"):
+        compile({})
+    with pytest.raises(Unavailable):  # the first one still runs
+        compile({})
+    end.set()
 
 
 def test_the_bytes_of_tokens_make_the_text(any_tokenizer):
@@ -78,11 +113,16 @@ def test_the_bytes_of_tokens_make_the_text(any_tokenizer):
     ("schema", "message"),
     [
         ({"type": "person"}, "Invalid type: person"),
-        ({"type": "string", "pattern": "a(b"}, r"regex parse error: a\(b error: unclosed group$"),
+        ({"type": "string", "pattern": "a(b"}, r"regex parse error: a\(b error: unclosed group\.$"),
         ({"$ref": "http://127.0.0.1/schema"}, "does not fetch"),
         ({"not": {}}, "not"),
+        (make_branches(500), "too many expressions"),
+        ({"type": "object", "properties": {str(i): {} for i in range(700)}}, "items; max is"),
+        ({"enum": [f"value {i}" for i in range(50_000)]}, "too big"),
+        ({"type": "integer", "multipleOf": 999_999_937}, "fuel"),
+        ({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}, "NoExtension"),
     ],
 )
 def test_unsupported_schemas_are_refused(grammar, schema, message):
-    with pytest.raises(ValueError, match=message):
-        grammar.compile(schema, 0)
+    with pytest.raises(InvalidRequest, match=message):
+        grammar.compile(json.dumps(schema))

@@ -264,6 +264,21 @@ def test_a_schema_in_the_form_of_llama_cpp(server, kind):
     jsonschema.validate(json.loads(text_of(chat(server, response_format=wanted))), SCHEMA)
 
 
+def test_a_schema_that_turns_out_to_be_too_large_ends_only_its_answer(server, caplog):
+    branches = [{"type": "string", "minLength": i, "maxLength": 2 * i} for i in range(900)]
+    properties = {"a": {"enum": ["x", "y"]}, "b": {"anyOf": branches}}
+    wanted = {"type": "object", "properties": properties, "required": ["a", "b"]}
+    wanted = json_schema(wanted | {"additionalProperties": False})
+    with server.stream("POST", CHAT, json=HELLO | {"stream": True}) as other:
+        response = server.post(CHAT, json=HELLO | {"response_format": wanted, "n": 2})
+        assert "too many expressions" in check_refused(response, "response_format")
+        body = HELLO | {"response_format": wanted, "stream": True}
+        *_, last, _ = server.post(CHAT, json=body).text.split("\n\n")  # the status is 200
+        assert json.loads(last.removeprefix("data: ")) == response.json()
+        assert b"[DONE]" in other.read()
+    assert "Traceback" not in caplog.text  # it is the client's mistake
+
+
 def test_answers_that_are_json(server):
     body = WILD | {"max_tokens": 40, "n": 3, "seed": 1}  # each answer has its own grammar
     choices = chat(server, **body, response_format=json_schema(SCHEMA))["choices"]
@@ -342,6 +357,7 @@ REFUSED = {
         {"type": "text", "schema": {}},
         {"type": "json_object", "schema": {}, "json_schema": {"schema": {}}},
         json_schema({"type": "x"}),
+        json_schema({"description": "a" * 2**16}),
     ],
     (CHAT, "stream"): [1],
     (CHAT, "stream_options"): [{}, {"include_usage": "yes"}],

@@ -50,6 +50,14 @@ class Unavailable(Exception):
     """The queue is full, or the batcher is closing."""
 
 
+class InvalidRequest(ValueError):
+    """A request that cannot be answered; `param` is the field to change."""
+
+    def __init__(self, message: str, param: str):
+        super().__init__(message)
+        self.param = param
+
+
 class PromptTooLong(ValueError):
     """The prompt leaves no room for an answer; `limit` is "max_length" or "context"."""
 
@@ -401,7 +409,8 @@ class Batcher:
         try:
             yield
         except Exception as error:
-            logger.exception("%d requests failed.", len(generations))
+            if not isinstance(error, InvalidRequest):
+                logger.exception("%d requests failed.", len(generations))
             for generation in generations:
                 self.fail(generation, error)
 

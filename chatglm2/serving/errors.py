@@ -9,7 +9,7 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
-from .batching import Unavailable
+from .batching import InvalidRequest, Unavailable
 
 RETRY_AFTER = {"Retry-After": "1"}  # seconds
 SHOWN_VALUE_LENGTH = 80  # characters of a wrong value that an error message shows
@@ -85,6 +85,10 @@ def add_error_handlers(app: FastAPI, invalid_status: int):
             return error_response(invalid_status, "The body is nested too deeply.")
         param, code = getattr(error, "param", None), getattr(error, "code", None)
         return error_response(error.status_code, error.detail, param, code, error.headers)
+
+    @app.exception_handler(InvalidRequest)
+    async def on_invalid_request(request: HTTPRequest, error: InvalidRequest):
+        return error_response(invalid_status, str(error), error.param)
 
     @app.exception_handler(Unavailable)
     async def on_unavailable(request: HTTPRequest, error: Unavailable):

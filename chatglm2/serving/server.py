@@ -18,7 +18,15 @@ from starlette.datastructures import State
 
 from chatglm2.hardware import listen
 
-from .batching import Batcher, Chunk, PromptTooLong, Request, Unavailable, read_chunks
+from .batching import (
+    Batcher,
+    Chunk,
+    InvalidRequest,
+    PromptTooLong,
+    Request,
+    Unavailable,
+    read_chunks,
+)
 from .connections import Connection, ProbeClients, is_logged
 from .errors import ERROR_RESPONSES, RequestError, add_error_handlers, describe_error
 from .guards import Cors, Guard, SiteGuard, is_loopback, list_hosts
@@ -140,6 +148,8 @@ def error_event(error: Exception) -> str:
     """Return the last event of a failed stream; the batcher has logged the cause."""
     if isinstance(error, Unavailable):
         return event(describe_error(503, str(error), code="unavailable"))
+    if isinstance(error, InvalidRequest):
+        return event(describe_error(400, str(error), error.param))
     return event(describe_error(500, "The answer failed; the server's log has the cause."))
 
 
