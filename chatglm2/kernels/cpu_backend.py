@@ -103,9 +103,11 @@ class PackedWeight:
         weight = allocate(num_blocks * num_steps * 4 * BLOCK)
         addresses = get_address(official, torch.int8, *shape), weight.data_ptr()
         call("pack", *addresses, *shape, layer.bits)
-        scale = layer.weight_scale.detach().float().reshape(layer.out_features, -1)
-        filled = scale.new_zeros(num_blocks * BLOCK, scale.shape[1])
-        filled[: len(scale)] = scale
+        num_groups = layer.in_features // (layer.group_size or layer.in_features)
+        filled = torch.zeros(num_blocks * BLOCK, num_groups, dtype=torch.float32, device="cpu")
+        official = make_readable(layer.weight_scale.reshape(shape[0], -1), torch.float32)
+        get_address(official, torch.float32, shape[0], num_groups)
+        filled[: shape[0]] = official
         scale = filled.unflatten(0, (-1, BLOCK)).transpose(1, 2).contiguous()
         return cls(weight, scale, shape, layer.bits)
 
@@ -117,18 +119,9 @@ class PackedWeight:
 
 def describe(layer: QuantizedLinear, packed: PackedWeight) -> Linear:
     """Return the C structure of a layer without its bias. It does not keep `packed` alive."""
+    addresses = packed.weight.data_ptr(), packed.scale.data_ptr(), None
     group_size = layer.group_size or layer.in_features
-    num_blocks, num_steps = -(-layer.out_features // BLOCK), -(-packed.shape[1] // 4)
-    scale_shape = num_blocks, layer.in_features // group_size, BLOCK
-    return Linear(
-        get_address(packed.weight, torch.uint8, num_blocks * num_steps * 4 * BLOCK),
-        get_address(packed.scale, torch.float32, *scale_shape),
-        None,
-        layer.in_features,
-        layer.out_features,
-        group_size,
-        layer.bits,
-    )
+    return Linear(*addresses, layer.in_features, layer.out_features, group_size, layer.bits)
 
 
 @torch.no_grad()
