@@ -183,9 +183,9 @@ def test_golden_variants(name, taken):
         {"group_size": 128, "hidden_size": 256, "kv_channels": 64, "ffn_hidden_size": 384},
         {"add_bias_linear": True},
         {"add_qkv_bias": False},
-        {"kv_channels": 6, "num_attention_heads": 3, "multi_query_group_num": 3},
-        {"kv_channels": 7, "num_attention_heads": 2, "multi_query_group_num": 1},
-        {"kv_channels": 2, "num_attention_heads": 6},
+        {"kv_channels": 12, "num_attention_heads": 3, "multi_query_group_num": 3},
+        {"kv_channels": 20, "num_attention_heads": 2, "multi_query_group_num": 1},
+        {"kv_channels": 4, "num_attention_heads": 6},
         {"kv_channels": 40, "num_attention_heads": 6},
         {"kv_channels": 256, "num_attention_heads": 2},
         {"num_attention_heads": 16, "multi_query_group_num": 1},
@@ -211,7 +211,7 @@ def test_contexts_and_prompts(length, taken):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("fields", [{}, {"kv_channels": 6, "num_attention_heads": 3}], ids=str)
+@pytest.mark.parametrize("fields", [{}, {"kv_channels": 12, "num_attention_heads": 3}], ids=str)
 def test_caches_of_16_bits(dtype, fields, taken):
     model = create(**{**fields, "multi_query_group_num": 1})
     check_steps(model, taken, 600, batch=2, dtype=dtype)

@@ -136,7 +136,7 @@ def create_model():
 
     bits, group_size = random.choice([(8, None), (4, None), (4, 128)])
     multiple = group_size or 2
-    num_kv_heads, head_dim = random.randint(1, 3), random.randint(2, 40)
+    num_kv_heads, head_dim = random.randint(1, 3), 4 * random.randint(1, 10)
     if group_size:
         head_dim = 128 * random.randint(1, 2)
     num_heads = num_kv_heads * random.choice([1, 2, 3, 16, 17])
