@@ -2,8 +2,12 @@
 
 import asyncio
 import json
+import random
 import shutil
 import sys
+import time
+from collections import Counter
+from itertools import product
 
 import loading
 import pytest
@@ -15,7 +19,7 @@ from torch.testing import assert_close
 
 import utils
 from chatglm2 import ChatGLMConfig, ChatGLMForConditionalGeneration, placement
-from chatglm2.adapters import load_adapter
+from chatglm2.adapters import UNUSED, load_adapter, read_adapter
 from chatglm2.chat.conversation import Conversation
 from chatglm2.quantization import QuantizedLinear
 from chatglm2.serving.batching import Batcher, Request
@@ -315,6 +319,128 @@ def test_adapters_of_another_model(lora, tiny_checkpoint, tmp_path):
     line = fail_to_load(tiny_checkpoint, "--adapter", folder)
     assert "trained on another model: 16 tensors" in line
     assert "dense_h_to_4h.lora_A.weight: (8, 256) in the file, (4, 256) in this model" in line
+
+
+# Files that lie.
+
+VALUES = (None, -1, True, float("nan"), 1e12, 2**63, "\x1b[31m", [None])
+ALLOWED = ("target_modules", "use_dora", "lora_bias")  # of other types, or for other tensors
+
+
+def read(folder, config) -> str:
+    """Return the adapter's description, or the one line that refuses it."""
+    try:
+        return str(read_adapter(folder, config, is_quantized=False))
+    except (OSError, ValueError) as error:
+        assert "\n" not in str(error) and str(error).startswith(str(folder))
+        return str(error)
+
+
+@pytest.fixture(scope="module")
+def config(tiny_checkpoint):
+    return ChatGLMConfig.from_pretrained(tiny_checkpoint)
+
+
+def test_each_field_of_a_lora(lora, config, tmp_path):
+    """A wrong value is refused with its field, or has no effect on a trained LoRA."""
+    folder = shutil.copytree(lora, tmp_path / "lora")
+    fields = json.loads((folder / PEFT_CONFIG).read_text("utf-8"))
+    start, accepted, expected = (
+        time.monotonic(),
+        Counter(),
+        "LoRA of rank 8, merged into the weights",
+    )
+    others = "megatron_config", "layer_replication", "a_field_of_the_future"
+    for name, value in product({*fields, *others} - UNUSED, VALUES):
+        (folder / PEFT_CONFIG).write_text(json.dumps(fields | {name: value}))
+        line = read(folder, config)
+        accepted[name] += line == expected
+        is_named = f"{folder / PEFT_CONFIG}: {name} is " in line
+        assert line == expected or is_named or name in ALLOWED, line
+    assert accepted["r"] == accepted["bias"] == accepted["lora_alpha"] == 0
+    for value in VALUES:
+        change = dict.fromkeys(UNUSED - {"peft_type"}, value)
+        (folder / PEFT_CONFIG).write_text(json.dumps(fields | change))
+        assert read(folder, config) == expected
+    assert time.monotonic() - start < 30
+
+
+ENDLESS = r"(\w|\w\w|\.)+[!?]"
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"target_modules": r".*\.(query_key_value|dense_h_to_4h)"}, "LoRA of rank 8, merged"),
+        ({"target_modules": ENDLESS}, "cannot be matched with the names of modules"),
+        ({"exclude_modules": ENDLESS}, "cannot be matched with the names of modules"),
+        ({"target_modules": "("}, "cannot be matched with the names of modules (missing )"),
+        ({"target_modules": "(" * 900}, "cannot be matched with the names of modules"),
+        ({"target_modules": [ENDLESS]}, "give names of modules"),
+        ({"modules_to_save": [ENDLESS]}, "give names of modules"),
+        ({"layers_to_transform": [0], "layers_pattern": [ENDLESS]}, "layers_pattern is"),
+        ({"rank_pattern": {ENDLESS: 3}}, "cannot be matched with the names of modules"),
+        ({"rank_pattern": {r"layers\.0\..*": 3}}, "(8, 256) in the file, (3, 256) in this model"),
+        ({"layers_to_transform": [0]}, "trained on another model"),
+        ({"r": 2**63}, "r is 9223372036854775808: give an integer from 1 to 65536"),
+        ({"use_qalora": True}, "use_qalora is True: this kind of LoRA is not supported"),
+        ({"layer_replication": [[0, 9999]]}, "this kind of LoRA is not supported"),
+        ({"trainable_token_indices": [1]}, "this kind of LoRA is not supported"),
+    ],
+)
+def test_fields_of_a_lora(lora, config, tmp_path, fields, message):
+    folder = shutil.copytree(lora, tmp_path / "lora")
+    change_config(folder, **fields)
+    start = time.monotonic()
+    assert message in read(folder, config)
+    assert time.monotonic() - start < 10
+
+
+def test_tensors_of_a_lora(lora, config, tmp_path):
+    """Changed tensors, flipped bits, and files that are links."""
+    folder = shutil.copytree(lora, tmp_path / "lora")
+    file = folder / "adapter_model.safetensors"
+    state, whole, choose = load_file(file), file.read_bytes(), random.Random(0)
+    name, weight = next(iter(state.items()))
+    for value, message in (
+        (weight.long(), "holds NaN, infinity or no numbers"),
+        (weight * torch.nan, "holds NaN, infinity or no numbers"),
+        (weight[:-1].clone(), "trained on another model: 1 tensors"),
+        (torch.zeros(0, 2**40), "trained on another model: 1 tensors"),
+    ):
+        save_file(state | {name: value}, file)
+        assert message in read(folder, config)
+    refused = 0
+    for _ in range(60):
+        damaged = bytearray(whole)
+        damaged[choose.randrange(2000)] ^= 1 << choose.randrange(8)
+        file.write_bytes(damaged)
+        refused += not read(folder, config).startswith("LoRA of rank")
+    assert refused > 50
+    for name in (file.name, PEFT_CONFIG):
+        (folder / name).unlink()
+        (folder / name).symlink_to(lora / name)
+        assert f"{name} leads to {lora}" in read(folder, config)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"embedding.weight": torch.zeros(1, 1).expand(10**7, 256)}, "repeats its data"),
+        ({"embedding.weight": torch.zeros(9999, 256)}, "a prefix of 9999 tokens: allowed are 1 to"),
+        ({"embedding.weight": torch.zeros(0, 256)}, "a prefix of 0 tokens: allowed are 1 to"),
+        ({"embedding.weight": torch.zeros(())}, "a prefix of 0 tokens: allowed are 1 to"),
+        ({"embedding.weight": torch.full((8, 512), torch.nan)}, "holds NaN, infinity"),
+        ({"embedding.weight": torch.ones(8, 512, dtype=torch.int64)}, "holds NaN, infinity"),
+        ({"embedding.weight": 3}, "is of the type int"),
+        ({"trans.0.weight": torch.zeros(8, 8)}, "a prefix of 0 tokens: allowed are 1 to"),
+        ({}, "a prefix of 0 tokens: allowed are 1 to"),
+    ],
+)
+def test_tensors_of_a_prefix(config, tmp_path, tensors, message):
+    tensors = {f"transformer.prefix_encoder.{name}": value for name, value in tensors.items()}
+    torch.save(tensors, tmp_path / BIN)
+    assert message in read(tmp_path, config)
 
 
 def test_results_of_an_evaluation_name_the_adapter(prefix, tiny_checkpoint):
