@@ -1,10 +1,11 @@
 """`serving/connections.py`: clients that write HTTP otherwise, stop sending, leave, or are idle."""
 
 import json
+import select
 import shutil
 import socket
 import subprocess
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 
 import pytest
 from servers import format_request, read_all, sending, serve, wait_until
@@ -147,6 +148,19 @@ def test_a_connection_without_requests_is_closed(api_client, monkeypatch, data, 
         monkeypatch.setattr(module, "READ_TIMEOUT_S", 0.05)
     with sending(api_client, data) as connection:
         assert read_all(connection).startswith(answer)
+
+
+def test_too_many_connections_without_requests(api_client, monkeypatch):
+    """The clients that have been silent longest are disconnected, not those that get an answer."""
+    monkeypatch.setattr(connections, "MAX_WAITING", 5)
+    question = format_request("/", {"prompt": "你好", "max_length": 1000}, CLOSE)
+    with ExitStack() as stack:
+        answered = stack.enter_context(sending(api_client, question))
+        half = question[:-1], b"GET / HTTP/1.1", b""
+        silent = [stack.enter_context(sending(api_client, half[i % 3])) for i in range(10)]
+        wait_until(lambda: set(select.select(silent, [], [], 0)[0]) == set(silent[:5]))
+        assert api_client.get("/health").status_code == 200
+        assert read_all(answered).startswith(b"HTTP/1.1 200 ")
 
 
 @pytest.mark.slow

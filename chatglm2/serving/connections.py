@@ -8,6 +8,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from .errors import describe_error
 
 READ_TIMEOUT_S = 20  # for the headers of a request
+MAX_WAITING = 256  # connections without a whole request; the process can open 1024 files or more
+BACKLOG = 64  # connections that are accepted at a time
 PROBE_S = 0.25  # between two signs of life to a client that has stopped sending
 
 
@@ -44,9 +46,23 @@ class Connection(H11Protocol):
     def is_answering(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
 
+    @property
+    def is_waiting(self) -> bool:
+        """Whether the client has not sent a whole request."""
+        has_request = self.is_answering and not self.cycle.more_body
+        return not has_request and not self.transport.is_closing()
+
     def connection_made(self, transport):
         super().connection_made(transport)
+        self.last_read = self.loop.time()
         self.close_without_request(last=self)
+        waiting = [connection for connection in self.connections if connection.is_waiting]
+        if len(waiting) > MAX_WAITING:
+            min(waiting, key=lambda connection: connection.last_read).transport.close()
+
+    def data_received(self, data: bytes):
+        self.last_read = self.loop.time()
+        super().data_received(data)
 
     def connection_lost(self, error):
         self.timer.cancel()
@@ -60,8 +76,7 @@ class Connection(H11Protocol):
                 self.send_error("408 Request Timeout", f"No headers within {READ_TIMEOUT_S} s.")
             self.transport.close()
         else:
-            loop = asyncio.get_running_loop()
-            self.timer = loop.call_later(READ_TIMEOUT_S, self.close_without_request, now)
+            self.timer = self.loop.call_later(READ_TIMEOUT_S, self.close_without_request, now)
 
     def send_error(self, status: str, message: str):
         if not self.is_answering or not self.cycle.response_started:

@@ -27,7 +27,7 @@ from .batching import (
     Unavailable,
     read_chunks,
 )
-from .connections import Connection, ProbeClients, is_logged
+from .connections import BACKLOG, Connection, ProbeClients, is_logged
 from .errors import ERROR_RESPONSES, RequestError, add_error_handlers, describe_error
 from .guards import Cors, Guard, SiteGuard, is_loopback, list_hosts
 from .metrics import CountRequests, Metrics
@@ -231,7 +231,8 @@ class Server(uvicorn.Server):
     """uvicorn, but at shutdown running answers end properly and new requests are refused."""
 
     def __init__(self, app: FastAPI, grace_s: float):
-        config = uvicorn.Config(app, http=Connection, ws="none", timeout_graceful_shutdown=FLUSH_S)
+        options = {"backlog": BACKLOG, "timeout_graceful_shutdown": FLUSH_S}
+        config = uvicorn.Config(app, http=Connection, ws="none", **options)
         super().__init__(config)
         logging.getLogger("uvicorn.error").addFilter(is_logged)
         self.batcher, self.grace_s = app.state.batcher, grace_s
