@@ -43,6 +43,8 @@ from .weights_chatglm import check_weight_file, find_weight_files
 
 logger = logging.get_logger(__name__)
 
+# Before PyTorch 2.7 an export can only be recognized as a compilation.
+is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
 MAX_GROUPED_TOKENS = 128  # with more new tokens, expanded keys are as fast as grouped queries
 
 
@@ -192,10 +194,16 @@ class SelfAttention(nn.Module):
             return torch.cat([self.attend(*row, None, **kwargs)[0] for row in rows]), None
         key, value = key.to(query.dtype), value.to(query.dtype)  # unlike `cache_dtype`
         implementation = self.config._attn_implementation
+        if implementation == "eager" and is_exporting():  # grouped queries would bound the length
+            key, value = (x.repeat_interleave(self.num_key_value_groups, 1) for x in (key, value))
         dropout = self.config.attention_dropout if self.training else 0.0
         length = query.shape[2]
-        can_group = length == 1 or (attention_mask is not None and length <= MAX_GROUPED_TOKENS)
-        can_group = can_group and "cache" not in kwargs  # continuous batching of transformers
+        # An exported graph has no branch on the length; "cache" is transformers' paged cache.
+        can_group = (
+            not is_exporting()
+            and "cache" not in kwargs
+            and (length == 1 or (attention_mask is not None and length <= MAX_GROUPED_TOKENS))
+        )
         if implementation == "sdpa" and self.num_key_value_groups > 1 and can_group:
             if attention_mask is not None and length > 1:
                 # [b, 1, s, k] -> [b, 1, H/G * s, k]

@@ -366,3 +366,28 @@ def test_tied_embeddings_if_the_config_says_so():
     config = ChatGLMConfig(**{**CONFIG, "tie_word_embeddings": True})
     model = ChatGLMForConditionalGeneration(config)
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+class Logits(torch.nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids, attention_mask):
+        return self.model(input_ids, attention_mask=attention_mask, use_cache=False).logits
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_export_for_any_length(implementation):
+    """A graph of 20 tokens computes shorter prompts, and those of more than 128 tokens."""
+    logits = Logits(create_model(attn_implementation=implementation))
+    sizes = {0: torch.export.Dim("batch", max=8), 1: torch.export.Dim("length", min=2, max=512)}
+
+    def make_inputs(length):
+        ids = torch.arange(3 * length).view(3, length) % 200
+        return ids, (ids != 0).long()
+
+    shapes = {"dynamic_shapes": (sizes, sizes), "strict": False}
+    graph = torch.export.export(logits, make_inputs(20), **shapes).module()
+    for length in (2, 128, 300):
+        assert_close(graph(*make_inputs(length)), logits(*make_inputs(length)))
