@@ -294,6 +294,7 @@ class ChatGLMConfig(PreTrainedConfig):
             setattr(self, self.attribute_map[alias], kwargs.pop(alias))
         self.auto_map = {**AUTO_MAP, **(self.auto_map or {})}
         kwargs["partial_rotary_factor"] = 0.5
+        kwargs.pop("num_key_value_heads", None)  # follows from multi_query_attention
         if isinstance(name := self.dtype or kwargs.pop("torch_dtype", None), str):
             self.dtype = name.removeprefix("torch.")
         quantization = dict(kwargs.get("quantization_config") or {})
@@ -344,6 +345,10 @@ class ChatGLMConfig(PreTrainedConfig):
         if self.multi_query_attention:
             return self.multi_query_group_num
         return self.num_attention_heads
+
+    def to_dict(self) -> dict:
+        """Return the fields, and `num_key_value_heads`, which PEFT's prefix tuning reads there."""
+        return super().to_dict() | {"num_key_value_heads": self.num_key_value_heads}
 
 
 ChatGLMConfig.register_for_auto_class()

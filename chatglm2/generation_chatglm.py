@@ -13,6 +13,7 @@ import threading
 import torch
 from transformers import (
     Cache,
+    DynamicCache,
     DynamicLayer,
     GenerationMixin,
     LogitsProcessorList,
@@ -126,8 +127,10 @@ class ChatGLMCacheLayer(DynamicLayer):
         self.buffers = None
 
 
-class ChatGLMCache(Cache):
+class ChatGLMCache(DynamicCache):
     """The key/value cache of a conversation, with the tokens and rounds that it holds.
+
+    It is a `DynamicCache` for libraries that accept no other, such as PEFT's prefix tuning.
 
     Attributes:
         input_ids: The tokens whose keys and values are held, set by `stream_chat` (batch size 1).
@@ -138,7 +141,7 @@ class ChatGLMCache(Cache):
     """
 
     def __init__(self):
-        super().__init__(layer_class_to_replicate=ChatGLMCacheLayer)
+        Cache.__init__(self, layer_class_to_replicate=ChatGLMCacheLayer)
         self.prefix_length = 0
         self.forget()
 
@@ -354,6 +357,8 @@ class ChatGLMGenerationMixin(GenerationMixin):
         )
         if is_first_iteration and cache is not None:
             inputs["is_prompt"] = True
+        # PEFT's prefix tuning looks for the cache under this name, and puts its prefix there.
+        inputs["past_key_values"] = inputs.pop(CACHE_NAME, None)
         return inputs
 
     def generate(

@@ -13,6 +13,7 @@ from unittest.mock import MagicMock, patch
 
 import pytest
 import torch
+from peft import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from test_modeling_chatglm import IDS, OUTPUTS, TINY, assert_close, create_model, padded_batch
 from transformers import (
@@ -570,3 +571,32 @@ def test_generation_with_a_narrow_cache(model, cache_class, num_beams):
     found = narrow.generate(SINGLE, past_key_values=cache, **settings)
     assert found.tolist() == expected.tolist()
     assert cache.layers[0].keys.dtype == torch.float16
+
+
+# PEFT
+
+
+@pytest.mark.parametrize(
+    "config_class", [PrefixTuningConfig, PromptTuningConfig, PromptEncoderConfig]
+)
+@pytest.mark.parametrize("multi_query", [True, False])
+def test_prompt_learning_of_peft_trains_and_generates(config_class, multi_query):
+    """Generated with a cache, the tokens are the likeliest of the whole sequence at once."""
+    config = ChatGLMConfig.from_pretrained(TINY)
+    config.multi_query_attention = multi_query
+    torch.manual_seed(0)
+    model = ChatGLMForConditionalGeneration(config, empty_init=False).float()
+    peft_model = get_peft_model(model, config_class("CAUSAL_LM", num_virtual_tokens=4))
+    batch = {"input_ids": IDS.repeat(2, 1), "attention_mask": torch.ones(2, IDS.shape[1])}
+    batch["attention_mask"][1, :3] = 0
+    loss = peft_model(**batch, labels=batch["input_ids"]).loss
+    loss.backward()
+    assert any(weight.grad is not None for weight in peft_model.prompt_encoder.parameters())
+    settings = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+    sequences = peft_model.eval().generate(**batch, **settings)
+    logits = peft_model(input_ids=sequences[:1, :-1]).logits[0, -4:]
+    assert logits.argmax(-1).tolist() == sequences[0, -4:].tolist()
+    beams = peft_model.generate(**batch, **settings, num_beams=2)
+    assert beams.shape == sequences.shape
+    plain = model.generate(**batch, **settings)
+    assert plain.tolist() != sequences.tolist(), "what was trained has an effect"
