@@ -107,8 +107,11 @@ def describe_allowed(field: Field) -> str:
     return f"{words}, or null" if NoneType in get_args(field.type) else words
 
 
-def check_fields(cls, values: dict):
+def check_fields(cls, values: dict, place=""):
     """Check values for the fields of a strict dataclass; other names are ignored.
+
+    Args:
+        place: What the fields stand in, such as "rope_parameters: ", for an error message.
 
     Raises:
         ValueError: A value is not allowed; the message is one line that names the field, the value
@@ -122,7 +125,7 @@ def check_fields(cls, values: dict):
             setattr(instance, own_name, value)
         except StrictDataclassError as error:
             allowed = describe_allowed(described[own_name])
-            raise ValueError(f"{name} is {reprlib.repr(value)}: give {allowed}") from error
+            raise ValueError(f"{place}{name} is {reprlib.repr(value)}: give {allowed}") from error
 
 
 def select_fields(cls, values: dict) -> dict:
@@ -301,7 +304,7 @@ class ChatGLMConfig(PreTrainedConfig):
         if quantization.get("quant_method") == "chatglm":
             if "bits" not in quantization:
                 raise ValueError("quantization_config has no bits: give 8 or 4")
-            check_fields(QuantizationFields, quantization)
+            check_fields(QuantizationFields, quantization, "quantization_config: ")
             self.quantization_bit = quantization["bits"]
         elif self.quantization_bit and not quantization:
             kwargs["quantization_config"] = {"quant_method": "chatglm"}
@@ -318,20 +321,18 @@ class ChatGLMConfig(PreTrainedConfig):
             )
 
     def validate_ids(self):
-        ids = {"pad_token_id": [self.pad_token_id], "eos_token_id": self.eos_token_id}
-        ids["eos_token_id"] = (
-            ids["eos_token_id"] if isinstance(self.eos_token_id, list) else [self.eos_token_id]
-        )
-        for name, values in ids.items():
-            if any(i is not None and i >= self.padded_vocab_size for i in values):
+        for name in ("eos_token_id", "pad_token_id"):
+            value = getattr(self, name)
+            ids = value if isinstance(value, list) else [value]
+            if any(i is not None and i >= self.padded_vocab_size for i in ids):
                 raise ValueError(
-                    f"{name} is {getattr(self, name)}: give ids below padded_vocab_size, which is "
+                    f"{name} is {value}: give ids below padded_vocab_size, which is "
                     f"{self.padded_vocab_size}"
                 )
 
     def validate_rope(self):
         rope = self.rope_parameters
-        check_fields(RopeFields, rope)
+        check_fields(RopeFields, rope, "rope_parameters: ")
         if rope["rope_type"] != "default" and rope.get("factor") is None:
             raise ValueError(
                 f"rope_parameters has rope_type {rope['rope_type']!r} and no factor: give a number "

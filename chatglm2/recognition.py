@@ -81,6 +81,12 @@ def find_other_model(folder: Path, config: dict) -> tuple | None:
         for field in ("_name_or_path", "name_or_path"):
             if found := find_name(fields.get(field)):
                 return f"{folder / file} has {field} {fields[field]!r}", found
+    for part in folder.absolute().parts:  # of the hub's cache; other folders may have any name
+        if part.startswith("models--") and (found := find_name(part)):
+            return (
+                f"{folder} is a copy of {part.removeprefix('models--').replace('--', '/')}",
+                found,
+            )
     if is_tiktoken(folder / "tokenizer.model"):
         return f"{folder / 'tokenizer.model'} is a vocabulary of tiktoken", glm4
     templates = [tokenizer.pop("chat_template", None)]

@@ -90,6 +90,12 @@ def test_fine_tuned_models_load(checkpoint, changes):
     load(checkpoint)
 
 
+def test_copy_in_the_cache_of_the_hub(tmp_path):
+    folder = tmp_path / "models--THUDM--codegeex2-6b" / "snapshots" / "0123"
+    assert "is a copy of THUDM/codegeex2-6b" in fail_to_load(shutil.copytree(TINY, folder))
+    load(shutil.copytree(TINY, tmp_path / "chatglm3-renamed"))
+
+
 @pytest.mark.parametrize("has_tokenizer", [True, False])
 def test_prefix_is_no_model(checkpoint, has_tokenizer):
     (checkpoint / "model.safetensors").unlink()
