@@ -96,8 +96,7 @@ class Answers:
         Raises:
             RequestError: The client closed the connection; the generations are cancelled.
         """
-
-        request.state.is_collecting = True
+        request.state.is_collecting = True  # for `ProbeClients`
 
         async def gather() -> list[Chunk]:
             answers = [Chunk() for _ in self.generations]
