@@ -9,13 +9,16 @@ import time
 import jsonschema
 import numpy as np
 import openai
+import pydantic
 import pytest
 import torch
 from conftest import ROOT
+from fastapi.exceptions import RequestValidationError
 from servers import record_requests, serve, wait_until
 
 import openai_api
 from chatglm2.serving import schema
+from chatglm2.serving.errors import describe_invalid
 
 CHAT, COMPLETIONS, EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
 JSON = {"Content-Type": "application/json"}
@@ -372,6 +375,9 @@ REFUSED = {
     (EMBEDDINGS, "encoding_format"): ["int8"],
     (EMBEDDINGS, "dimensions"): [8, 0, "256"],
 }
+ANY_VALUES = [None, True, False, 0, 1, -1, 8.0, 1.5, 2**63, 1e308, math.nan, "", "8", "\ud83d"]
+ANY_VALUES += [[], [None], [8.0], ["a"], [[]], [[7.0]], [{}], {}, {"a": None}, {"type": "text"}]
+ANY_VALUES += [[{"role": "user", "content": None}], [{"type": "text", "text": "a"}], {"1": 1}]
 VALID = {CHAT: HELLO, COMPLETIONS: {"prompt": "a"}, EMBEDDINGS: {"input": "a"}}
 
 
@@ -381,6 +387,33 @@ def test_wrong_values_are_refused_with_the_name_of_the_field(server, path, name)
         content = json.dumps(VALID[path] | {name: value})  # NaN is none of JSON's numbers
         message = check_refused(server.post(path, content=content, headers=JSON), name)
         assert message.startswith(name)
+
+
+@pytest.mark.parametrize(
+    ("path", "body_type"),
+    [
+        (CHAT, schema.ChatRequest),
+        (COMPLETIONS, schema.CompletionRequest),
+        (EMBEDDINGS, schema.EmbeddingRequest),
+    ],
+)
+def test_no_value_of_a_field_makes_the_server_fail(server, path, body_type):
+    """Each field with each value: what passes the validation is answered or refused."""
+    document = body_type.model_json_schema()
+    for name, field in document["properties"].items():
+        definitions = {"$defs": document.get("$defs", {})}
+        published = jsonschema.Draft202012Validator(definitions | field)
+        for value in ANY_VALUES:
+            body = {"max_tokens": 1} | VALID[path] | {name: value}
+            try:
+                body_type.model_validate(body)
+            except pydantic.ValidationError as error:
+                errors = [e | {"loc": ("body", *e["loc"])} for e in error.errors()]
+                assert describe_invalid(RequestValidationError(errors))[1] == name
+                continue
+            assert published.is_valid(value), body
+            response = server.post(path, content=json.dumps(body), headers=JSON)
+            assert response.status_code == 200 or check_refused(response, name), body
 
 
 def test_fields_that_exclude_each_other(server):

@@ -4,10 +4,13 @@ from dataclasses import fields
 
 import pytest
 from conftest import ROOT
+from fastapi.exceptions import RequestValidationError
+from pydantic import ValidationError
 
 import api
 from chatglm2.serving import schema, server
 from chatglm2.serving.batching import Request
+from chatglm2.serving.errors import describe_invalid
 
 CHAT = {"messages": [{"role": "user", "content": "你好"}]}
 BODIES = [
@@ -37,6 +40,29 @@ def test_every_field_is_passed_on_or_read_or_refused(script, body_type, valid):
     assert {name: getattr(request, name) for name in shared} == shared
     nulls = body_type(**valid | dict.fromkeys(shared))
     assert server.build_request(nulls, [1, 2]) == Request([1, 2])
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("temperature", 3, "temperature: expected at most 2.0, not 3."),
+        ("n", True, "n: expected an integer, not True."),
+        ("stop", 7, "stop: expected a text or a list, not 7."),
+        ("stop", ["a"] * 17, "stop: expected at most 16 items, not ['a', "),
+        ("stop", ["a", ""], "stop.1: expected 1 or more characters, not ''."),
+        ("stop", "a" * 257, "stop: expected at most 256 characters, not 'aaa"),
+        ("messages", [], "messages: expected 1 or more items, not []."),
+        ("messages", [{"role": "user", "contents": "a"}], "messages.0.content is missing."),
+        ("store", True, "store: Answers are not stored; allowed: null, false; the value is True."),
+        ("logit_bias", {"x": 1}, "logit_bias.x: expected a token id, not 'x'."),
+    ],
+)
+def test_messages_have_the_field_the_value_and_what_is_allowed(field, value, message):
+    with pytest.raises(ValidationError) as caught:
+        schema.ChatRequest(**CHAT | {field: value})
+    errors = [error | {"loc": ("body", *error["loc"])} for error in caught.value.errors()]
+    described, param = describe_invalid(RequestValidationError(errors))
+    assert described.startswith(message) and param == field
 
 
 def test_converted_values():

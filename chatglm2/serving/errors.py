@@ -14,6 +14,24 @@ from .batching import InvalidRequest, Unavailable
 RETRY_AFTER = {"Retry-After": "1"}  # seconds
 SHOWN_VALUE_LENGTH = 80  # characters of a wrong value that an error message shows
 
+EXPECTED = {  # by the types of pydantic's errors
+    "bool_type": "true or false",
+    "dict_type": "an object",
+    "finite_number": "a finite number",
+    "float_type": "a number",
+    "greater_than_equal": "at least {ge}",
+    "int_from_float": "an integer",
+    "int_type": "an integer",
+    "less_than_equal": "at most {le}",
+    "list_type": "a list",
+    "literal_error": "{expected}",
+    "model_type": "an object",
+    "string_pattern_mismatch": "a token id",
+    "string_type": "a text",
+    "too_long": "at most {max_length} {unit}",
+    "too_short": "{min_length} or more {unit}",
+}
+
 
 class ErrorDetail(BaseModel):
     message: str
@@ -53,7 +71,8 @@ def error_response(status: int, message: str, param=None, code=None, headers=Non
 def describe_invalid(error: RequestValidationError) -> tuple[str, str | None]:
     """Return a message about a wrong field, and the field's name."""
     # A field of several types has an error for each; the deepest is of the type that was meant.
-    detail = max(error.errors(), key=lambda item: len(item["loc"]))
+    errors = error.errors()
+    detail = max(errors, key=lambda item: (len(item["loc"]), not item["type"].endswith("_type")))
     # The path also has names of types, which are no identifiers.
     path = [str(p) for p in detail["loc"][1:] if isinstance(p, int) or p.isidentifier()]
     if detail["type"] == "json_invalid":
@@ -63,10 +82,19 @@ def describe_invalid(error: RequestValidationError) -> tuple[str, str | None]:
         return f"{param}: {detail['msg']}.", param
     if not path:
         return "The body must be a JSON object, sent as Content-Type: application/json.", None
-    message = f"{'.'.join(path)}: {detail['msg']}"
-    if detail["type"] != "missing":
-        message += f", not {reprlib.repr(detail['input']):.{SHOWN_VALUE_LENGTH}}"
-    return f"{message}.", path[0]
+    name, kind, value = ".".join(path), detail["type"], detail["input"]
+    shown = f"{reprlib.repr(value):.{SHOWN_VALUE_LENGTH}}"
+    if kind == "missing":
+        return f"{name} is missing.", path[0]
+    if kind not in EXPECTED:  # a message of schema.py
+        return f"{name}: {detail['msg']}; the value is {shown}.", path[0]
+    kinds = [kind]
+    if kind.endswith("_type"):  # none of a field's types fits: name all
+        kinds = [e["type"] for e in errors if len(e["loc"]) == len(detail["loc"])]
+    expected = " or ".join(dict.fromkeys(EXPECTED[kind] for kind in kinds if kind in EXPECTED))
+    unit = "characters" if isinstance(value, str) else "items"
+    expected = expected.format(**detail.get("ctx", {}), unit=unit)
+    return f"{name}: expected {expected}, not {shown}.", path[0]
 
 
 def add_error_handlers(app: FastAPI, invalid_status: int):

@@ -4,6 +4,7 @@ A field that `batching.Request` has too is passed on by its name. The others are
 openai_api.py, or are `refused` here. Unknown fields are ignored.
 """
 
+import json
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
@@ -30,6 +31,7 @@ MAX_INPUTS = 2048
 MAX_IDS = 2**17  # in a prompt: more than any context
 MAX_BIASES = 4096
 MAX_TOOLS = 128
+MAX_DIMENSIONS = 2**20
 
 
 # Types of fields.
@@ -83,9 +85,12 @@ def round_temperature(value: float) -> float:
 def refused(reason: str, *harmless):
     """Return the type of an unsupported field, which accepts only `None` and `harmless` values."""
 
+    allowed = ", ".join(json.dumps(item) for item in (None, *harmless))
+    context = {"reason": reason, "allowed": allowed}
+
     def check(value):
         if not any(type(value) is type(item) and value == item for item in (None, *harmless)):
-            raise PydanticCustomError("refused", "{reason}", {"reason": reason})
+            raise PydanticCustomError("refused", "{reason}; allowed: {allowed}", context)
         return value
 
     return Annotated[Any, AfterValidator(check), WithJsonSchema({"enum": [None, *harmless]})]
@@ -132,7 +137,7 @@ Texts = Annotated[
     Discriminator(
         find_kind,
         custom_error_type="no_texts",
-        custom_error_message="Input should be a text, or a list of texts, ids or lists of ids, "
+        custom_error_message="expected a text, or a list of texts, ids or lists of ids, "
         "with one item or more",
     ),
 ]
@@ -141,7 +146,7 @@ Texts = Annotated[
 def check_number(biases):
     """Refuse too many biases before each is checked."""
     if isinstance(biases, dict) and len(biases) > MAX_BIASES:
-        message = "Input should have at most {number} items"
+        message = "expected at most {number} items"
         raise PydanticCustomError("too_many", message, {"number": MAX_BIASES})
     return biases
 
@@ -170,7 +175,7 @@ class ResponseFormat(StrictTypes):
         if self.type == "json_schema" and not num_schemas:
             raise PydanticCustomError("missing_schema", "json_schema is missing")
         if num_schemas > (self.type != "text"):
-            message = "Input should have one schema, and only with a type for JSON"
+            message = "expected one schema, and only with a type for JSON"
             raise PydanticCustomError("schemas", message)
         return self
 
@@ -292,4 +297,4 @@ class EmbeddingRequest(StrictTypes):
     input: Texts
     model: Text = "chatglm2-6b"
     encoding_format: Literal["float", "base64"] | None = None
-    dimensions: Count | None = None
+    dimensions: integer(1, MAX_DIMENSIONS) | None = None
