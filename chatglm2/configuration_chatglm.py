@@ -305,6 +305,10 @@ class ChatGLMConfig(PreTrainedConfig):
             if "bits" not in quantization:
                 raise ValueError("quantization_config has no bits: give 8 or 4")
             check_fields(QuantizationFields, quantization, "quantization_config: ")
+            if unknown := sorted(
+                quantization.keys() - select_fields(QuantizationFields, quantization)
+            ):
+                raise ValueError(f"quantization_config has a field {unknown[0]!r:.80}: remove it")
             self.quantization_bit = quantization["bits"]
         elif self.quantization_bit and not quantization:
             kwargs["quantization_config"] = {"quant_method": "chatglm"}

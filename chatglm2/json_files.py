@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections import Counter
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import get_args
@@ -51,10 +52,11 @@ def read_text(path: Path) -> str:
 
 def refuse_duplicates(pairs: list[tuple]) -> dict:
     """Return an object of a JSON file; `json` would keep the last of equal names silently."""
-    names = [name for name, _ in pairs]
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise ValueError(f"{twice!r} is given twice")
-    return dict(pairs)
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        ((name, _),) = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"{name!r:.80} is given twice")
+    return content
 
 
 def read_json(path: Path) -> dict:
@@ -262,9 +264,33 @@ class TokenizerFields:
 @strict
 @dataclass
 class AddedTokens:
+    """The fields of added_tokens.json, by another name: it has no fixed ones."""
+
     added_tokens: dict[str, int] = checked(
         "an object from texts to ids", lambda value: is_ids(value.values())
     )
+
+
+@strict
+@dataclass
+class FastTokenizerFields:
+    """The field of tokenizer.json that transformers reads for this tokenizer."""
+
+    added_tokens: list[dict] = checked(
+        "a list of tokens with ids",
+        lambda value: all(
+            is_token(added) and type(added.get("id")) is int and 0 <= added["id"] <= MAX_ID
+            for added in value
+        ),
+    )
+
+
+TOKENIZER_FILES = {
+    "tokenizer_config.json": TokenizerFields,
+    "special_tokens_map.json": TokenizerFields,
+    "added_tokens.json": AddedTokens,
+    "tokenizer.json": FastTokenizerFields,
+}
 
 
 def check_tokenizer_files(folder: Path):
@@ -274,15 +300,16 @@ def check_tokenizer_files(folder: Path):
         ValueError: A value is not allowed.
         OSError: A file cannot be read.
     """
-    for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
+    for name, kind in TOKENIZER_FILES.items():
         if not (path := folder / name).exists():
             continue
         content = read_json(path)
+        if kind is AddedTokens:
+            content = {"added_tokens": content}
+        if kind is FastTokenizerFields:  # transformers reads this field only, and needs it
+            content = {"added_tokens": content.get("added_tokens")}
         try:
-            if name == "added_tokens.json":
-                check_fields(AddedTokens, {"added_tokens": content})
-            else:
-                check_fields(TokenizerFields, content)
+            check_fields(kind, content)
             for field in content:
                 if field == "self" or callable(getattr(ChatGLMTokenizer, field, None)):
                     raise ValueError(f"{field} is no field of a tokenizer but a name in its code")

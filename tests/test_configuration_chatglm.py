@@ -76,6 +76,10 @@ def test_rope_parameters_always_rotate_half_of_a_head():
         ({"rope_scaling": {"type": "linear"}}, "rope_type 'linear' and no factor"),
         ({"quantization_bit": 3}, "quantization_bit is 3: give 0 or 4 or 8, or null"),
         ({"quantization_config": {"quant_method": "chatglm"}}, "quantization_config has no bits"),
+        (
+            {"quantization_config": {"quant_method": "chatglm", "bits": 4, "skip": []}},
+            "quantization_config has a field 'skip'",
+        ),
         ({"quantization_config": [4]}, r"quantization_config is \[4\]: give an object, or null"),
     ],
     ids=str,

@@ -100,6 +100,7 @@ def test_every_field_with_every_kind_of_value(checkpoint, name):
         ("tokenizer_config.json", b"[]", "tokenizer_config.json holds no JSON object"),
         ("special_tokens_map.json", b'{"eos_token": 2}', "special_tokens_map.json: eos_token is 2"),
         ("added_tokens.json", b'{"a": "b"}', "added_tokens.json: added_tokens is {'a': 'b'}"),
+        ("tokenizer.json", b"{}", "tokenizer.json: added_tokens is None: give a list of tokens"),
         ("chat_template.jinja", b"\xff", "chat_template.jinja is not in UTF-8"),
     ],
     ids=lambda value: repr(value)[:40],
@@ -113,3 +114,10 @@ def test_file_without_an_end(checkpoint):
     (checkpoint / "config.json").unlink()
     (checkpoint / "config.json").symlink_to("/dev/zero")
     assert "config.json is no regular file" in fail_to_load(checkpoint)
+
+
+def test_many_names(checkpoint):
+    """A file of many names takes no more than linear time."""
+    names = {f"name {i}": i for i in range(200_000)}
+    (checkpoint / "generation_config.json").write_text(json.dumps(names))
+    json_files.read_generation_config(checkpoint)
