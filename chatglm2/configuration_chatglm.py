@@ -145,7 +145,7 @@ class RopeFields:
     """The fields of `rope_parameters`, and of `rope_scaling` in older files."""
 
     rope_type: str = choice("default", "linear", "dynamic", "yarn")
-    rope_theta: float | int = number(1, 1e10)
+    rope_theta: float | int = number(100, 1e10)
     partial_rotary_factor: float = choice(0.5)
     factor: float | int | None = number(1, 1000)
     original_max_position_embeddings: int = integer(1, MAX_CONTEXT)
@@ -177,7 +177,7 @@ class LibraryFields:
     output_attentions: bool | None
     quantization_config: dict | None
     rope_scaling: dict | None
-    rope_theta: float | int | None = number(1, 1e10)
+    rope_theta: float | int | None = number(100, 1e10)
     torch_dtype: str | None = dtype_name()
 
 
