@@ -1,6 +1,7 @@
 """Error messages of one line, and the end of a script that cannot load its model."""
 
 import os
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 from traceback import walk_tb
@@ -39,3 +40,12 @@ def exit_on_error(prefix: str):
             kind, hint = type(error).__name__, "CHATGLM_TRACEBACK=1 shows the traceback"
             message = f"{kind}: {message} ({hint})" if message != kind else f"{kind} ({hint})"
         raise SystemExit(f"{prefix}{message}") from error
+
+
+def print_result(line: str):
+    """Print the last line of a program, also if stdout is a full disk or a closed pipe."""
+    try:
+        print(line, flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it again
+        raise SystemExit(f"{line} The output cannot be written: {error.strerror}.") from error

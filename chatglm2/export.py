@@ -10,7 +10,6 @@ The weights are read from the mapped files while they are written, not copied in
 
 import argparse
 import re
-import sys
 from pathlib import Path
 
 import torch
@@ -21,7 +20,7 @@ from transformers.convert_slow_tokenizer import generate_merges
 
 from .checkpoint import check_folder, read_tensors
 from .configuration_chatglm import ChatGLMConfig
-from .errors import one_line
+from .errors import exit_on_error, print_result
 from .json_files import read_config
 from .quantization import get_quantization
 from .recognition import check_shapes
@@ -254,10 +253,9 @@ def main(argv=None):
     parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="its folder")
     parser.add_argument("folder", metavar="DIR", type=Path, help="the new folder")
     args = parser.parse_args(argv)
-    try:
-        print(export(args.checkpoint, args.folder))
-    except (ValueError, OSError) as error:
-        sys.exit(f"{args.checkpoint} was not exported: {one_line(error)}")
+    with exit_on_error(f"{args.checkpoint} was not exported: "):
+        line = export(args.checkpoint, args.folder)
+    print_result(line)
 
 
 if __name__ == "__main__":

@@ -15,12 +15,12 @@ import json
 import os
 import shlex
 import shutil
-import sys
 from pathlib import Path
 
 from huggingface_hub.constants import HF_HOME
 
 from .configuration_chatglm import AUTO_MAP, TRANSFORMERS_RANGE
+from .errors import exit_on_error, print_result
 from .json_files import read_json
 from .recognition import check_kind, check_names
 from .weights_chatglm import find_weight_files, read_all_shapes
@@ -126,24 +126,23 @@ def main(argv=None):
     parser.add_argument("--undo", action="store_true", help="restore the old files")
     args = parser.parse_args(argv)
     folder = args.folder
-    try:
+    with exit_on_error(""):
         if not folder.is_dir():
             raise ValueError(
                 f"{folder} is not a folder: give the path of a downloaded ChatGLM2 checkpoint (`hf "
                 "download THUDM/chatglm2-6b` prints where it put it)."
             )
-        undo(folder) if args.undo else refresh(folder)
-    except ValueError as error:
-        sys.exit(str(error))
-    except OSError as error:
-        sys.exit(
-            f"{folder} cannot be changed ({error}). Nothing is lost: make the folder writable or "
-            "use a copy, and run the command again."
-        )
+        try:
+            undo(folder) if args.undo else refresh(folder)
+        except OSError as error:
+            raise OSError(
+                f"{folder} cannot be changed ({error}). Nothing is lost: make the folder writable "
+                "or use a copy, and run the command again."
+            ) from error
     if args.undo:
-        print(f"{folder}: restored the old code and auto_map, and removed {BACKUP}.")
+        print_result(f"{folder}: restored the old code and auto_map, and removed {BACKUP}.")
     else:
-        print(describe(folder))
+        print_result(describe(folder))
 
 
 if __name__ == "__main__":

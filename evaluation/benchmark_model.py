@@ -16,7 +16,7 @@ from transformers.utils import logging
 import utils
 from chatglm2 import ChatGLMConfig, ChatGLMForConditionalGeneration, generation_chatglm, loading
 from chatglm2.checkpoint import download_descriptions, locate_checkpoint
-from chatglm2.errors import one_line
+from chatglm2.errors import exit_on_error
 from chatglm2.hardware import choose_threads
 from chatglm2.json_files import read_config
 from chatglm2.kernels.cpu_backend import allocate
@@ -51,13 +51,11 @@ READ_S = 1.0
 
 def read_shape(args: argparse.Namespace) -> ChatGLMConfig:
     """Return the configuration of the model to be measured."""
-    try:
+    with exit_on_error(f"--model {args.model}: "):
         if not args.random_weights:
             folder, hub_info = locate_checkpoint(args.model, args.revision)
             return read_config(folder or download_descriptions(args.model, args.revision, hub_info))
         return read_config(Path(args.model)) if args.model else ChatGLMConfig(**SHAPE_6B)
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"--model {args.model}: {one_line(error)}") from error
 
 
 def describe_setting(args: argparse.Namespace) -> dict:

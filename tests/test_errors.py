@@ -1,7 +1,12 @@
 """`errors`: any failure while loading ends a script with one line."""
 
+import shutil
+import subprocess
+import sys
+
 import pytest
 import torch
+from conftest import ROOT
 from loading import fail, fail_to_load, load
 
 from chatglm2 import errors, loading
@@ -34,3 +39,23 @@ def test_own_errors_are_printed_as_they_are(tmp_path):
             loading.read_adapter(tmp_path / "none", None, False)
 
     assert fail(read) == f"--adapter {tmp_path / 'none'}: there is no such folder."
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /dev/full")
+@pytest.mark.parametrize("module", ["export", "refresh"])
+def test_a_result_that_cannot_be_printed(tiny_checkpoint, tmp_path, module):
+    folder = tmp_path / "copy"
+    shutil.copytree(tiny_checkpoint, folder)
+    more = [str(tmp_path / "new")] if module == "export" else []
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(
+            [sys.executable, "-m", f"chatglm2.{module}", str(folder), *more],
+            cwd=ROOT,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert result.returncode == 1
+    assert result.stderr.endswith("The output cannot be written: No space left on device.\n")
+    assert "Traceback" not in result.stderr
