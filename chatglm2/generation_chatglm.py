@@ -343,6 +343,7 @@ class ChatGLMGenerationMixin(GenerationMixin):
         assisted generation (prompt lookup) transformers passes all ids again, also those that a
         kept cache holds; they are cut off here.
         """
+        kwargs.pop("tokenizer", None)  # transformers gives the model this argument of generate
         cache = pick_cache(past_key_values, cache)
         held = 0 if cache is None else cache.get_seq_length()
         if next_sequence_length is None and held:
