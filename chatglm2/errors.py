@@ -28,6 +28,7 @@ def is_explained(error: Exception) -> bool:
 def exit_on_error(prefix: str):
     """End the program with one line about any error: the prefix, the error's kind and message.
 
+    A message that begins with the prefix, such as the path of a file in a folder, is not repeated.
     With the environment variable CHATGLM_TRACEBACK the error itself is raised.
     """
     try:
@@ -39,7 +40,8 @@ def exit_on_error(prefix: str):
         if not is_explained(error):
             kind, hint = type(error).__name__, "CHATGLM_TRACEBACK=1 shows the traceback"
             message = f"{kind}: {message} ({hint})" if message != kind else f"{kind} ({hint})"
-        raise SystemExit(f"{prefix}{message}") from error
+        has_prefix = message.startswith(prefix.rstrip(": "))
+        raise SystemExit(message if has_prefix else f"{prefix}{message}") from error
 
 
 def print_result(line: str):

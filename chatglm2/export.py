@@ -10,6 +10,7 @@ The weights are read from the mapped files while they are written, not copied in
 
 import argparse
 import re
+import sys
 from pathlib import Path
 
 import torch
@@ -259,4 +260,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -15,6 +15,7 @@ import json
 import os
 import shlex
 import shutil
+import sys
 from pathlib import Path
 
 from huggingface_hub.constants import HF_HOME
@@ -146,4 +147,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -59,3 +59,11 @@ def test_a_result_that_cannot_be_printed(tiny_checkpoint, tmp_path, module):
     assert result.returncode == 1
     assert result.stderr.endswith("The output cannot be written: No space left on device.\n")
     assert "Traceback" not in result.stderr
+
+
+def test_a_folder_is_named_once():
+    with (
+        pytest.raises(SystemExit, match=r"^folder/config\.json: empty"),
+        errors.exit_on_error("folder: "),
+    ):
+        raise ValueError("folder/config.json: empty")
