@@ -61,9 +61,7 @@ def test_a_result_that_cannot_be_printed(tiny_checkpoint, tmp_path, module):
     assert "Traceback" not in result.stderr
 
 
-def test_a_folder_is_named_once():
-    with (
-        pytest.raises(SystemExit, match=r"^folder/config\.json: empty"),
-        errors.exit_on_error("folder: "),
-    ):
-        raise ValueError("folder/config.json: empty")
+def test_a_folder_is_named_once(tiny_checkpoint, tmp_path):
+    folder = shutil.copytree(tiny_checkpoint, tmp_path / "folder")
+    (folder / "config.json").write_text("[]")
+    assert fail_to_load(folder).startswith(f"{folder}/config.json holds no JSON object")
