@@ -37,6 +37,11 @@ from chatglm2.chat.markdown import to_markdown
         ("\\[\n```\n\\]\n<b>", "&#91;\n```\n\\]\n<b>", "&#91;\n```\n\\]\n<b>"),
         ("\\(a \\) \\)", "\\(a \\) &#41;", "$a $ &#41;"),
         ("\\[a \\\\[2pt] b\\]", "\\[a \\\\[2pt] b\\]", "$$\na \\\\[2pt] b\n$$"),
+        ("1. a\n2. b\nc\nd", "1. a\n2. b\n\nc\nd", "1. a\n2. b\n\nc  \nd"),
+        ("- a\n  - b\nc\n> d", "- a\n  - b\n\nc\n> d", "- a\n  - b\n\nc\n> d"),
+        ("1. a\nb\n2. c\n   d", "1. a\nb\n2. c\n   d", "1. a  \nb\n2. c  \n   d"),
+        ("- [x] a\n- [ ] b", "- ☑ a\n- ☐ b", "- ☑ a\n- ☐ b"),
+        ("1. [X] a - [x] b", "1. ☑ a - [x] b", "1. ☑ a - [x] b"),
         ("", "", ""),
     ],
 )

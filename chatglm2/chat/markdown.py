@@ -22,6 +22,9 @@ FORMULA = re.compile(
     re.MULTILINE,
 )
 ALONE = re.compile(r"^ {0,3}\$\$([^$\n]+)\$\$ *$", re.MULTILINE)
+ITEM = re.compile(r"^[ \t]*(?:[-*+]|\d+[.)])[ \t].*\n\S", re.MULTILINE)  # and text behind it
+# A task, which would be drawn as a box without a name.
+TASK = re.compile(r"\A([ \t>]*(?:[-*+]|\d+[.)])[ \t]+)\[([ xX])\](?= )")
 # The replacement of each group of `SPECIAL`, in each library's Markdown.
 GRADIO = {
     "display": r"\[{}\]",
@@ -57,17 +60,38 @@ def to_markdown(text: str, library: str) -> str:
     a request to another host. Formulas get the library's delimiters. Code is not changed.
     """
     style = {"gradio": GRADIO, "streamlit": STREAMLIT}[library]
-    text = join_formulas(text)
+    text = end_lists(join_formulas(text))
     lines = text.split("\n")
     for token in reversed(PARSER.parse(text)):
         if token.type == "inline":  # the text of a paragraph, a heading or an item
             part = convert("\n".join(lines[slice(*token.map)]), token, style)
+            part = TASK.sub(lambda found: found[1] + "☑☐"[found[2] == " "], part)
             lines[slice(*token.map)] = [
                 ALONE.sub(style["alone"], part) if token.level == 1 else part
             ]
         elif token.type == "fence":
             first = token.map[0]
             lines[first] = re.sub("[<!]", "", lines[first])  # no language has them in its name
+    return "\n".join(lines)
+
+
+def end_lists(text: str) -> str:
+    """Put a blank line before text that follows a list without one.
+
+    In Markdown that text would belong to the last item; models mean a paragraph of its own.
+    """
+    if not ITEM.search(text):
+        return text
+    lines, end = text.split("\n"), False
+    for token in reversed(PARSER.parse(text)):
+        if token.type == "inline" and end:
+            first, last = token.map
+            for i in range(first + 1, last):
+                if lines[i][:1].strip():  # not indented
+                    lines.insert(i, "")
+                    break
+        is_end = token.level == 0 and token.type.endswith("list_close")
+        end = is_end or (end and token.type.endswith("_close"))
     return "\n".join(lines)
 
 
