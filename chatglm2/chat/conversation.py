@@ -66,7 +66,7 @@ class Conversation:
             ValueError: The question alone is too long; the conversation is unchanged.
         """
         max_length = min(max_length, self.model.config.seq_length)
-        prompt = self.fit(query, max_length - min(max_length // 4, MAX_ANSWER_ROOM))
+        prompt = self.fit(query, compute_limit(max_length))
         answers = self.model.stream_chat(
             self.tokenizer,
             query,
@@ -86,28 +86,49 @@ class Conversation:
                 yield answer
 
     def fit(self, query: str, limit: int) -> tuple[list[int], int]:
-        """Return the prompt, as `continue_with`; drop the oldest rounds if it exceeds `limit` ids.
-
-        Then the prompt is cut to three quarters of `limit`: all of it has to be computed anew, and
-        some rounds should be able to continue with its cache.
-        """
+        """Return the prompt, as `continue_with`; drop the oldest rounds beyond `limit` ids."""
         prompt = self.cache.continue_with(self.tokenizer, query, self.history)
         if len(prompt[0]) <= limit:
             self.num_dropped = 0
             return prompt
         # A generated answer may have more ids than its text needs: count those of the texts.
-        cache, history = ChatGLMCache(), self.history
-        prompt = cache.continue_with(self.tokenizer, query, history)
-        target = limit if len(prompt[0]) <= limit else limit * 3 // 4
-        while history and len(prompt[0]) > target:
-            history = history[1:]
-            prompt = cache.continue_with(self.tokenizer, query, history)
-        if (length := len(prompt[0])) > limit:
-            raise ValueError(
-                f"问题有 {length} 个 token，最多 {limit} 个，请缩短。"
-                f"The question has {length} tokens, at most {limit} fit: shorten it."
-            )
+        cache = ChatGLMCache()
+        ids, history = drop_oldest(
+            lambda history: cache.continue_with(self.tokenizer, query, history)[0],
+            self.history,
+            limit,
+        )
         self.num_dropped = len(self.history) - len(history)
         self.first_round += self.num_dropped
         self.cache = cache
-        return prompt
+        return ids, 0
+
+
+def compute_limit(max_length: int) -> int:
+    """Return how many tokens a prompt may have, so that there is room for an answer."""
+    return max_length - min(max_length // 4, MAX_ANSWER_ROOM)
+
+
+def drop_oldest(encode, rounds: list, limit: int) -> tuple[list[int], list]:
+    """Return a prompt of at most `limit` ids, and the rounds in it; drop the oldest if necessary.
+
+    Then the prompt is cut to three quarters of `limit`: all of it has to be computed anew, and some
+    rounds should be able to continue with its cache.
+
+    Args:
+        encode: Returns the ids of the prompt with these rounds.
+
+    Raises:
+        ValueError: The question alone is too long.
+    """
+    ids = encode(rounds)
+    target = limit if len(ids) <= limit else limit * 3 // 4
+    while rounds and len(ids) > target:
+        rounds = rounds[1:]
+        ids = encode(rounds)
+    if len(ids) > limit:
+        raise ValueError(
+            f"问题有 {len(ids)} 个 token，最多 {limit} 个，请缩短。"
+            f"The question has {len(ids)} tokens, at most {limit} fit: shorten it."
+        )
+    return ids, rounds
