@@ -6,140 +6,225 @@ Then open http://127.0.0.1:7860.
 """
 
 import argparse
+import asyncio
 import os
-import weakref
+import uuid
+from contextlib import aclosing
+from pathlib import Path
 
 import gradio as gr
 from fastapi.middleware import Middleware
 
 import utils
+from chatglm2.chat import gradio_page
+from chatglm2.chat.gradio_page import LOOK, list_conversations, read_chat, show_chat
+from chatglm2.chat.login import add_login_argument
 from chatglm2.chat.markdown import to_markdown
-from chatglm2.chat.shared_model import EXAMPLES, WELCOME, Chat, SharedModel, sampling_sliders
+from chatglm2.chat.shared_model import (
+    EXAMPLES,
+    INTERVAL_S,
+    WELCOME,
+    Chat,
+    SharedModel,
+    sampling_sliders,
+)
 from chatglm2.errors import one_line
 from chatglm2.hardware import listen
 from chatglm2.loading import describe
 from chatglm2.serving.guards import SiteGuard, list_hosts
 
-MAX_WAITING = 16  # questions that wait, each in a thread; further ones wait in Gradio's queue
-FONTS = ["Segoe UI", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", "sans-serif"]
-LATEX = [
-    {"left": r"\[", "right": r"\]", "display": True},
-    {"left": r"\(", "right": r"\)", "display": False},
-]
-HEAD = """
-<style>.katex-display {overflow-x: auto; overflow-y: hidden}</style>
-<!-- No text can make the browser send a request to another host. -->
-<meta http-equiv="Content-Security-Policy"
-    content="default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:">"""
-LOOK = {
-    "theme": gr.themes.Default(primary_hue="blue", font=FONTS),
-    "footer_links": ["settings"],
-    "head": HEAD,
-}
+ASKING = {"submit_btn": False, "stop_btn": True}  # the buttons of the text box
+IDLE = {"submit_btn": True, "stop_btn": False}
 
 
-def draw(chat: Chat) -> tuple[list[dict], str]:
-    """Return the chatbot's messages and the notice."""
-    rounds = [*chat.rounds, (chat.query, "…")] if chat.query else chat.rounds
-    messages = [
-        {"role": role, "content": [{"type": "text", "text": to_markdown(text, "gradio")}]}
-        for texts in rounds
-        for role, text in zip(("user", "assistant"), texts, strict=True)
-    ]
-    return messages, to_markdown("\n".join(chat.notices), "gradio")
+class Page:
+    """The page and the handlers of its events.
 
+    A conversation lives in the browser, in the value of `self.conversations`: each event brings it
+    along. Here are only the chats that are being answered.
+    """
 
-class Handlers:
-    """The handlers of the page's events. Each browser tab has its own chat."""
-
-    def __init__(self, model, tokenizer):
+    def __init__(self, model, tokenizer, name: str):
+        name = Path(name).resolve().name
         self.shared = SharedModel(model, tokenizer)
-        self.chats = weakref.WeakValueDictionary()  # by session hash: one for each browser tab
+        self.chats: dict[str, Chat] = {}  # by session hash: one for each browser tab
+        with gr.Blocks(title=name, fill_height=True, analytics_enabled=False) as self.demo:
+            self.build(model, name)
+            self.connect()
 
-    def respond(self, query, chat, max_length, top_p, temperature, draft, request: gr.Request):
-        """Answer: yield messages, notice, text box, chat, and a question to give back."""
-        if not query.strip():
-            return
-        chat = chat or self.shared.start_chat()
-        chat.end_answer()
-        self.chats[request.session_hash] = chat
-        settings = {"max_length": max_length, "top_p": top_p, "temperature": temperature}
-        emptied = {"value": ""} if draft == query else {}  # a retry or an example keeps the draft
-        box, waiting = gr.Textbox(submit_btn=False, stop_btn=True, **emptied), ""
-        with chat.busy(self.shared.answer(chat, query, **settings)) as steps:
-            for _ in steps:
-                if not chat.notice or chat.notice != waiting:
-                    yield *draw(chat), box, chat, ""
-                    box, waiting = gr.skip(), chat.notice
-            query, chat.query = chat.query, ""
-            yield *draw(chat), gr.Textbox(submit_btn=True, stop_btn=False), chat, query
-
-    def give_back(self, query, draft) -> str:
-        return "\n".join(filter(None, (query, draft)))
-
-    def pick(self, event: gr.SelectData) -> str:
-        return event.value["text"]
-
-    def undo(self, chat, draft):
-        query = chat.pop()
-        return *draw(chat), draft or query
-
-    def clear(self, chat):
-        if chat:
-            chat.clear()
-        return [], ""
-
-    def stop(self, chat):
-        chat.is_stopped = True
-
-    def leave(self, request: gr.Request):
-        if chat := self.chats.pop(request.session_hash, None):
-            chat.leave()
-
-
-def build_demo(model, tokenizer, name: str) -> gr.Blocks:
-    """Return the page; `name` is the name of the model."""
-    with gr.Blocks(title="ChatGLM2-6B", fill_height=True, analytics_enabled=False) as demo:
-        with gr.Row():
-            gr.Markdown(f"## ChatGLM2-6B\n{describe(name, model)}")
-            clear = gr.Button("清空对话 Clear history", size="sm", scale=0, min_width=150)
-        chatbot = gr.Chatbot(
+    def build(self, model, name: str):
+        with gr.Sidebar(label="对话与设置 Conversations and settings", open=False):
+            self.new = gr.Button("新对话 New chat", variant="primary")
+            self.conversations = list_conversations()
+            with gr.Accordion("导入导出 Import, export", open=False):
+                self.export_markdown = gr.Button("导出 Markdown", size="sm")
+                self.export_json = gr.Button("导出 JSON", size="sm")
+                gr.HTML(gradio_page.IMPORT)
+            with gr.Accordion("参数设置 Settings", open=False):
+                self.system = gr.Textbox(label="系统提示 System prompt", lines=2, max_lines=6)
+                self.sliders = {
+                    name: gr.Slider(**slider) for name, slider in sampling_sliders(model).items()
+                }
+        gr.Markdown(f"# {describe(name, model)}", elem_id="title")
+        self.chatbot = gr.Chatbot(
+            elem_id="chat",
             show_label=False,
             scale=1,
             placeholder=WELCOME,
             examples=[{"text": text} for text in EXAMPLES],
-            latex_delimiters=LATEX,
-            buttons=["copy"],
+            latex_delimiters=gradio_page.LATEX,
+            buttons=[],
             feedback_options=None,
+            autoscroll=False,
         )
-        notice = gr.Markdown()
-        box = gr.Textbox(
+        self.notice = gr.Markdown()
+        self.box = gr.Textbox(
             placeholder="输入问题，回车发送 / Type a message",
+            label="问题 Message",
             show_label=False,
             autofocus=True,
-            submit_btn=True,
+            max_lines=8,
+            **IDLE,
         )
-        with gr.Accordion("参数设置 Settings", open=False), gr.Row():
-            settings = [gr.Slider(**slider) for slider in sampling_sliders(model).values()]
-        connect(demo, Handlers(model, tokenizer), chatbot, notice, box, clear, settings)
-    return demo
+        self.nothing = {self.box: gr.skip()}  # what a handler returns that changes nothing
 
+    def connect(self):
+        """Connect each event of the page with its handler."""
+        shown = [self.chatbot, self.notice, self.box, self.conversations, self.system]
+        inputs = {self.box, self.conversations, self.system, *self.sliders.values()}
+        quick = {"show_progress": "hidden", "api_visibility": "private"}
+        slow = {**quick, "concurrency_id": "answer", "concurrency_limit": None}
+        for trigger, handler in (
+            (self.box.submit, self.submit),
+            (self.chatbot.retry, self.retry),
+            (self.chatbot.example_select, self.pick),
+        ):
+            trigger(handler, inputs, shown, **slow).then(self.give_back, inputs, shown, **quick)
+        for trigger, handler in (
+            (self.chatbot.undo, self.undo),
+            (self.chatbot.clear, self.clear),
+            (self.conversations.edit, self.edit),
+            (self.conversations.input, self.show),
+            (self.conversations.upload, self.read_file),
+        ):
+            trigger(handler, inputs, shown, **quick)
+        for trigger, function in ((self.demo.load, "load"), (self.new.click, "fresh")):
+            fetched = trigger(None, None, self.conversations, js=f"conversations.{function}")
+            fetched.then(self.show, inputs, shown, **quick)
+        self.export_markdown.click(None, js="conversations.exportMarkdown")
+        self.export_json.click(None, js="conversations.exportJson")
+        self.box.stop(self.stop, queue=False, **quick)
+        self.demo.unload(self.stop)
 
-def connect(demo, handlers, chatbot, notice, box, clear, settings):
-    """Connect each event of the page with its handler."""
-    chat, query, unanswered = gr.State(), gr.State(), gr.State()
-    quick = {"show_progress": "hidden", "api_visibility": "private"}
-    slow = {**quick, "concurrency_id": "answer", "concurrency_limit": MAX_WAITING}
-    chatbot.undo(handlers.undo, [chat, box], [chatbot, notice, box], **quick)
-    retry = chatbot.retry(Chat.pop, chat, query, **quick)
-    example = chatbot.example_select(handlers.pick, None, query, **quick)
-    outputs = [chatbot, notice, box, chat, unanswered]
-    for trigger, asked in ((box.submit, box), (retry.then, query), (example.then, query)):
-        answer = trigger(handlers.respond, [asked, chat, *settings, box], outputs, **slow)
-        answer.then(handlers.give_back, [unanswered, box], box, **quick)
-    gr.on([chatbot.clear, clear.click], handlers.clear, chat, [chatbot, notice], **quick)
-    box.stop(handlers.stop, chat, queue=False, **quick)
-    demo.unload(handlers.leave)
+    # Handlers. Each gets the values of all inputs, and returns the values of some components.
+
+    async def answer(self, query: str, chat: Chat, values: dict, request: gr.Request):
+        """Draw each step of an answer; a question without an answer is left to `give_back`."""
+        if not query.strip():
+            yield self.nothing  # without any step Gradio would empty all components
+            return
+        await self.leave(request)
+        self.chats[request.session_hash] = chat
+        settings = {name: values[slider] for name, slider in self.sliders.items()}
+        box = gr.Textbox(**ASKING, **({"value": ""} if values[self.box] == query else {}))
+        try:
+            async with aclosing(self.shared.answer(chat, query, **settings)) as steps:
+                async for _ in steps:
+                    yield {**self.draw(chat, values), self.box: box}
+                    box = gr.skip()
+            query, chat.query = chat.query, ""
+            drawn = self.draw(chat, values)
+            drawn[self.conversations]["query"] = query  # for `give_back`
+            yield {**drawn, self.box: gr.Textbox(**IDLE)}
+        finally:
+            self.chats.pop(request.session_hash, None)
+
+    async def submit(self, values, request: gr.Request):
+        saved = values[self.conversations]
+        chat = read_chat(saved, values[self.system])
+        if (editing := saved.get("editing")) is not None:
+            chat.cut(editing)
+        async for step in self.answer(values[self.box], chat, values, request):
+            yield step
+
+    async def retry(self, values, request: gr.Request):
+        chat = read_chat(values[self.conversations], values[self.system])
+        async for step in self.answer(chat.cut(-1), chat, values, request):
+            yield step
+
+    async def pick(self, values, event: gr.SelectData, request: gr.Request):
+        chat = read_chat(values[self.conversations], values[self.system])
+        async for step in self.answer(event.value["text"], chat, values, request):
+            yield step
+
+    def give_back(self, values):
+        """Put a question without an answer back into the text box."""
+        saved = values[self.conversations]
+        if not saved.get("query"):
+            return self.nothing
+        texts = filter(None, (saved["query"], values[self.box]))
+        return {self.box: "\n".join(texts), self.conversations: {**saved, "query": ""}}
+
+    def undo(self, values):
+        chat = read_chat(values[self.conversations], values[self.system])
+        query = chat.cut(-1)
+        return {**self.draw(chat, values), self.box: values[self.box] or query}
+
+    def edit(self, values, event: gr.EventData):
+        """Put an earlier question into the text box; sending it replaces what follows."""
+        saved, index = values[self.conversations], event.index
+        if index is None:
+            return {self.notice: "", self.box: "", self.conversations: {**saved, "editing": None}}
+        return {
+            self.notice: gradio_page.EDITING.format(index + 1),
+            self.box: saved["rounds"][index][0],
+            self.conversations: {**saved, "editing": index},
+        }
+
+    async def show(self, values, request: gr.Request):
+        """Draw the conversation that the browser has picked."""
+        await self.leave(request)
+        saved = values[self.conversations]
+        chat = read_chat(saved)
+        box = gr.Textbox(**IDLE, **({"value": saved["query"]} if saved.get("query") else {}))
+        return {**self.draw(chat, values), self.box: box, self.system: chat.system}
+
+    async def clear(self, values, request: gr.Request):
+        await self.leave(request)
+        box = gr.Textbox(**IDLE)
+        return {**self.draw(Chat(system=values[self.system]), values), self.box: box}
+
+    async def read_file(self, values, event: gr.EventData, request: gr.Request):
+        try:
+            chat = gradio_page.read_file(event.text)
+        except ValueError as error:
+            gr.Warning(str(error), title="导入失败 Import failed")
+            return self.nothing
+        await self.leave(request)
+        saved = {"id": uuid.uuid4().hex}
+        box = gr.Textbox(**IDLE)
+        drawn = self.draw(chat, {**values, self.conversations: saved})
+        return {**drawn, self.box: box, self.system: chat.system}
+
+    def stop(self, request: gr.Request):
+        if chat := self.chats.get(request.session_hash):
+            chat.is_stopped = True
+
+    async def leave(self, request: gr.Request):
+        """End the answer that is being given, before another event draws the page."""
+        self.stop(request)
+        while request.session_hash in self.chats:
+            await asyncio.sleep(INTERVAL_S)
+
+    def draw(self, chat: Chat, values: dict) -> dict:
+        return {
+            self.chatbot: show_chat(chat),
+            self.notice: to_markdown("\n".join(chat.notices), "gradio"),
+            self.conversations: {
+                **gradio_page.save_chat(chat),
+                "id": values[self.conversations]["id"],
+            },
+        }
 
 
 def check_address(host: str, port: int | None):
@@ -174,6 +259,7 @@ def main(argv=None):
         "--share", action="store_true", help="make a public link through Gradio's site"
     )
     utils.add_allowed_host(server)
+    add_login_argument(server)
     utils.add_model_arguments(parser)
     args = parser.parse_args(argv)
     check_address(args.host, args.port)
@@ -183,9 +269,9 @@ def main(argv=None):
     hosts = None if args.share else list_hosts(args.host, args.allowed_host)
     guards = [Middleware(SiteGuard, hosts=hosts, origins=["*"])]
     server = {"server_name": args.host, "server_port": args.port, "share": args.share}
-    server["app_kwargs"] = {"middleware": guards}
+    server |= {"auth": args.auth, "app_kwargs": {"middleware": guards}}
     try:
-        build_demo(model, tokenizer, args.model).launch(**server, **LOOK)
+        Page(model, tokenizer, args.model).demo.launch(**server, **LOOK)
     except OSError as error:
         raise SystemExit(cannot_serve(args.host, args.port, error)) from error
 

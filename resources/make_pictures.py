@@ -25,30 +25,30 @@ sys.path.insert(0, str(ROOT))
 
 import utils  # noqa: E402
 import web_demo  # noqa: E402
+from chatglm2.chat import shared_model  # noqa: E402
+from chatglm2.serving.batching import Batcher  # noqa: E402
 
 MODEL = "resources/chatglm2-tiny"
 TOKENS_PER_SECOND = 25
 TIMEOUT_S = 60
+BOX = "textarea[placeholder*=请在], textarea[placeholder*=输入]"
 QUESTION = "晚上睡不着应该怎么办"
 TERMINAL = """<body style="margin: 0; background: #1d1f27">
 <pre style="margin: 0; padding: 20px 24px; color: #e4e6ec; white-space: pre-wrap;
 font: 15px/1.5 'Noto Sans Mono CJK SC', monospace">{}</pre>"""
 
 
-class PacedModel:
-    """The model with greedy answers, slowed down so that an animation shows the tokens."""
+class PacedBatcher(Batcher):
+    """Answers greedily, slowed down so that an animation shows the tokens."""
 
-    def __init__(self, model):
-        self.model, self.config = model, model.config
-        self.device, self.dtype = model.device, model.dtype
-
-    def stream_chat(self, *args, **kwargs):
+    def submit(self, request, queue, index=0):
         def pause(input_ids, scores):
             time.sleep(1 / TOKENS_PER_SECOND)
             return scores
 
-        kwargs |= {"do_sample": False, "logits_processor": [pause]}
-        yield from self.model.stream_chat(*args, **kwargs)
+        request.temperature = 0
+        request.processors.append(pause)
+        return super().submit(request, queue, index)
 
 
 def load_model():
@@ -73,7 +73,7 @@ def open_page(browser, address: str | None, width: int, height: int, scale=2):
     page = browser.new_page(viewport=viewport, device_scale_factor=scale, locale="zh-CN")
     if address:
         page.goto(address)
-        page.locator("textarea").wait_for()
+        page.locator(BOX).wait_for()
         page.wait_for_timeout(1000)
     return page
 
@@ -104,7 +104,7 @@ def film_an_answer(browser, address: str, path: Path):
     page = open_page(browser, address, 800, 620, scale=1)
     film = Film(page)
     film.shoot()
-    box, is_answered = page.locator("textarea"), page.locator("[data-testid=bot] li >> nth=3")
+    box, is_answered = page.locator(BOX), page.locator("[data-testid=bot] li >> nth=3")
     for character in QUESTION:
         box.press_sequentially(character)
         film.shoot()
@@ -121,8 +121,8 @@ def film_an_answer(browser, address: str, path: Path):
 
 def ask(page, query: str, answer: str):
     """Ask, and wait until an answer with these words is complete."""
-    page.locator("textarea").fill(query)
-    page.locator("textarea").press("Enter")
+    page.locator(BOX).fill(query)
+    page.locator(BOX).press("Enter")
     page.get_by_text(answer).wait_for()
     page.wait_for_timeout(2000)
 
@@ -147,7 +147,8 @@ def spawn(*arguments: str) -> pexpect.spawn:
 @contextmanager
 def served_gradio(model, tokenizer):
     """Serve the page of `web_demo.py` from this process; yield its address."""
-    demo = web_demo.build_demo(model, tokenizer, MODEL)
+    shared_model.Batcher = PacedBatcher
+    demo = web_demo.Page(model, tokenizer, MODEL).demo
     _, address, _ = demo.launch(prevent_thread_lock=True, quiet=True, **web_demo.LOOK)
     yield address
     demo.close()
@@ -189,7 +190,7 @@ def main(argv=None):
     tokenizer, model = load_model()
     with opened_browser() as browser:
         picture_terminal(browser, folder)
-        with served_gradio(PacedModel(model), tokenizer) as address:
+        with served_gradio(model, tokenizer) as address:
             film_an_answer(browser, address, folder / "web-demo.gif")
             picture_page(browser, address, folder / "web-demo.png", settings="参数设置")
         with served_streamlit() as address:

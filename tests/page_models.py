@@ -1,74 +1,72 @@
-"""A model for the tests of the pages: the bundled one, slow, failing or echoing if asked to.
+"""A batcher for the tests of the pages: the bundled model, slow, failing or echoing if asked to.
 
-As a program it runs a script or a module with this model and notes the addresses that it uses.
+As a program it runs a script or a module with this batcher and notes the addresses that it uses.
 
     python tests/page_models.py NOTES web_demo.py [argument ...]
     python tests/page_models.py NOTES streamlit run web_demo2.py [argument ...]
 """
 
-import gc
 import json
 import runpy
 import sys
 import time
 from pathlib import Path
+from typing import ClassVar
+
+import torch
 
 sys.path.append(str(Path(__file__).parent.parent))
 
-import utils
-from chatglm2 import ChatGLMCache
-
-load_model = utils.load_model  # before it is replaced
+from chatglm2.chat import shared_model
+from chatglm2.serving.batching import Batcher
 
 PAUSE_S = 0.1
 
 
-def pause(input_ids, scores):
-    time.sleep(PAUSE_S)
-    return scores
+class Script:
+    """A logits processor that makes the answers of `ScriptedBatcher`."""
+
+    def __init__(self, tokenizer, prompt: list[int], query: str):
+        self.ids, self.length, self.query = [], len(prompt), query
+        if query.startswith("echo "):  # as after a prompt, where a first space counts
+            self.ids = tokenizer.encode(
+                "：" + query.removeprefix("echo "), add_special_tokens=False
+            )
+            first = tokenizer.encode("：", add_special_tokens=False)
+            assert self.ids[: len(first)] == first
+            self.ids = self.ids[len(first) :]
+        self.is_scripted = bool(self.ids) or query == "silent"
+        self.end = tokenizer.eos_token_id
+
+    def __call__(self, input_ids, scores):
+        if self.query == "fail":
+            raise RuntimeError("no memory <b>left</b>")
+        if "故事" in self.query:
+            time.sleep(PAUSE_S)
+        if not self.is_scripted:
+            return scores
+        position = input_ids.shape[1] - self.length
+        chosen = self.ids[position] if position < len(self.ids) else self.end
+        return torch.full_like(scores, -1e4).index_fill(1, torch.tensor([chosen]), 0.0)
 
 
-def count_caches() -> int:
-    caches = [item for item in gc.get_objects() if isinstance(item, ChatGLMCache)]
-    return sum(cache.get_seq_length() > 0 for cache in caches)
-
-
-class SlowModel:
+class ScriptedBatcher(Batcher):
     """Answers greedily, and slowly if asked for a story.
 
-    It answers "echo X" with X, "caches" with the number of caches that hold something, and "silent"
-    with nothing, and fails at "fail".
+    It answers "echo X" with X, "running" with the number of the other running answers and "silent"
+    with nothing, and fails at "fail". `requests` has the settings and the prompt of all requests.
     """
 
-    def __init__(self, model):
-        self.model = model
-        self.config, self.device, self.dtype = model.config, model.device, model.dtype
-        self.generation_config, self.calls = model.generation_config, []
+    requests: ClassVar[list[dict]] = []
 
-    def stream_chat(self, tokenizer, query, history, past_key_values, **settings):
-        self.calls.append({"query": query, "history": list(history), **settings})
-        if query == "fail":
-            raise RuntimeError("no memory <b>left</b>")
-        if query == "silent":
-            return
-        if query.startswith("echo ") or query == "caches":
-            answer = str(count_caches()) if query == "caches" else query.removeprefix("echo ")
-            yield answer, [*history, (query, answer)], ChatGLMCache()
-            return
-        yield from self.model.stream_chat(
-            tokenizer,
-            query,
-            history,
-            past_key_values,
-            do_sample=False,
-            logits_processor=[pause] if "故事" in query else [],
-            **settings,
-        )
-
-
-def load_slow_model(args):
-    tokenizer, model = load_model(args)
-    return tokenizer, SlowModel(model)
+    def submit(self, request, queue, index=0):
+        prompt = self.tokenizer.decode(request.input_ids)
+        query = prompt.rpartition("问：")[2].rpartition("\n\n答：")[0]
+        self.requests.append({**vars(request), "prompt": prompt, "query": query})
+        query = f"echo {len(self.running)}" if query == "running" else query
+        request.temperature = 0
+        request.processors.append(Script(self.tokenizer, request.input_ids, query))
+        return super().submit(request, queue, index)
 
 
 def note_address(event: str, args: tuple, notes: Path):
@@ -82,7 +80,7 @@ if __name__ == "__main__":
     notes, program = Path(sys.argv[1]), sys.argv[2]
     notes.touch()
     sys.addaudithook(lambda event, args: note_address(event, args, notes))
-    utils.load_model = load_slow_model
+    shared_model.Batcher = ScriptedBatcher
     sys.argv = sys.argv[2:]
     run = runpy.run_path if program.endswith(".py") else runpy.run_module
     run(program, run_name="__main__")

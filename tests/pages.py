@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
 from conftest import ROOT
 
 TIMEOUT_S = 20
@@ -124,15 +125,23 @@ def opened_tab(browser, server):
     assert requests and not [url for url in requests if not url.startswith(outside)]
 
 
+def check_accessibility(page):
+    """Check that axe-core finds nothing; skip the test without it."""
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="needs axe-core")
+    violations = axe.Axe().run(page).response["violations"]
+    found = [(v["id"], [node["html"] for node in v["nodes"]]) for v in violations]
+    assert found == [], str(found)
+
+
 class Tab:
     """A browser tab with one of the pages, found by its selectors."""
 
-    MESSAGES, STOP = "", ""
+    MESSAGES, STOP, BOX = "", "", "textarea"
 
     def __init__(self, page, server):
         self.page, self.server = page, server
         self.stop_button = page.locator(self.STOP)
-        self.box = page.locator("textarea")
+        self.box = page.locator(self.BOX)
         self.box.wait_for()
 
     def messages(self) -> list[str]:

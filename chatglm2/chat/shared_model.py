@@ -1,139 +1,217 @@
 """What the two web pages share: one model for all chats, example questions, sliders."""
 
+import asyncio
 import logging
+import threading
 import time
-import weakref
-from contextlib import closing, contextmanager
+from collections.abc import AsyncGenerator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 from chatglm2 import CHAT_DEFAULTS
 from chatglm2.errors import one_line
 from chatglm2.sampling_chatglm import read_sampling
+from chatglm2.serving.batching import Batcher, Chunk, Generation, Request, Unavailable
 
-from .conversation import Conversation
+from .conversation import Conversation, compute_limit, drop_oldest
 
-MAX_CACHES = 4  # 8192 tokens of the 6B model in float16 need 0.24 GB
-POLL_S = 0.1
-MIN_INTERVAL_S = 0.05  # between two drawn steps: drawing takes time from computing
+KEPT_TOKENS = 32768  # with the 6B model in float16 they need 0.9 GB
+INTERVAL_S = 0.05  # between two drawn steps: drawing takes time from computing
 WELCOME = "你好 👋 有什么可以帮你？\n\nHello! How can I help you?"
 EXAMPLES = ("你好", "晚上睡不着应该怎么办", "Tell me a joke")
 
 logger = logging.getLogger(__name__)
 
 
-class Chat(Conversation):
+@dataclass
+class Chat:
     """A conversation of a page.
 
     Attributes:
+        rounds: All rounds, a list of [question, answer, remark]; a remark is "36 tokens" and such.
+        first_round: Index of the first round that the model still sees; the older ones were
+            dropped.
+        system: Text that stands before the first question, or "".
         query: The question that has no answer yet, or "".
         notice: A remark on the last answer, or "".
-        is_stopped: Set this to end the answer.
+        is_stopped: Set this to end the answer, from any thread.
+        is_busy: A thread draws the answer.
     """
 
-    is_busy = False
+    rounds: list[list[str]] = field(default_factory=list)
+    first_round: int = 0
+    system: str = ""
+    query: str = ""
+    notice: str = ""
+    is_stopped: bool = False
+    is_busy: bool = False
 
-    def clear(self):
-        self.end_answer()
-        super().clear()
-        self.query = self.notice = ""
-        self.is_stopped = False
-
-    def pop(self) -> str:
-        self.end_answer()
-        return super().pop()
-
-    @contextmanager
-    def busy(self, steps):
-        """Close the generator of an answer at the end; until then `end_answer` waits."""
-        self.is_busy = True
-        try:
-            with closing(steps):
-                yield steps
-        finally:
-            self.is_busy = False
-
-    def end_answer(self):
-        """End the answer that another thread draws, if there is one, and wait for its end."""
-        while self.is_busy:
-            self.is_stopped = True
-            time.sleep(POLL_S)
-
-    def leave(self):
-        """End the answer and free the cache: the tab was closed."""
-        self.end_answer()
-        self.free_cache()
+    def cut(self, index: int) -> str:
+        """Remove the rounds from this index on, and return the question of the first; or ""."""
+        query = self.rounds[index][0] if self.rounds else ""
+        del self.rounds[index:]
+        if self.first_round >= len(self.rounds):
+            self.first_round = 0
+        return query
 
     @property
     def notices(self) -> list[str]:
-        dropped = self.DROPPED.format(self.first_round) if self.first_round else ""
+        dropped = Conversation.DROPPED.format(self.first_round) if self.first_round else ""
         return [notice for notice in (dropped, self.notice) if notice]
+
+    def encode(self, tokenizer, query: str, rounds: list) -> list[int]:
+        """Return the prompt: the system text, rounds, and a question."""
+        texts = [("system", self.system)] if self.system else []
+        for question, answer, *_ in rounds:
+            texts += [("user", question), ("assistant", answer)]
+        messages = [{"role": role, "content": text} for role, text in (*texts, ("user", query))]
+        return tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_dict=False
+        )
+
+
+class GrowingAnswer:
+    """Receives the chunks of an answer from the batcher, in the place of a queue."""
+
+    def __init__(self):
+        self.whole, self.error = Chunk(), None
+        self.begin = self.end = 0.0  # when the first and the last token came
+
+    def put_nowait(self, item: tuple[int, Chunk | Exception]):
+        _, chunk = item
+        if isinstance(chunk, Exception):
+            self.error = chunk
+            return
+        self.whole.add(chunk)
+        self.end = time.monotonic()
+        self.begin = self.begin or self.end
+
+    @property
+    def remark(self) -> str:
+        """For example "36 tokens · 20.5 tokens/s"; the speed is that after the first token."""
+        count, duration = len(self.whole.token_ids), self.end - self.begin
+        speed = f" · {(count - 1) / duration:.1f} tokens/s" if count > 1 and duration else ""
+        return f"{count} token{'s' * (count != 1)}{speed}"
 
 
 class SharedModel:
-    """One model for several chats: it answers one at a time and keeps the latest caches."""
+    """One model for several chats; it answers some of them at the same time."""
 
     def __init__(self, model, tokenizer):
         self.model, self.tokenizer = model, tokenizer
-        self.queue = []  # a ticket for each question; the first one is being answered
-        self.recent = []  # weak references to the chats whose caches are kept
+        context = model.config.seq_length
+        self.batcher = Batcher(model, tokenizer, context=context, kept_tokens=KEPT_TOKENS)
 
-    def start_chat(self) -> Chat:
-        return Chat(self.model, self.tokenizer)
-
-    def answer(self, chat: Chat, query: str, max_length: int, **sampling):
+    async def answer(self, chat: Chat, query: str, max_length: int, **sampling):
         """Answer a question: a generator that yields whenever a page has something new to draw.
 
         Closing it or setting `chat.is_stopped` ends the answer; the text so far is kept. A failure
         becomes the chat's notice.
+
+        Args:
+            max_length: Number of tokens of the conversation, bounded by the model's context.
+            sampling: `top_p` and `temperature`.
         """
         chat.query, chat.notice, chat.is_stopped = query, "", False
-        ticket = object()
-        self.queue.append(ticket)
+        growing, generation = GrowingAnswer(), None
         try:
-            while (ahead := self.queue.index(ticket)) and not chat.is_stopped:
-                questions = "1 question comes" if ahead == 1 else f"{ahead} questions come"
-                chat.notice = f"排队中，前面还有 {ahead} 个问题 / waiting: {questions} first"
+            yield
+            ids = await asyncio.to_thread(self.fit, chat, query, max_length)
+            request = Request(
+                ids, max_length=max_length, process_text=self.model.process_response, **sampling
+            )
+            generation = self.batcher.submit(request, growing)
+            async for _ in self.follow(chat, generation, growing):
                 yield
-                time.sleep(POLL_S)
-            chat.notice = chat.STOPPED if chat.is_stopped else ""
-            if not chat.is_stopped:
-                yield from self.answer_now(chat, max_length, sampling)
         except GeneratorExit:
-            chat.notice = chat.STOPPED
+            chat.notice = Conversation.STOPPED
             raise
-        except ValueError as error:  # the question is too long
+        except (ValueError, Unavailable) as error:  # too long a question, too many questions
             chat.notice = str(error)
         except Exception as error:
             logger.exception("an answer failed")
             chat.notice = f"回答失败 / the answer failed: {one_line(error)}"
         finally:
-            self.queue.remove(ticket)
+            if generation:
+                generation.cancel()
 
-    def answer_now(self, chat: Chat, max_length: int, sampling: dict):
-        answers = chat.stream(chat.query, max_length, **sampling)
-        self.keep_cache(chat)
-        yield
-        drawn = 0
-        with closing(answers):
-            for _ in answers:
+    def fit(self, chat: Chat, query: str, max_length: int) -> list[int]:
+        """Return the prompt; drop the oldest rounds that leave too little room for an answer."""
+        rounds = chat.rounds[chat.first_round :]
+        ids, rounds = drop_oldest(
+            lambda rounds: chat.encode(self.tokenizer, query, rounds),
+            rounds,
+            compute_limit(min(max_length, self.batcher.context)),
+        )
+        chat.first_round = len(chat.rounds) - len(rounds)
+        return ids
+
+    async def follow(self, chat: Chat, generation: Generation, growing: GrowingAnswer):
+        """Copy a growing answer into its chat; yield after each change."""
+        whole, drawn = growing.whole, None
+        while not chat.is_stopped:
+            is_last = whole.finish_reason is not None
+            if growing.error:
+                raise growing.error
+            if whole.text and chat.query:
+                chat.rounds.append([chat.query, "", ""])
                 chat.query = ""
-                if chat.is_stopped:
-                    chat.notice = chat.STOPPED
-                    return
-                if time.monotonic() - drawn >= MIN_INTERVAL_S:
-                    yield
-                    drawn = time.monotonic()
-        if chat.query:
+            if not chat.query:
+                chat.rounds[-1][1:] = whole.text, growing.remark
+            chat.notice = self.describe_place(generation)
+            if is_last:
+                break
+            if drawn != (drawn := (whole.text, chat.notice)):
+                yield
+            await asyncio.sleep(INTERVAL_S)
+        if chat.is_stopped:
+            chat.notice = Conversation.STOPPED
+        elif chat.query:
             chat.notice = "模型没有回答 / the model gave no answer"
-        elif chat.was_cut:
+        elif whole.finish_reason == "length":
             chat.notice = "回答达到长度上限，已截断 / the answer was cut: maximum length reached"
 
-    def keep_cache(self, chat: Chat):
-        """Free the caches that were used longest ago, but not this one."""
-        others = [other for ref in self.recent if (other := ref()) not in (None, chat)]
-        chats = [other for other in others if other.cache.get_seq_length()]  # not freed meanwhile
-        for other in chats[: max(0, len(chats) + 1 - MAX_CACHES)]:
-            other.free_cache()
-        self.recent = [weakref.ref(kept) for kept in (*chats, chat)][-MAX_CACHES:]
+    def describe_place(self, generation: Generation) -> str:
+        """Return how many answers must end before this one begins; "" if there is a place."""
+        with self.batcher.condition:
+            waiting = list(self.batcher.waiting)
+            num_free = self.batcher.max_batch - len(self.batcher.running)
+        ahead = waiting.index(generation) + 1 - num_free if generation in waiting else 0
+        if ahead <= 0:
+            return ""
+        questions = "1 question comes" if ahead == 1 else f"{ahead} questions come"
+        return f"排队中，前面还有 {ahead} 个问题 / waiting: {questions} first"
+
+
+class Answering:
+    """Answers in a thread of their own, for pages that give each user a thread."""
+
+    def __init__(self):
+        self.loop = asyncio.new_event_loop()
+        threading.Thread(target=self.loop.run_forever, name="answers", daemon=True).start()
+
+    @contextmanager
+    def run(self, chat: Chat, steps: AsyncGenerator):
+        """Provide the steps of an answer; it ends with the context. Until then `end` waits."""
+
+        async def advance() -> bool:
+            return await anext(steps, self) is not self
+
+        chat.is_busy = True
+        try:
+            yield iter(lambda: self.wait(advance()), False)
+        finally:
+            self.wait(steps.aclose())
+            chat.is_busy = False
+
+    def wait(self, work):
+        return asyncio.run_coroutine_threadsafe(work, self.loop).result()
+
+    def end(self, chat: Chat):
+        """End the answer that another thread draws, if there is one, and wait for its end."""
+        while chat.is_busy:
+            chat.is_stopped = True
+            time.sleep(INTERVAL_S)
 
 
 def sampling_sliders(model) -> dict[str, dict]:
