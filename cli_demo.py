@@ -4,7 +4,7 @@
     python cli_demo.py -p "你好"            # ask once, print the answer
     python cli_demo.py < questions.txt      # one question per line
 
-Ctrl-C ends an answer and keeps the conversation; Ctrl-D leaves.
+Ctrl-C ends an answer and keeps the conversation; Ctrl-D leaves. A pasted text is one question.
 """
 
 import argparse
@@ -18,16 +18,48 @@ from contextlib import closing, contextmanager, suppress
 import utils
 
 WELCOME = (
-    "欢迎使用 ChatGLM2-6B 模型，输入内容即可进行对话，clear 清空对话历史，stop 终止程序\n"
-    "Welcome to ChatGLM2-6B: type a message, clear to start anew, stop to leave"
+    "欢迎使用 ChatGLM2-6B 模型，输入内容即可进行对话，clear 清空对话历史，stop 终止程序，help 帮助"
+    "\nWelcome to ChatGLM2-6B: type a message, clear to start anew, stop to leave, help for more"
 )
+QUOTES = '"""'  # a line of only these begins and ends a question of several lines
+HELP = f"""\
+clear             清空对话历史 / start a new conversation
+stop, exit, quit  退出，也可以按 Ctrl-D / leave, as Ctrl-D does
+Ctrl-C            中止当前回答 / end an answer
+{QUOTES}               输入多行，再用一行 {QUOTES} 结束 / type several lines, up to another {QUOTES}
+粘贴的多行文字是一个问题 / a pasted text of several lines is one question
+python cli_demo.py --help 列出全部参数 / lists all flags"""
+EXAMPLES = """\
+examples:
+  python cli_demo.py --model path/to/chatglm2-6b --quantize 4
+  python cli_demo.py --model resources/chatglm2-tiny -p "你好"
+"""
 CLEAR_SCREEN = "\033[2J\033[3J\033[H"
 
 
+def read_prompt(text: str) -> str:
+    if not text.strip():
+        raise argparse.ArgumentTypeError(
+            "问题是空的 / the question is empty: give a text, or leave -p out to chat"
+        )
+    return os.fsencode(text).decode("utf-8", "replace")  # its bytes, whatever the locale
+
+
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        usage="python cli_demo.py [--model MODEL] [-p TEXT] [other flags, see --help]",
+        description=__doc__.partition("\n")[0],
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     chat = parser.add_argument_group("conversation")
-    chat.add_argument("-p", "--prompt", metavar="TEXT", help="ask once, print the answer and leave")
+    chat.add_argument(
+        "-p",
+        "--prompt",
+        type=read_prompt,
+        metavar="TEXT",
+        help="ask once, print the answer and leave",
+    )
     chat.add_argument(
         "--max-length",
         type=utils.number(int, 1),
@@ -117,14 +149,25 @@ def ctrl_c_event(is_interactive: bool):
         signal.signal(signal.SIGINT, previous)
 
 
+def read_query() -> str:
+    """Return a question that is typed: a line, a pasted text, or lines between two `QUOTES`."""
+    query = input("\n用户：")
+    if query.strip() != QUOTES:
+        return query
+    lines = []
+    while (line := input("... ")).strip() != QUOTES:
+        lines.append(line)
+    return "\n".join(lines)
+
+
 def read_queries(is_interactive: bool):
-    """Yield line after line, typed or piped in, until the input ends."""
+    """Yield question after question, typed or piped in, until the input ends."""
     if not is_interactive:
         yield from (line.rstrip("\r\n") for line in sys.stdin)
         return
     while True:
         try:
-            yield input("\n用户：")
+            yield read_query()
         except KeyboardInterrupt:
             print()
             notice("输入 stop 或按 Ctrl-D 退出 / type stop or press Ctrl-D to leave")
@@ -146,7 +189,7 @@ def respond(conversation, query: str, settings: dict, is_interactive: bool):
 
 
 def chat_loop(conversation, settings: dict):
-    """Answer line after line of the terminal or of a pipe, until `stop` or the end of the input."""
+    """Answer all questions of the terminal or of a pipe, until `stop` or the end of the input."""
     is_interactive = sys.stdin.isatty()
     if is_interactive:
         print(WELCOME)
@@ -156,6 +199,10 @@ def chat_loop(conversation, settings: dict):
                 continue
             case "stop":
                 return
+            case "exit" | "quit" if is_interactive:
+                return
+            case "help" if is_interactive:
+                print(HELP)
             case "clear":
                 conversation.clear()
                 if is_interactive:
@@ -165,28 +212,36 @@ def chat_loop(conversation, settings: dict):
 
 
 def ask_once(conversation, prompt: str, settings: dict):
-    query = os.fsencode(prompt).decode("utf-8", "replace")  # its bytes, whatever the locale
     try:
-        answers = start_answer(conversation, query, settings)
+        answers = start_answer(conversation, prompt, settings)
     except ValueError as error:
         raise SystemExit(str(error)) from error
     print_answer(conversation, answers, threading.Event())
 
 
 def use_utf8():
-    """Read and write UTF-8 whatever the locale says, and edit typed lines with readline."""
+    """Read and write UTF-8, whatever the locale says."""
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         stream.reconfigure(encoding="utf-8", errors="replace")
     if locale.getencoding().lower() not in ("utf-8", "utf8"):
         os.environ["LC_ALL"] = "C.UTF-8"  # for readline, which erases characters by the locale
-    if sys.stdin.isatty():
-        with suppress(ImportError):  # not on Windows
-            import readline  # noqa: F401
+
+
+def edit_lines():
+    """Let the user edit typed lines; a pasted text is one question, whatever lines it has."""
+    with suppress(ImportError):  # not on Windows
+        import readline
+
+        if "libedit" not in readline.__doc__:  # macOS's, which cannot
+            readline.parse_and_bind("set enable-bracketed-paste on")
 
 
 def main(argv=None):
     use_utf8()
     args = parse_args(argv)
+    utils.announce_start()
+    if sys.stdin.isatty():
+        edit_lines()
     tokenizer, model = utils.load_model(args)
     import torch  # as in utils.py: not before the arguments are known to be right
 
@@ -203,3 +258,4 @@ def main(argv=None):
 
 if __name__ == "__main__":
     utils.run_script(main)
+    os._exit(0)  # Python would take seconds to delete all objects of torch

@@ -10,10 +10,14 @@ import logging
 import math
 import os
 import re
+import signal
 import sys
+import threading
 from contextlib import suppress
+from pathlib import Path
 
 DEFAULT_MODEL = "THUDM/chatglm2-6b"
+REQUIREMENTS = Path(__file__).with_name("requirements.txt")
 # More threads than processors only wait for each other; thousands of them end the process.
 MAX_THREADS = max(64, os.cpu_count() or 1)
 
@@ -238,20 +242,41 @@ def run_script(main):
 
 
 def print_error(kind, error, traceback, print_other=sys.excepthook):
-    """Print the refusal of a version of transformers as one line, any other error as before."""
+    """Print what cannot be imported as one line, any other error as before."""
     if issubclass(kind, ImportError) and str(error).startswith("ChatGLM2 needs transformers"):
         print(error, file=sys.stderr)
+    elif issubclass(kind, ModuleNotFoundError) and not os.environ.get("CHATGLM_TRACEBACK"):
+        name = error.name.partition(".")[0]
+        needed = re.search(rf"^{name}\b", REQUIREMENTS.read_text("utf-8"), re.MULTILINE)
+        file = REQUIREMENTS.with_name("requirements.txt" if needed else "requirements-dev.txt")
+        print(f"缺少 {name} / {name} is missing: pip install -r {file}", file=sys.stderr)
     else:
         print_other(kind, error, traceback)
 
 
-sys.excepthook = print_error  # most scripts import the package before they can catch an error
+sys.excepthook = print_error  # scripts import libraries before they can catch an error
+
+
+def announce_start():
+    """Say in a terminal that a script starts, before its imports, which take seconds.
+
+    Until `load_model` has imported the rest, Ctrl-C ends the process at once, without a traceback.
+    """
+    if sys.stderr.isatty():
+        print(
+            "正在启动，需要几秒 / starting, which takes some seconds", file=sys.stderr, flush=True
+        )
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def load_model(args: argparse.Namespace):
     """Return tokenizer and model; see `chatglm2.loading.load_model`."""
     from chatglm2 import loading
 
+    is_main = threading.current_thread() is threading.main_thread()
+    if is_main and signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     return loading.load_model(args)
 
 

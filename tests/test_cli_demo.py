@@ -41,6 +41,10 @@ def read_settings(*argv) -> dict:
     return cli_demo.read_settings(cli_demo.parse_args(argv))
 
 
+class More(str):
+    """A line of a question of several lines, after the first one."""
+
+
 @pytest.fixture
 def converse(monkeypatch, tiny_tokenizer, capsys):
     """A function that types lines and returns what is printed; exceptions are raised instead."""
@@ -49,8 +53,8 @@ def converse(monkeypatch, tiny_tokenizer, capsys):
         remaining = [*lines, EOFError]
 
         def read(prompt):
-            assert prompt == "\n用户："
             line = remaining.pop(0)
+            assert prompt == "... " if isinstance(line, More) else "\n用户："
             if isinstance(line, str):
                 return line
             raise line
@@ -93,6 +97,8 @@ def test_defaults_are_those_of_chat(capsys):
         ["--quantize", "3"],
         ["--prompt-lookup", "0"],
         ["--prompt-lookup", "10"],  # the temperature is not 0
+        ["--prompt", ""],
+        ["-p", " \n"],
     ],
 )
 def test_value_out_of_range(argv, capsys):
@@ -100,7 +106,7 @@ def test_value_out_of_range(argv, capsys):
         cli_demo.parse_args(argv)
     assert error.value.code == 2
     line = capsys.readouterr().err.splitlines()[-1]
-    assert argv[0] in line and argv[1] in line
+    assert argv[0] in line and argv[1].strip() in line
 
 
 # The loop, with a fake model.
@@ -123,6 +129,23 @@ def test_clear_and_stop(converse):
     assert model.calls[1]["history"] == []
     assert out.count(cli_demo.WELCOME) == 2
     assert "\033" not in out  # the output is no terminal: nothing clears its screen
+
+
+@pytest.mark.parametrize("word", ["exit", " quit "])
+def test_help_and_other_words_to_leave(converse, tiny_tokenizer, word, monkeypatch):
+    model = EchoModel()
+    out, _ = converse(model, "help", word, "more")
+    assert cli_demo.HELP in out and not model.calls
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"help\n{word}"))
+    cli_demo.chat_loop(Conversation(model, tiny_tokenizer), {})  # in a pipe they are questions
+    assert [call["query"] for call in model.calls] == ["help", word]
+
+
+def test_question_of_several_lines(converse):
+    model = EchoModel()
+    lines = ['"""', More("one"), More("  clear"), More('"""')]
+    converse(model, *lines, lines[0], lines[1], KeyboardInterrupt, "last")
+    assert [call["query"] for call in model.calls] == ["one\n  clear", "last"]
 
 
 def test_ctrl_c_at_the_prompt(converse):
@@ -218,12 +241,15 @@ def test_session_in_a_terminal(slow_command):
     env = environment(LC_ALL="C.UTF-8", TERM="xterm")
     options = {"env": env, "dimensions": (24, 80), "timeout": TIMEOUT_S}
     session = pexpect.spawn(command, args, encoding="utf-8", **options)
+    session.expect("正在启动")
     session.expect("欢迎使用 ChatGLM2-6B 模型.*clear 清空对话历史，stop 终止程序.*用户：")
     for query, expected in (
         ("忘记我吧", "ChatGLM：.*用户："),
         ("clear", r"\x1b\[2J.*欢迎使用.*用户："),
         ("echo 你好世界\x7f\x7f", "ChatGLM：你好\r\n.*用户："),
         ("echo Hello\x1b[D\x1b[D\x1b[Da", "ChatGLM：Heallo\r\n.*用户："),  # three times left
+        ("\x1b[200~echo 1\rclear\r\r  3\x1b[201~", "ChatGLM：1\r\nclear\r\n\r\n  3\r\n.*用户："),
+        ('"""\recho 1\r2\r"""', "ChatGLM：1\r\n2\r\n.*用户："),
         ("讲个故事", "ChatGLM：."),
     ):
         session.sendline(query)
@@ -236,6 +262,19 @@ def test_session_in_a_terminal(slow_command):
     session.expect(pexpect.EOF)
     session.close()
     assert session.exitstatus == 0
+
+
+@pytest.mark.slow
+@needs_terminal
+def test_ctrl_c_while_starting():
+    pexpect = pytest.importorskip("pexpect")
+    program = [str(ROOT / "cli_demo.py"), "--model", "resources/chatglm2-tiny"]
+    session = pexpect.spawn(sys.executable, program, encoding="utf-8", timeout=TIMEOUT_S)
+    session.expect("starting.*\r\n")
+    session.sendintr()
+    session.expect(pexpect.EOF)
+    session.close()
+    assert session.before.strip() in ("", "^C") and session.signalstatus == signal.SIGINT
 
 
 @pytest.mark.slow

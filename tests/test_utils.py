@@ -48,6 +48,17 @@ def test_unsupported_transformers(script):
     assert "found 5.20.2: pip install" in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("module", "file"), [("torch.nn", "requirements.txt"), ("yaml", "requirements-dev.txt")]
+)
+def test_missing_library(module, file):
+    program = "import sys, utils; sys.modules[sys.argv[1]] = None; __import__(sys.argv[1])"
+    result = run(program, module)
+    [line] = result.stderr.splitlines()
+    name = module.partition(".")[0]
+    assert f"{name} is missing: pip install -r" in line and line.endswith(file)
+
+
 CLOSED = "stdout is closed: what is printed there is lost.\n"
 FULL = "OSError: [Errno 28] No space left on device (CHATGLM_TRACEBACK=1 shows the traceback)\n"
 
