@@ -60,7 +60,7 @@ def locate_checkpoint(model: str, revision: str | None):
         validate_repo_id(model)
         hub_info = query_hub(model, revision)
     except HFValidationError as error:
-        raise SystemExit(f"{model}: there is no such folder: {CURE}.") from error
+        raise SystemExit(f"{model}: 没有这个文件夹 / there is no such folder: {CURE}.") from error
     except (OSError, HTTPError, ValueError) as error:
         cause = f"does not provide it ({one_line(error)})"
         if isinstance(error, RepositoryNotFoundError | RevisionNotFoundError):
@@ -72,8 +72,9 @@ def locate_checkpoint(model: str, revision: str | None):
             )
             return folder, None
         raise SystemExit(
-            f"{model}: there is no such folder and no downloaded copy, and {constants.ENDPOINT} "
-            f"{cause}: {CURE}."
+            f"{model}: 没有这个文件夹，也下载不了；请用 --model 指定已下载的文件夹，或用环境变量 "
+            "HF_ENDPOINT 指定镜像站 / there is no such folder and no downloaded copy, and "
+            f"{constants.ENDPOINT} {cause}: {CURE}."
         ) from error
     if folder := find_cached_copy(model, hub_info.sha):
         return folder, None
@@ -148,6 +149,8 @@ def check_folder(folder: Path):
         ValueError: It lacks a file, holds something else, or a file is damaged.
         OSError: A file cannot be read.
     """
+    if not folder.exists():
+        raise ValueError(f"{folder}: 没有这个文件夹 / there is no such folder.")
     if not folder.is_dir():
         raise ValueError(f"{folder} is a file: give the checkpoint folder that holds it.")
     check_kind(folder)
@@ -201,7 +204,14 @@ def download_weights(model: str, revision: str | None, hub_info) -> Path:
         ValueError: They are no ChatGLM2 model.
         OSError, HTTPError: The hub cannot be reached.
     """
-    check_disk(model, hub_info)
+    if size := check_disk(model, hub_info):
+        print(
+            f"{model}: 下载 {gigabytes(size)} 到 {constants.HF_HUB_CACHE}（环境变量 HF_HOME "
+            "可更改）；已有模型请用 --model 指定文件夹 / "
+            f"downloading {gigabytes(size)} into that folder (environment variable HF_HOME); if "
+            "you have the model already: --model FOLDER",
+            file=sys.stderr,
+        )
     names = {file.rfilename for file in hub_info.siblings}
     suffix = find_weight_suffix(names)
     weights = {x for x in names if x.startswith(("model", "pytorch_model")) and x.endswith(suffix)}
@@ -220,8 +230,8 @@ def find_weight_suffix(names: set[str]) -> str:
     return ".safetensors" if any(name.endswith(".safetensors") for name in names) else ".bin"
 
 
-def check_disk(model: str, hub_info):
-    """Check that the disk of the hub's cache can hold the download.
+def check_disk(model: str, hub_info) -> int:
+    """Check that the disk of the hub's cache can hold the download; return its bytes.
 
     Raises:
         SystemExit: It cannot.
@@ -239,7 +249,9 @@ def check_disk(model: str, hub_info):
     free = get_free_space(Path(constants.HF_HUB_CACHE))
     if needed > free:
         raise SystemExit(
-            f"{model}: the download needs {gigabytes(needed)}, {gigabytes(free)} free in "
+            f"{model}: 磁盘空间不足 / "
+            f"the download needs {gigabytes(needed)}, {gigabytes(free)} free in "
             f"{constants.HF_HUB_CACHE}: free some space, or choose another disk (environment "
             "variable HF_HOME)."
         )
+    return needed

@@ -10,6 +10,7 @@ import sys
 from dataclasses import replace
 
 import torch
+from transformers.utils import logging
 
 from .adapters import read_adapter
 from .checkpoint import download_descriptions, download_weights, locate_checkpoint
@@ -23,6 +24,8 @@ from .quantization import ChatGLMQuantizationConfig, get_quantization, prepare_l
 from .recognition import check_shapes
 from .tokenization_chatglm import ChatGLMTokenizer
 
+TOKENS_PER_S = {4: 10.7, 8: 6.0}  # of ChatGLM2-6B on two CPU cores: docs/performance.md
+LARGE = 8e9  # bytes in float16: the user of a CPU should know memory and speed
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -38,6 +41,8 @@ def load_model(args: argparse.Namespace):
         SystemExit: The checkpoint is missing, damaged or of another kind, the device is absent, or
             memory or disk is too small.
     """
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
     threads = args.threads or choose_threads()
     if threads is not None:
         torch.set_num_threads(threads)
@@ -59,6 +64,8 @@ def load_model(args: argparse.Namespace):
         print(f"{args.model}: {device}, {name_of(dtype, quantization)}: {reason}", file=sys.stderr)
         if not placement:
             check_memory(args.model, config, device, dtype, quantization)
+            if advice := describe_cost(config, device, quantization, args.dtype):
+                print(advice, file=sys.stderr)
         if hub_info is not None:
             folder = download_weights(args.model, args.revision, hub_info)
             check_shapes(folder, config)
@@ -226,7 +233,7 @@ def choose_device_and_dtype(
             reason += " (slow on a CPU: float32 or bfloat16 is faster)"
         return chosen, DTYPES[dtype], reason
     if chosen.type == "cpu":
-        return chosen, torch.float32, f"{reason}, float32 is exact and fast on a CPU"
+        return chosen, torch.float32, f"{reason}, float32 is exact"
     own = checkpoint_dtype or torch.float16
     if own == torch.bfloat16 and not has_bfloat16(chosen):
         return chosen, torch.float16, f"{reason}, float16 because the GPU has no bfloat16"
@@ -268,6 +275,44 @@ def choose_device(device: str) -> tuple[torch.device, str]:
 # Memory.
 
 
+def count_memory(
+    config: ChatGLMConfig, dtype: torch.dtype, quantization: ChatGLMQuantizationConfig | None
+) -> float:
+    """Return the bytes that a loaded model needs."""
+    return count_weight_bytes(config, dtype, quantization) * MEMORY_MARGIN
+
+
+def describe_cost(
+    config: ChatGLMConfig,
+    device: torch.device,
+    quantization: ChatGLMQuantizationConfig | None,
+    requested_dtype: str,
+) -> str:
+    """Return memory and speed of a large model in float32 on a CPU, or "" for all other models.
+
+    A model that is not quantized gets the advice to use --quantize 4, unless the user has
+    requested float32.
+    """
+    is_float32 = requested_dtype == "auto" or (quantization and requested_dtype == "float32")
+    is_large = count_memory(config, torch.float16, None) >= LARGE
+    if device.type != "cpu" or not (is_large and is_float32):
+        return ""
+    needed = gigabytes(count_memory(config, torch.float32, quantization))
+    speed = TOKENS_PER_S[quantization.bits if quantization else 4]
+    if quantization is not None:
+        return (
+            f"内存 {needed}；ChatGLM2-6B 在两个 CPU 核上每秒生成 {speed} 个 token / "
+            f"memory {needed}; ChatGLM2-6B generates {speed} tokens/s on two CPU cores"
+        )
+    int4 = gigabytes(count_memory(config, torch.float32, ChatGLMQuantizationConfig(bits=4)))
+    return (
+        f"内存 {needed}，每个 token 都要全部读一遍；建议加上 --quantize 4：{int4}，ChatGLM2-6B "
+        f"在两个 CPU 核上每秒生成 {speed} 个 token / memory {needed}, all of which is read for "
+        f"each token; better add --quantize 4: {int4}, ChatGLM2-6B generates {speed} tokens/s on "
+        "two CPU cores"
+    )
+
+
 def check_memory(
     model: str,
     config: ChatGLMConfig,
@@ -281,18 +326,15 @@ def check_memory(
         SystemExit: It does not fit; the line lists what would.
     """
 
-    def need(dtype, quantization):
-        return count_weight_bytes(config, dtype, quantization) * MEMORY_MARGIN
-
-    free, needed = get_free_memory(device), need(dtype, quantization)
+    free, needed = get_free_memory(device), count_memory(config, dtype, quantization)
     if free is None or needed <= free:
         return
     smaller = {}
     if dtype == torch.float32 and quantization is None:
-        smaller["--dtype bfloat16"] = need(torch.bfloat16, None)
+        smaller["--dtype bfloat16"] = count_memory(config, torch.bfloat16, None)
     if not config.quantization_bit and (quantization is None or quantization.bits != 4):
         int4 = replace(quantization or ChatGLMQuantizationConfig(bits=4), bits=4)
-        smaller["--quantize 4"] = need(dtype, int4)
+        smaller["--quantize 4"] = count_memory(config, dtype, int4)
     fitting = {option: size for option, size in smaller.items() if size <= free}
     steps = [f"{option} (needs {gigabytes(size)})" for option, size in fitting.items()]
     steps += ["a machine with more memory"]
@@ -301,7 +343,10 @@ def check_memory(
     if device.type == "cuda" and torch.cuda.device_count() > 1:
         steps += [f"--num-gpus (there are {torch.cuda.device_count()})"]
     steps += ["the bundled checkpoint (--model resources/chatglm2-tiny)"]
+    kind = "内存" if device.type == "cpu" else "显存"
     raise SystemExit(
-        f"{model} needs {gigabytes(needed)} for {name_of(dtype, quantization)} on {device}, "
-        f"{gigabytes(free)} free: use {', or '.join(steps)}."
+        f"{model}: {kind}不足：需要 {gigabytes(needed)}，可用 {gigabytes(free)}；请使用 "
+        f"{' 或 '.join([*fitting, f'{kind}更大的机器'])} / it needs {gigabytes(needed)} for "
+        f"{name_of(dtype, quantization)} on {device}, {gigabytes(free)} free: use "
+        f"{', or '.join(steps)}."
     )

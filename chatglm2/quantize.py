@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
+from transformers.utils import logging
 
 from .checkpoint import check_folder
 from .configuration_chatglm import ChatGLMConfig
@@ -107,6 +108,8 @@ def main(argv=None):
         "--bits", type=int, choices=[4, 8], default=4, help="4 (INT4) or 8 (INT8) (default: 4)"
     )
     args = parser.parse_args(argv)
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
     try:
         print(quantize(args.checkpoint, args.folder, args.bits))
     except (ValueError, OSError, SafetensorError) as error:

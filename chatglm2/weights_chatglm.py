@@ -125,7 +125,8 @@ def check_weight_file(file: Path):
     if head == b"version ":  # of https://git-lfs.github.com/spec/v1
         raise OSError(
             f"{file} ({size} bytes) is a Git LFS pointer and not the file itself: run "
-            "`git lfs pull` in the folder, or download the file and put it there."
+            "`git lfs pull` in the folder, or download the file and put it there / 它只是 Git LFS "
+            "指针：请在该文件夹运行 `git lfs pull`，或另行下载这个文件放进去"
         )
     if file.suffix == ".safetensors":
         with suppress(SafetensorError), safe_open(file, "pt"):

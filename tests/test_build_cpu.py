@@ -156,9 +156,19 @@ def test_no_openmp(compiler):
     assert "-fopenmp" not in calls.read_text()
 
 
+@pytest.mark.parametrize(
+    ("platform", "cure"), [("linux", "apt install gcc"), ("darwin", "xcode-select --install")]
+)
+def test_no_compiler(tmp_path, monkeypatch, platform, cure):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(sys, "platform", platform)
+    _, problem = build_cpu.get_library()
+    assert problem.startswith("no C compiler (cc, gcc, clang) in PATH: 没有 C 编译器")
+    assert problem.endswith(f"11 to 18 times slower without a compiler: {cure}")
+
+
 def test_compilers_in_path(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert build_cpu.get_library() == (None, "no C compiler (cc, gcc, clang) in PATH")
     for name, script in (("gcc", "exit 3"), ("clang", f"{VERSION}\n{WRITE}")):
         (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
         (tmp_path / name).chmod(0o755)

@@ -1,7 +1,9 @@
 """`loading`: damaged checkpoints, device, dtype, memory, a line for each mistake."""
 
 import json
+import re
 import shutil
+import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -9,8 +11,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import ROOT
 from fake_devices import pretend_gpus
 from loading import fail, fail_to_load, load
+from transformers.utils import logging
 
 from chatglm2 import (
     ChatGLMConfig,
@@ -369,3 +373,48 @@ def test_memory(monkeypatch, bit, free, dtype, quantization, expected):
         assert expected in fail(loading.check_memory, *args)
     else:
         loading.check_memory(*args)
+
+
+def test_pointers_are_named_before_memory(checkpoint, monkeypatch):
+    monkeypatch.setattr(loading, "get_free_memory", lambda device: 1)
+    assert "内存不足" in fail_to_load(checkpoint)
+    (checkpoint / "model.safetensors").write_bytes(LFS_POINTER)
+    assert "Git LFS pointer" in fail_to_load(checkpoint)
+
+
+OFFICIAL, SMALL = ChatGLMConfig(**SHAPE_6B), ChatGLMConfig(**SHAPE_6B, num_layers=4)
+ADVICE = "better add --quantize 4: 4.0 GB, ChatGLM2-6B generates 10.7 tokens/s on two CPU cores"
+
+
+@pytest.mark.parametrize(
+    ("config", "device", "quantization", "dtype", "expected"),
+    [
+        (OFFICIAL, "cpu", None, "auto", f"memory 25.5 GB, all of which.*{ADVICE}"),
+        (OFFICIAL, "cpu", INT4, "auto", "memory 4.0 GB; ChatGLM2-6B generates 10.7 tokens/s on "),
+        (OFFICIAL, "cpu", INT8, "float32", "memory 6.9 GB; ChatGLM2-6B generates 6.0 tokens/s on "),
+        (OFFICIAL, "cpu", None, "float32", "^$"),
+        (OFFICIAL, "cpu", INT4, "bfloat16", "^$"),
+        (OFFICIAL, "cuda", None, "auto", "^$"),
+        (SMALL, "cpu", None, "auto", "^$"),
+    ],
+)
+def test_memory_and_speed_are_announced(config, device, quantization, dtype, expected):
+    text = loading.describe_cost(config, torch.device(device), quantization, dtype)
+    assert re.search(expected, text)
+
+
+def test_speeds_are_those_of_the_documentation():
+    text = (ROOT / "docs" / "performance.md").read_text("utf-8")
+    for bits, speed in loading.TOKENS_PER_S.items():
+        assert re.search(rf"^\| INT{bits} \| .* \| {speed} \|", text, re.MULTILINE)
+
+
+def test_progress_bars_are_for_terminals_only(tiny_checkpoint, capsys, monkeypatch):
+    try:
+        for is_terminal in (True, False):
+            logging.enable_progress_bar()
+            monkeypatch.setattr(sys.stderr, "isatty", lambda value=is_terminal: value)
+            load(tiny_checkpoint)
+            assert ("Loading weights" in capsys.readouterr().err) == is_terminal
+    finally:
+        logging.enable_progress_bar()

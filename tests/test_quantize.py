@@ -50,7 +50,7 @@ def test_refused(tiny_checkpoint, int4_checkpoint, tmp_path, monkeypatch):
     assert "it has 4 bits already" in run_and_fail(int4_checkpoint, folder)
     assert "is not an empty folder" in run_and_fail(tiny_checkpoint, full)
     assert "no config.json" in run_and_fail(full, folder)
-    assert "no" in run_and_fail(tmp_path / "missing", folder)
+    assert "there is no such folder" in run_and_fail(tmp_path / "missing", folder)
     monkeypatch.setattr(quantize, "get_free_memory", lambda device: 1e6)
     assert "GB of memory are needed" in run_and_fail(tiny_checkpoint, folder)
     monkeypatch.setattr(quantize, "get_free_memory", lambda device: None)

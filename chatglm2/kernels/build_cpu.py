@@ -71,7 +71,11 @@ def find_compilers() -> list[list[str]]:
         return [shlex.split(named)]
     paths = [path for path in map(shutil.which, COMPILERS) if path]
     if not paths:
-        raise RuntimeError(f"no C compiler ({', '.join(COMPILERS)}) in PATH")
+        cure = "xcode-select --install" if sys.platform == "darwin" else "apt install gcc"
+        raise RuntimeError(
+            f"no C compiler ({', '.join(COMPILERS)}) in PATH: 没有 C 编译器，INT4 慢 11 到 18 倍，"
+            f"请安装：{cure} / INT4 is 11 to 18 times slower without a compiler: {cure}"
+        )
     programs = {os.path.realpath(path): [path] for path in reversed(paths)}  # cc is often a link
     return list(programs.values())[::-1]
 
