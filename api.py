@@ -8,17 +8,20 @@ With `"stream": true` the answer is server-sent events {"delta", "finished"}; th
 has the fields of the response.
 """
 
-import argparse
 import json
 from datetime import datetime
 from typing import Annotated
+
+import utils
+
+if __name__ == "__main__":
+    utils.start_script(__doc__, utils.add_server_arguments)
 
 from fastapi import FastAPI
 from fastapi import Request as HTTPRequest
 from pydantic import BaseModel, Field
 from starlette.concurrency import run_in_threadpool
 
-import utils
 from chatglm2 import CHAT_DEFAULTS
 from chatglm2.serving import schema, server
 
@@ -93,10 +96,7 @@ def create_app(model, tokenizer, args) -> FastAPI:
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    utils.add_server_arguments(parser)
-    utils.add_model_arguments(parser)
-    args = parser.parse_args(argv)
+    args = utils.parse_args(__doc__, utils.add_server_arguments, argv)
     listener = server.bind(args)
     tokenizer, model = utils.load_model(args)
     server.run(create_app(model, tokenizer, args), args, listener)

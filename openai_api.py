@@ -5,9 +5,13 @@
 Clients use the base URL http://127.0.0.1:8000/v1 and any key.
 """
 
-import argparse
 import time
 from pathlib import Path
+
+import utils
+
+if __name__ == "__main__":
+    utils.start_script(__doc__, utils.add_server_arguments)
 
 import torch.nn.functional as F
 from fastapi import FastAPI
@@ -19,7 +23,6 @@ from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import State
 from transformers import LogitsProcessorList, SequenceBiasLogitsProcessor
 
-import utils
 from chatglm2.serving import responses, schema, server
 from chatglm2.serving.batching import OccurrencePenalty, Request
 from chatglm2.serving.json_grammar import JsonGrammar, JsonProcessor
@@ -218,10 +221,7 @@ def create_app(model, tokenizer, args) -> FastAPI:
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    utils.add_server_arguments(parser)
-    utils.add_model_arguments(parser)
-    args = parser.parse_args(argv)
+    args = utils.parse_args(__doc__, utils.add_server_arguments, argv)
     listener = server.bind(args)
     tokenizer, model = utils.load_model(args)
     server.run(create_app(model, tokenizer, args), args, listener)

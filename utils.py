@@ -14,10 +14,12 @@ import signal
 import sys
 import threading
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 DEFAULT_MODEL = "THUDM/chatglm2-6b"
-REQUIREMENTS = Path(__file__).with_name("requirements.txt")
+REQUIREMENTS = [Path(__file__).with_name(f"requirements{end}.txt") for end in ("", "-dev")]
+PACKAGES = {"yaml": "pyyaml", "PIL": "pillow"}  # whose names differ from those of the modules
 # More threads than processors only wait for each other; thousands of them end the process.
 MAX_THREADS = max(64, os.cpu_count() or 1)
 
@@ -159,6 +161,26 @@ def read_origin(text: str) -> str:
     return origin
 
 
+def read_logins(text: str) -> list[tuple[str, str]]:
+    """Return users and passwords.
+
+    >>> read_logins("ann:secret")
+    [('ann', 'secret')]
+    """
+    lines = [text]
+    if text.startswith("@"):
+        try:
+            lines = Path(text[1:]).read_text("utf-8-sig").split("\n")
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+            raise argparse.ArgumentTypeError(f"{text}: {reason}") from error
+    logins = [line.strip("\r").partition(":") for line in lines if line.strip()]
+    if not logins or not all(user and password for user, _, password in logins):
+        where = f"each line of {text[1:]} must be" if text.startswith("@") else "it must be"
+        raise argparse.ArgumentTypeError(f"{where} USER:PASSWORD")
+    return [(user, password) for user, _, password in logins]
+
+
 def add_allowed_host(group):
     group.add_argument(
         "--allowed-host",
@@ -206,7 +228,59 @@ def add_server_arguments(parser: argparse.ArgumentParser):
     )
 
 
+def add_page_arguments(parser: argparse.ArgumentParser):
+    """Add the arguments of the page with Gradio."""
+    server = parser.add_argument_group("server")
+    server.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="address to listen on; 0.0.0.0 lets other machines in (default: %(default)s)",
+    )
+    server.add_argument(
+        "--port", type=number(int, 1, 65535), help="default: the first free one from 7860 on"
+    )
+    server.add_argument(
+        "--share", action="store_true", help="make a public link through Gradio's site"
+    )
+    add_allowed_host(server)
+    server.add_argument(
+        "--auth",
+        type=read_logins,
+        metavar="USER:PASSWORD",
+        help="ask for this user and password; @FILE reads one or more of them from the lines of a "
+        "file, where the list of processes does not show them (default: no login)",
+    )
+
+
+def parse_args(doc: str, add_arguments, argv=None) -> argparse.Namespace:
+    """Parse the command line of a script: its own arguments and those of `load_model`.
+
+    Args:
+        doc: The script's docstring, whose first line `--help` shows.
+        add_arguments: A function of this file that adds the script's own arguments to a parser.
+    """
+    if argv is None:
+        return parse_command_line(doc, add_arguments)
+    parser = argparse.ArgumentParser(description=doc.partition("\n")[0])
+    add_arguments(parser)
+    add_model_arguments(parser)
+    return parser.parse_args(argv)
+
+
+@cache
+def parse_command_line(doc: str, add_arguments) -> argparse.Namespace:
+    """Parse the command line once, because a file that a flag names may be a pipe."""
+    return parse_args(doc, add_arguments, sys.argv[1:])
+
+
 # Running.
+
+
+def start_script(doc: str, add_arguments):
+    """Answer --help and refuse wrong flags before a script's imports, which take seconds."""
+    open_closed_streams()
+    parse_args(doc, add_arguments)
+    announce_start()
 
 
 def open_closed_streams():
@@ -247,9 +321,11 @@ def print_error(kind, error, traceback, print_other=sys.excepthook):
         print(error, file=sys.stderr)
     elif issubclass(kind, ModuleNotFoundError) and not os.environ.get("CHATGLM_TRACEBACK"):
         name = error.name.partition(".")[0]
-        needed = re.search(rf"^{name}\b", REQUIREMENTS.read_text("utf-8"), re.MULTILINE)
-        file = REQUIREMENTS.with_name("requirements.txt" if needed else "requirements-dev.txt")
-        print(f"缺少 {name} / {name} is missing: pip install -r {file}", file=sys.stderr)
+        package = PACKAGES.get(name, name)
+        has_it = rf"(?m)^{package}\b".replace("_", "[-_]")
+        files = [file for file in REQUIREMENTS if re.search(has_it, file.read_text("utf-8"))]
+        argument = f"-r {files[0]}" if files else package
+        print(f"缺少 {name} / {name} is missing: pip install {argument}", file=sys.stderr)
     else:
         print_other(kind, error, traceback)
 

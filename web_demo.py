@@ -5,20 +5,22 @@
 Then open http://127.0.0.1:7860.
 """
 
-import argparse
 import asyncio
 import os
 import uuid
 from contextlib import aclosing
 from pathlib import Path
 
+import utils
+
+if __name__ == "__main__":
+    utils.start_script(__doc__, utils.add_page_arguments)
+
 import gradio as gr
 from fastapi.middleware import Middleware
 
-import utils
 from chatglm2.chat import gradio_page
 from chatglm2.chat.gradio_page import LOOK, list_conversations, read_chat, show_chat
-from chatglm2.chat.login import add_login_argument
 from chatglm2.chat.markdown import to_markdown
 from chatglm2.chat.shared_model import (
     EXAMPLES,
@@ -245,23 +247,7 @@ def cannot_serve(host: str, port: int | None, error: Exception) -> str:
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    server = parser.add_argument_group("server")
-    server.add_argument(
-        "--host",
-        default="127.0.0.1",
-        help="address to listen on; 0.0.0.0 lets other machines in (default: %(default)s)",
-    )
-    server.add_argument(
-        "--port", type=utils.number(int, 1, 65535), help="default: the first free one from 7860 on"
-    )
-    server.add_argument(
-        "--share", action="store_true", help="make a public link through Gradio's site"
-    )
-    utils.add_allowed_host(server)
-    add_login_argument(server)
-    utils.add_model_arguments(parser)
-    args = parser.parse_args(argv)
+    args = utils.parse_args(__doc__, utils.add_page_arguments, argv)
     check_address(args.host, args.port)
     tokenizer, model = utils.load_model(args)
     # Gradio checks origins, but serves sites that let their name mean 127.0.0.1. A public link has

@@ -22,6 +22,11 @@ from dataclasses import dataclass, field
 from itertools import chain, pairwise, product
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import utils  # first: it explains which library is missing
+
+# isort: split
 import aiohttp
 import numpy
 import psutil
@@ -29,10 +34,6 @@ import yaml
 from tables import format_table
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import utils  # noqa: E402
-
 DIALOGUES = ROOT / "resources" / "chatglm2-tiny" / "training" / "dialogues"
 NUM_CALIBRATIONS = 8  # requests for each language
 NUM_ROUNDS = 3  # of one client and of all, in turn

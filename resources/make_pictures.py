@@ -16,17 +16,20 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import utils  # first: it explains which library is missing
+
+# isort: split
 import pexpect
 from PIL import Image
 from playwright.sync_api import sync_playwright
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import web_demo
+from chatglm2.chat import shared_model
+from chatglm2.serving.batching import Batcher
 
-import utils  # noqa: E402
-import web_demo  # noqa: E402
-from chatglm2.chat import shared_model  # noqa: E402
-from chatglm2.serving.batching import Batcher  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
 
 MODEL = "resources/chatglm2-tiny"
 TOKENS_PER_SECOND = 25

@@ -3,11 +3,13 @@
 import argparse
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
 from loading import parse
 
+import utils
 from utils import number
 
 
@@ -49,14 +51,50 @@ def test_unsupported_transformers(script):
 
 
 @pytest.mark.parametrize(
-    ("module", "file"), [("torch.nn", "requirements.txt"), ("yaml", "requirements-dev.txt")]
+    ("module", "end"),
+    [
+        ("torch.nn", "requirements.txt"),
+        ("prometheus_client", "requirements.txt"),
+        ("yaml", "requirements-dev.txt"),
+        ("chatterbot_corpus", "requirements-dev.txt"),
+        ("nowhere", "pip install nowhere"),
+    ],
 )
-def test_missing_library(module, file):
-    program = "import sys, utils; sys.modules[sys.argv[1]] = None; __import__(sys.argv[1])"
-    result = run(program, module)
+def test_missing_library(module, end):
+    result = run(
+        "import sys, utils; sys.modules[sys.argv[1]] = None; __import__(sys.argv[1])", module
+    )
     [line] = result.stderr.splitlines()
-    name = module.partition(".")[0]
-    assert f"{name} is missing: pip install -r" in line and line.endswith(file)
+    assert f"{module.partition('.')[0]} is missing: pip install " in line and line.endswith(end)
+
+
+@pytest.mark.parametrize(
+    ("script", "module"),
+    [
+        ("evaluation/load_test.py", "aiohttp"),
+        ("resources/make_pictures.py", "pexpect"),
+        ("resources/chatglm2-tiny/training/check.py", "yaml"),
+        ("resources/chatglm2-tiny/training/train.py", "yaml"),
+    ],
+)
+def test_scripts_that_need_more_libraries(script, module):
+    program = (
+        f"import sys, runpy; sys.modules[{module!r}] = sys.modules['torch'] = None;"
+        f"sys.path.insert(0, {str(Path(script).parent)!r}); runpy.run_path({script!r})"
+    )
+    [line] = run(program).stderr.splitlines()
+    assert "is missing: pip install -r " in line
+
+
+@pytest.mark.parametrize("script", ["api", "cli_demo", "openai_api", "web_demo"])
+def test_flags_are_read_before_the_imports(script):
+    program = (
+        "import runpy, sys; sys.modules['torch'] = sys.modules['fastapi'] = None;"
+        f"runpy.run_path('{script}.py', run_name='__main__')"
+    )
+    assert "--threads N" in run(program, "--help").stdout
+    result = run(program, "--modle", "x")
+    assert result.returncode == 2 and "--modle x" in result.stderr.splitlines()[-1]
 
 
 CLOSED = "stdout is closed: what is printed there is lost.\n"
@@ -96,3 +134,62 @@ def test_more_threads_than_a_process_can_have(capsys):
             parse("--threads", count)
         assert f"{count!r} is not an integer from 1 to " in capsys.readouterr().err
     assert parse("--threads", "64").threads == 64
+
+
+# Logins of the page.
+
+
+@pytest.fixture
+def parse_login():
+    parser = argparse.ArgumentParser()
+    utils.add_page_arguments(parser)
+    return lambda *flags: parser.parse_args(flags).auth
+
+
+def test_users_and_passwords(parse_login, tmp_path):
+    assert parse_login() is None
+    assert parse_login("--auth", "ann:a:b c") == [("ann", "a:b c")]
+    file = tmp_path / "logins"
+    file.write_text("\ufeffann:secret\r\n\nbob:密码\n", "utf-8")
+    assert parse_login("--auth", f"@{file}") == [("ann", "secret"), ("bob", "密码")]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "No such file"),
+        (b"", "must be USER:PASSWORD"),
+        (b"ann:secret\nbob", "must be USER:PASSWORD"),
+        (b"\xff\xfe", "not UTF-8"),
+    ],
+)
+def test_a_file_that_cannot_be_used(content, message, parse_login, tmp_path, capsys):
+    file = tmp_path / "logins"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(SystemExit, match="2"):
+        parse_login("--auth", f"@{file}")
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert str(file) in error and message in error
+
+
+@pytest.mark.parametrize("value", ["", "ann", "ann:", ":secret"])
+def test_a_value_that_cannot_be_used(value, parse_login, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        parse_login("--auth", value)
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "--auth: it must be USER:PASSWORD" in error
+    assert value in ("", "ann") or value not in error  # no password in the terminal's history
+
+
+def test_logins_from_a_pipe():
+    """The command line is parsed before the imports and in `main`, and the pipe is read once."""
+    program = (
+        "import utils; parse = lambda: utils.parse_args('', utils.add_page_arguments);"
+        "print(parse().auth, parse().auth)"
+    )
+    command = '"$0" -c "$1" --auth @<(echo ann:secret)'
+    result = subprocess.run(
+        ["bash", "-c", command, sys.executable, program], cwd=ROOT, capture_output=True, text=True
+    )
+    assert result.stdout == "[('ann', 'secret')] [('ann', 'secret')]\n", result.stderr

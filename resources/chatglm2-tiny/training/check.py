@@ -21,16 +21,19 @@ import sys
 from itertools import chain
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
+
+import utils  # noqa: F401  # first: it explains which library is missing
+
+# isort: split
 import torch
 import torch.nn.functional as F
 from data import DEMONSTRATION, LANGUAGES, Dialogues
 from tqdm import tqdm
 
+from chatglm2 import ChatGLMForConditionalGeneration, ChatGLMTokenizer
+
 ROOT = Path(__file__).resolve().parents[3]
-sys.path.insert(0, str(ROOT))
-
-from chatglm2 import ChatGLMForConditionalGeneration, ChatGLMTokenizer  # noqa: E402
-
 BATCH_SIZE = 64
 MAX_NEW_TOKENS = 320
 BARS = {"learnt": 0.95, "reworded": 0.70, "other": 0.95, "mistaken": 0.05, "ended": 1.0}

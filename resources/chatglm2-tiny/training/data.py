@@ -7,10 +7,10 @@ data: rewordings and other questions. `chatterbot_*.yaml` select conversations o
 chatterbot-corpus (BSD-3-Clause).
 """
 
-import importlib.util
 import random
 import re
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 
 import yaml
@@ -73,7 +73,7 @@ def load_yaml(path: str | Path):
 
 def load_chatterbot(language: str) -> dict[str, list[list[str]]]:
     """Return the conversations of chatterbot-corpus, by category."""
-    package = Path(importlib.util.find_spec("chatterbot_corpus").origin).parent
+    package = Path(import_module("chatterbot_corpus").__file__).parent
     files = sorted((package / "data" / LANGUAGES[language]).glob("*.yml"))
     return {file.stem: load_yaml(file)["conversations"] for file in files}
 

@@ -16,19 +16,22 @@ from functools import partial
 from itertools import count
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
+
+import utils  # noqa: F401  # first: it explains which library is missing
+
+# isort: split
 import sentencepiece
 import torch
 import torch.nn.functional as F
 from data import DEMONSTRATION, DIALOGUES, LANGUAGES, Dialogues
 from tqdm import tqdm
 
+from chatglm2 import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMTokenizer
+from chatglm2.refresh import CODE_FILES
+from chatglm2.tokenization_chatglm import ANSWER, QUESTION
+
 ROOT = Path(__file__).resolve().parents[3]
-sys.path.insert(0, str(ROOT))
-
-from chatglm2 import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMTokenizer  # noqa: E402
-from chatglm2.refresh import CODE_FILES  # noqa: E402
-from chatglm2.tokenization_chatglm import ANSWER, QUESTION  # noqa: E402
-
 VOCAB_SIZE = 4096
 ROW_LENGTH = 384  # tokens; conversations are packed into rows
 NUM_ROUNDS = [1, 1, 1, 2, 2, 3, 4, 5, 7]  # a conversation's length is drawn from these
