@@ -42,10 +42,10 @@ def strip_prompts(block: str) -> str:
 
 
 def find_commands(text: str) -> list[list[str]]:
-    """Return the words after `python` of each command that has flags, up to a redirection."""
+    """Return the words after `python` of each command, up to a redirection or a pipe."""
     lines = "\n".join(blocks(text, "shell")).replace("\\\n", " ").replace("&&", "\n").splitlines()
     lines += re.findall(r"`(python [^`]*)`", text)
-    commands = [shlex.split(line.partition(" < ")[0], comments=True) for line in lines]
+    commands = [shlex.split(re.split(" [<|] ", line)[0], comments=True) for line in lines]
     return [words[1:] for words in commands if words[:1] == ["python"] and "pytest" not in words]
 
 
