@@ -58,6 +58,7 @@ def test_refused(tiny_checkpoint, int4_checkpoint, tmp_path, monkeypatch):
     assert "on the disk of" in run_and_fail(tiny_checkpoint, folder)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the size of files as Linux does")
 def test_disk_that_is_full_while_writing(tiny_checkpoint, tmp_path):
     """A limit on the size of files stands for the full disk; nothing is left behind."""
