@@ -50,6 +50,7 @@ class Page:
         name = Path(name).resolve().name
         self.shared = SharedModel(model, tokenizer)
         self.chats: dict[str, Chat] = {}  # by session hash: one for each browser tab
+        self.replacing: dict[str, dict] = {}  # what the last step of such an answer draws instead
         with gr.Blocks(title=name, fill_height=True, analytics_enabled=False) as self.demo:
             self.build(model, name)
             self.connect()
@@ -135,11 +136,12 @@ class Page:
                     yield {**self.draw(chat, values), self.box: box}
                     box = gr.skip()
             query, chat.query = chat.query, ""
-            drawn = self.draw(chat, values)
+            drawn = {**self.draw(chat, values), self.box: gr.Textbox(**IDLE)}
             drawn[self.conversations]["query"] = query  # for `give_back`
-            yield {**drawn, self.box: gr.Textbox(**IDLE)}
         finally:
-            self.chats.pop(request.session_hash, None)
+            del self.chats[request.session_hash]
+            replacement = self.replacing.pop(request.session_hash, None)
+        yield replacement or drawn
 
     async def submit(self, values, request: gr.Request):
         saved = values[self.conversations]
@@ -183,37 +185,46 @@ class Page:
             self.conversations: {**saved, "editing": index},
         }
 
-    async def show(self, values, request: gr.Request):
+    def show(self, values, request: gr.Request):
         """Draw the conversation that the browser has picked."""
-        await self.leave(request)
         saved = values[self.conversations]
         chat = read_chat(saved)
         box = gr.Textbox(**IDLE, **({"value": saved["query"]} if saved.get("query") else {}))
-        return {**self.draw(chat, values), self.box: box, self.system: chat.system}
+        return self.replace(
+            {**self.draw(chat, values), self.box: box, self.system: chat.system}, request
+        )
 
-    async def clear(self, values, request: gr.Request):
-        await self.leave(request)
-        box = gr.Textbox(**IDLE)
-        return {**self.draw(Chat(system=values[self.system]), values), self.box: box}
+    def clear(self, values, request: gr.Request):
+        drawn = self.draw(Chat(system=values[self.system]), values)
+        return self.replace({**drawn, self.box: gr.Textbox(**IDLE)}, request)
 
-    async def read_file(self, values, event: gr.EventData, request: gr.Request):
+    def read_file(self, values, event: gr.EventData, request: gr.Request):
         try:
             chat = gradio_page.read_file(event.text)
         except ValueError as error:
             gr.Warning(str(error), title="导入失败 Import failed")
             return self.nothing
-        await self.leave(request)
-        saved = {"id": uuid.uuid4().hex}
-        box = gr.Textbox(**IDLE)
-        drawn = self.draw(chat, {**values, self.conversations: saved})
-        return {**drawn, self.box: box, self.system: chat.system}
+        drawn = self.draw(chat, {self.conversations: {"id": uuid.uuid4().hex}})
+        box = {self.box: gr.Textbox(**IDLE), self.system: chat.system}
+        return self.replace({**drawn, **box}, request)
+
+    def replace(self, drawn: dict, request: gr.Request) -> dict:
+        """End the answer that is being given, and draw something else.
+
+        The answer draws it with its last step: the order of two events is not certain.
+        """
+        if request.session_hash not in self.chats:
+            return drawn
+        self.replacing[request.session_hash] = drawn
+        self.stop(request)
+        return self.nothing
 
     def stop(self, request: gr.Request):
         if chat := self.chats.get(request.session_hash):
             chat.is_stopped = True
 
     async def leave(self, request: gr.Request):
-        """End the answer that is being given, before another event draws the page."""
+        """End the answer that is being given, before another one begins."""
         self.stop(request)
         while request.session_hash in self.chats:
             await asyncio.sleep(INTERVAL_S)

@@ -1,6 +1,6 @@
-"""A batcher for the tests of the pages: the bundled model, slow, failing or echoing if asked to.
+"""For tests of the pages and the terminal: the bundled model, slow or echoing if asked to.
 
-As a program it runs a script or a module with this batcher and notes the addresses that it uses.
+As a program it runs a script or a module with this model and notes the addresses that it uses.
 
     python tests/page_models.py NOTES web_demo.py [argument ...]
     python tests/page_models.py NOTES streamlit run web_demo2.py [argument ...]
@@ -17,8 +17,12 @@ import torch
 
 sys.path.append(str(Path(__file__).parent.parent))
 
+import utils
+from chatglm2 import ChatGLMCache
 from chatglm2.chat import shared_model
 from chatglm2.serving.batching import Batcher
+
+load_model = utils.load_model  # before it is replaced
 
 PAUSE_S = 0.1
 
@@ -69,6 +73,29 @@ class ScriptedBatcher(Batcher):
         return super().submit(request, queue, index)
 
 
+class SlowModel:
+    """A model for the terminal, which answers "echo X" with X, and slowly if asked for a story."""
+
+    def __init__(self, model):
+        self.model = model
+        self.config, self.generation_config = model.config, model.generation_config
+        self.device, self.dtype = model.device, model.dtype
+
+    def stream_chat(self, tokenizer, query, history, past_key_values, **settings):
+        if query.startswith("echo "):
+            answer = query.removeprefix("echo ")
+            yield answer, [*history, (query, answer)], ChatGLMCache()
+            return
+        pauses = [Script(tokenizer, [], query)] if "故事" in query else []
+        settings |= {"do_sample": False, "logits_processor": pauses}
+        yield from self.model.stream_chat(tokenizer, query, history, past_key_values, **settings)
+
+
+def load_slow_model(args):
+    tokenizer, model = load_model(args)
+    return tokenizer, SlowModel(model)
+
+
 def note_address(event: str, args: tuple, notes: Path):
     if event in ("socket.bind", "socket.connect", "socket.getaddrinfo"):
         address = args[1] if event != "socket.getaddrinfo" else args[0]
@@ -81,6 +108,8 @@ if __name__ == "__main__":
     notes.touch()
     sys.addaudithook(lambda event, args: note_address(event, args, notes))
     shared_model.Batcher = ScriptedBatcher
+    if Path(program).name == "cli_demo.py":
+        utils.load_model = load_slow_model
     sys.argv = sys.argv[2:]
     run = runpy.run_path if program.endswith(".py") else runpy.run_module
     run(program, run_name="__main__")
