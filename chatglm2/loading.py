@@ -25,7 +25,7 @@ from .recognition import check_shapes
 from .tokenization_chatglm import ChatGLMTokenizer
 
 TOKENS_PER_S = {4: 10.7, 8: 6.0}  # of ChatGLM2-6B on two CPU cores: docs/performance.md
-LARGE = 8e9  # bytes in float16: the user of a CPU should know memory and speed
+LARGE = 3e9  # bytes: the user of a CPU should know memory and speed
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -294,10 +294,10 @@ def describe_cost(
     requested float32.
     """
     is_float32 = requested_dtype == "auto" or (quantization and requested_dtype == "float32")
-    is_large = count_memory(config, torch.float16, None) >= LARGE
-    if device.type != "cpu" or not (is_large and is_float32):
+    size = count_memory(config, torch.float32, quantization)
+    if device.type != "cpu" or not is_float32 or size < LARGE:
         return ""
-    needed = gigabytes(count_memory(config, torch.float32, quantization))
+    needed = gigabytes(size)
     speed = TOKENS_PER_S[quantization.bits if quantization else 4]
     if quantization is not None:
         return (
