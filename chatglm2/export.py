@@ -74,11 +74,20 @@ def check_config(config: ChatGLMConfig):
             "the weights are quantized in a format that only ChatGLM2 has: export the unquantized "
             "checkpoint (such as THUDM/chatglm2-6b)."
         )
+    check_architecture(config, "GLM")
+
+
+def check_architecture(config: ChatGLMConfig, engine: str):
+    """Check that the fields `GLM_IS` of a model have the only values that an engine supports.
+
+    Raises:
+        ValueError: They do not.
+    """
     for field, needed in GLM_IS.items():
         if bool(value := getattr(config, field)) != bool(needed):
             raise ValueError(
-                f"{field} is {value!r} and GLM supports only {needed!r}: this model runs with this "
-                "project's code only."
+                f"{field} is {value!r} and {engine} supports only {needed!r}: this model runs with "
+                "this project's code only."
             )
 
 
