@@ -27,7 +27,7 @@ from .configuration_chatglm import ChatGLMConfig
 from .errors import exit_on_error, print_result
 from .export import PREFIX, check_architecture, convert_rope, create_tokenizer
 from .hardware import get_free_space, gigabytes
-from .json_files import read_config, read_generation_config
+from .json_files import check_tokenizer_files, read_config, read_generation_config
 from .quantization import QuantizedLinear, get_quantization, unpack_int4
 from .recognition import BASE_PREFIX, COMPUTED, check_shapes
 from .sampling_chatglm import find_end_ids
@@ -324,7 +324,7 @@ def write_tensors(writer, path: Path, tensors: list[Tensor], may_round: bool):
     writer.write_header_to_file(path)
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    with tqdm(total=size, unit="B", unit_scale=True) as bar:
+    with tqdm(total=size, unit="B", unit_scale=True, disable=None) as bar:
         for tensor in tensors:
             writer.write_tensor_data(tensor.encode(may_round))
             bar.update(tensor.num_bytes)
@@ -348,6 +348,7 @@ def convert(checkpoint: Path, file: Path, wanted: str = "auto", may_round: bool 
     config = read_config(checkpoint)
     check_config(config)
     check_shapes(checkpoint, config)
+    check_tokenizer_files(checkpoint)
     tokenizer = ChatGLMTokenizer.from_pretrained(checkpoint)
     sources = read_generation_config(checkpoint), config, tokenizer
     end_ids = find_end_ids(*sources, num_ids=len(tokenizer))
