@@ -20,9 +20,11 @@ import gradio as gr
 from fastapi.middleware import Middleware
 
 from chatglm2.chat import gradio_page
-from chatglm2.chat.gradio_page import LOOK, list_conversations, read_chat, show_chat
+from chatglm2.chat.gradio_page import LOOK, list_conversations, show_chat
 from chatglm2.chat.markdown import to_markdown
+from chatglm2.chat.saved import read_chat, read_file, save_chat
 from chatglm2.chat.shared_model import (
+    EDITING,
     EXAMPLES,
     INTERVAL_S,
     WELCOME,
@@ -180,7 +182,7 @@ class Page:
         if index is None:
             return {self.notice: "", self.box: "", self.conversations: {**saved, "editing": None}}
         return {
-            self.notice: gradio_page.EDITING.format(index + 1),
+            self.notice: EDITING.format(index + 1),
             self.box: saved["rounds"][index][0],
             self.conversations: {**saved, "editing": index},
         }
@@ -200,7 +202,7 @@ class Page:
 
     def read_file(self, values, event: gr.EventData, request: gr.Request):
         try:
-            chat = gradio_page.read_file(event.text)
+            chat = read_file(event.text)
         except ValueError as error:
             gr.Warning(str(error), title="导入失败 Import failed")
             return self.nothing
@@ -233,10 +235,7 @@ class Page:
         return {
             self.chatbot: show_chat(chat),
             self.notice: to_markdown("\n".join(chat.notices), "gradio"),
-            self.conversations: {
-                **gradio_page.save_chat(chat),
-                "id": values[self.conversations]["id"],
-            },
+            self.conversations: {**save_chat(chat), "id": values[self.conversations]["id"]},
         }
 
 

@@ -1,20 +1,9 @@
-"""`gradio_page`: conversations of the browser and of files."""
+"""`gradio_page`: the messages of a conversation."""
 
-import json
-
-import pytest
-
-from chatglm2.chat.gradio_page import read_chat, read_file, save_chat, show_chat
+from chatglm2.chat.gradio_page import show_chat
 from chatglm2.chat.shared_model import Chat
 
 ROUNDS = [["a <b>", "1 < 2", "2 tokens"], ["c", "3", ""]]
-
-
-def test_a_conversation_goes_to_the_browser_and_back():
-    chat = Chat(rounds=ROUNDS, first_round=1, system="s", query="q", notice="n", is_stopped=True)
-    saved = {**json.loads(json.dumps(save_chat(chat))), "id": "x", "time": 1}
-    assert read_chat(saved) == Chat(rounds=ROUNDS, first_round=1, system="s")
-    assert read_chat(saved, "t").system == "t"
 
 
 def test_messages():
@@ -24,38 +13,3 @@ def test_messages():
     assert "2 tokens" in messages[1]["content"][1]["value"]
     assert "&lt;i&gt;" in messages[4]["content"][0]["value"]
     assert "<button" not in messages[4]["content"][0]["value"]
-
-
-def write(*pairs, **fields) -> str:
-    messages = [{"role": role, "content": text} for role, text in pairs]
-    return json.dumps({"messages": messages, **fields})
-
-
-def test_files():
-    chat = read_file(write(("system", "s"), ("user", "a"), ("assistant", "b"), title="x"))
-    assert chat == Chat(rounds=[["a", "b", ""]], system="s")
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        "",
-        "[]",
-        "{}",
-        '{"messages": 1}',
-        '{"messages": [1]}',
-        '{"messages": [{"role": "user"}]}',
-        "[" * 100_000,
-        write(),
-        write(("system", "s")),
-        write(("user", "a")),
-        write(("assistant", "a"), ("user", "b")),
-        write(("user", "a"), ("assistant", 1)),
-        write(("system", None), ("user", "a"), ("assistant", "b")),
-        write((["user"], "a"), ("assistant", "b")),
-    ],
-)
-def test_files_that_are_no_conversation(content):
-    with pytest.raises(ValueError, match="not a conversation") as error:
-        read_file(content)
-    assert "\n" not in str(error.value)

@@ -1,6 +1,5 @@
-"""What web_demo.py shows of a conversation, and how it reads one that the browser kept."""
+"""What web_demo.py shows of a conversation."""
 
-import json
 from functools import lru_cache
 from html import escape
 from pathlib import Path
@@ -19,19 +18,10 @@ THEME = gr.themes.Default(primary_hue="blue", font=FONTS).set(
     body_text_color_subdued_dark="*neutral_400",
 )
 LOOK = {"theme": THEME, "footer_links": [], "head_paths": HEAD}
-FIELDS = ("rounds", "first_round", "system")  # of a chat, that the browser keeps
 LATEX = [
     {"left": r"\[", "right": r"\]", "display": True},
     {"left": r"\(", "right": r"\)", "display": False},
 ]
-FORMAT = (
-    '文件格式不对 / not a conversation: a JSON file {"messages": [...]} is needed, with "role" and '
-    '"content" in each message, user and assistant in turn'
-)
-EDITING = (
-    "正在修改第 {0} 个问题，发送后会替换其后的对话（Esc 取消）/ "
-    "editing question {0}: sending it replaces what follows (Esc gives up)"
-)
 IMPORT = '<label class="import">导入 JSON Import<input type="file" accept=".json"></label>'
 HTML = gr.HTML(apply_default_css=False).get_config()
 COPY = '<button data-round="{0}" data-copy="{1}" title="复制 Copy" aria-label="复制 Copy"></button>'
@@ -51,17 +41,6 @@ def list_conversations() -> gr.HTML:
         apply_default_css=False,
         js_on_load="conversations.connect(element, props, trigger, watch)",
     )
-
-
-def read_chat(saved: dict, system: str | None = None) -> Chat:
-    """Return the conversation that the browser kept; `system` replaces its system text."""
-    fields = {name: saved[name] for name in FIELDS if name in saved}
-    return Chat(**fields if system is None else {**fields, "system": system})
-
-
-def save_chat(chat: Chat) -> dict:
-    """Return what the browser keeps of a conversation."""
-    return {name: getattr(chat, name) for name in (*FIELDS, "query")}
 
 
 def show_chat(chat: Chat) -> list[dict]:
@@ -107,22 +86,3 @@ def html(value: str) -> dict:
 def literal(query: str, buttons: str = "") -> dict:
     """Return a question as it was typed."""
     return html(f'<div class="question">{escape(query)}</div><div class="actions">{buttons}</div>')
-
-
-def read_file(content: str) -> Chat:
-    """Return the conversation of an exported file.
-
-    Raises:
-        ValueError: The file has another format.
-    """
-    try:
-        messages = [(m["role"], m["content"]) for m in json.loads(content)["messages"]]
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise ValueError(FORMAT) from error
-    system = messages.pop(0)[1] if messages and messages[0][0] == "system" else ""
-    roles, texts = [role for role, _ in messages], [text for _, text in messages]
-    is_text = all(isinstance(text, str) for text in (system, *texts))
-    if not messages or not is_text or roles != ["user", "assistant"] * (len(messages) // 2):
-        raise ValueError(FORMAT)
-    rounds = [[query, answer, ""] for query, answer in zip(texts[::2], texts[1::2], strict=True)]
-    return Chat(rounds=rounds, system=system)

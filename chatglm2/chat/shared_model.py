@@ -19,6 +19,10 @@ KEPT_TOKENS = 32768  # with the 6B model in float16 they need 0.9 GB
 INTERVAL_S = 0.05  # between two drawn steps: drawing takes time from computing
 WELCOME = "你好 👋 有什么可以帮你？\n\nHello! How can I help you?"
 EXAMPLES = ("你好", "晚上睡不着应该怎么办", "Tell me a joke")
+EDITING = (
+    "正在修改第 {0} 个问题，发送后会替换其后的对话（Esc 取消）/ "
+    "editing question {0}: sending it replaces what follows (Esc gives up)"
+)
 
 logger = logging.getLogger(__name__)
 
