@@ -181,6 +181,16 @@ def read_logins(text: str) -> list[tuple[str, str]]:
     return [(user, password) for user, _, password in logins]
 
 
+def add_auth(group):
+    group.add_argument(
+        "--auth",
+        type=read_logins,
+        metavar="USER:PASSWORD",
+        help="ask for this user and password; @FILE reads one or more of them from the lines of a "
+        "file, where the list of processes does not show them (default: no login)",
+    )
+
+
 def add_allowed_host(group):
     group.add_argument(
         "--allowed-host",
@@ -243,13 +253,7 @@ def add_page_arguments(parser: argparse.ArgumentParser):
         "--share", action="store_true", help="make a public link through Gradio's site"
     )
     add_allowed_host(server)
-    server.add_argument(
-        "--auth",
-        type=read_logins,
-        metavar="USER:PASSWORD",
-        help="ask for this user and password; @FILE reads one or more of them from the lines of a "
-        "file, where the list of processes does not show them (default: no login)",
-    )
+    add_auth(server)
 
 
 def parse_args(doc: str, add_arguments, argv=None) -> argparse.Namespace:

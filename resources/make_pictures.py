@@ -161,8 +161,10 @@ def served_gradio(model, tokenizer):
 def served_streamlit():
     """Serve the page of `web_demo2.py`; yield its address."""
     server = spawn("-m", "streamlit", "run", "web_demo2.py", "--", "--model", MODEL)
-    server.expect(r"http://[\w.:]+")
-    yield server.after
+    server.expect(r"http://[\w.:]+")  # printed before the model is loaded
+    address = server.after
+    server.expect("Loading weights: 100%")
+    yield address
     server.close(force=True)
 
 

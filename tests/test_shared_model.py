@@ -10,7 +10,7 @@ from page_models import ScriptedBatcher
 from chatglm2 import CHAT_DEFAULTS
 from chatglm2.chat import shared_model
 from chatglm2.chat.conversation import Conversation
-from chatglm2.chat.shared_model import Answering, Chat, SharedModel, sampling_sliders
+from chatglm2.chat.shared_model import Chat, SharedModel, sampling_sliders
 
 
 @pytest.fixture
@@ -160,18 +160,6 @@ def test_cut():
 
 
 # Pages with threads.
-
-
-def test_answering_from_a_thread(shared):
-    answering, chat = Answering(), Chat()
-    with answering.run(chat, shared.answer(chat, "你好", 500)) as steps:
-        assert next(steps) and chat.is_busy and chat.query == "你好"
-        assert all(steps)
-    assert "ChatGLM2-tiny" in chat.rounds[0][1] and not chat.is_busy
-    with answering.run(chat, shared.answer(chat, "讲个故事", 500)) as steps:
-        next(steps)
-    assert chat.notice == Conversation.STOPPED
-    answering.end(chat)  # nothing to wait for
 
 
 # What the pages say.

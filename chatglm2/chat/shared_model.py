@@ -2,10 +2,7 @@
 
 import asyncio
 import logging
-import threading
 import time
-from collections.abc import AsyncGenerator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from chatglm2 import CHAT_DEFAULTS
@@ -39,7 +36,6 @@ class Chat:
         query: The question that has no answer yet, or "".
         notice: A remark on the last answer, or "".
         is_stopped: Set this to end the answer, from any thread.
-        is_busy: A thread draws the answer.
     """
 
     rounds: list[list[str]] = field(default_factory=list)
@@ -48,7 +44,6 @@ class Chat:
     query: str = ""
     notice: str = ""
     is_stopped: bool = False
-    is_busy: bool = False
 
     def cut(self, index: int) -> str:
         """Remove the rounds from this index on, and return the question of the first; or ""."""
@@ -185,37 +180,6 @@ class SharedModel:
             return ""
         questions = "1 question comes" if ahead == 1 else f"{ahead} questions come"
         return f"排队中，前面还有 {ahead} 个问题 / waiting: {questions} first"
-
-
-class Answering:
-    """Answers in a thread of their own, for pages that give each user a thread."""
-
-    def __init__(self):
-        self.loop = asyncio.new_event_loop()
-        threading.Thread(target=self.loop.run_forever, name="answers", daemon=True).start()
-
-    @contextmanager
-    def run(self, chat: Chat, steps: AsyncGenerator):
-        """Provide the steps of an answer; it ends with the context. Until then `end` waits."""
-
-        async def advance() -> bool:
-            return await anext(steps, self) is not self
-
-        chat.is_busy = True
-        try:
-            yield iter(lambda: self.wait(advance()), False)
-        finally:
-            self.wait(steps.aclose())
-            chat.is_busy = False
-
-    def wait(self, work):
-        return asyncio.run_coroutine_threadsafe(work, self.loop).result()
-
-    def end(self, chat: Chat):
-        """End the answer that another thread draws, if there is one, and wait for its end."""
-        while chat.is_busy:
-            chat.is_stopped = True
-            time.sleep(INTERVAL_S)
 
 
 def sampling_sliders(model) -> dict[str, dict]:
