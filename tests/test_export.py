@@ -143,7 +143,7 @@ def test_golden_strings(official_tokenizer):
     for case in golden["strings"]:
         text = case["text"]
         if any(token in text for token in ("[gMASK]", "</s>", "<unk>")):
-            assert fast.encode(text) != case["encode"]  # parsed, as docs/vllm.md says
+            assert fast.encode(text) != case["encode"]  # parsed, as docs/engines.md says
             continue
         assert fast.encode(text) == case["encode"]
         assert fast.encode(text, add_special_tokens=False) == case["encode_no_special"]
