@@ -99,8 +99,14 @@ def draw_conversations(tab: Tab):
         for kind, text in (("Markdown", to_document(tab.chat)), ("JSON", to_json(tab.chat))):
             name = f"chat.{kind.lower()}"
             st.download_button(f"导出 {kind}", text, name, on_click="ignore", width="stretch")
-        key = f"file {tab.id}"
-        st.file_uploader("导入 JSON Import", "json", key=key, on_change=import_file, args=(tab,))
+        st.file_uploader(
+            "导入 JSON Import",
+            "json",
+            key=f"file {tab.id}",
+            on_change=import_file,
+            args=(tab,),
+            max_upload_size=10,
+        )
 
 
 def draw_settings(shared: SharedModel, tab: Tab) -> dict:
@@ -112,7 +118,7 @@ def draw_settings(shared: SharedModel, tab: Tab) -> dict:
             for name, slider in sampling_sliders(shared.model).items()
         }
     args = (tab, Chat(system=state.system), tab.id)
-    st.button("🗑 清空对话 Clear history", on_click=open_chat, args=args)
+    st.button("🗑 清空对话 Clear history", on_click=open_chat, args=args, width="stretch")
     return settings
 
 
