@@ -150,10 +150,8 @@ def start_engine(words: str, args: argparse.Namespace, shape: dict, folder: Path
     module, settings = "benchmark_model", vars(args)
     name, *flags = words.split() or [""]
     if name in LLAMA_ENGINES:
-        import benchmark_llama
-
         try:
-            settings = benchmark_llama.write_gguf(folder, shape, *LLAMA_ENGINES[name])
+            settings = prepare_llama(folder / f"{name}.gguf", args, shape, *LLAMA_ENGINES[name])
         except (OSError, ValueError) as error:
             raise WorkerError(f"{words}: {error}") from error
         module, settings["threads"] = "benchmark_llama", args.threads
@@ -172,6 +170,23 @@ def start_engine(words: str, args: argparse.Namespace, shape: dict, folder: Path
         raise
     worker.name = words or worker.load["name"]
     return worker
+
+
+def prepare_llama(file: Path, args: argparse.Namespace, shape: dict, kind: str, output: str):
+    """Write a file for llama.cpp: of the checkpoint's weights, or random.
+
+    Returns:
+        The arguments of `load` of its worker, but the threads.
+    """
+    import benchmark_llama
+
+    if args.random_weights:
+        benchmark_llama.write_gguf(file, shape, kind, output)
+    else:
+        import benchmark_model
+
+        benchmark_model.write_gguf(args, file, kind)
+    return benchmark_llama.describe_file(file, shape)
 
 
 def run_rounds(workers: list[Worker], cases: list[dict], read_bandwidth, num_rounds: int) -> list:
@@ -423,6 +438,15 @@ def check_args(args: argparse.Namespace):
             )
         if name in LLAMA_ENGINES and not (find_spec("llama_cpp") and find_spec("gguf")):
             raise SystemExit(f"--compare {name} needs packages: pip install llama-cpp-python gguf")
+        if name.endswith("-q8_0") and name in LLAMA_ENGINES and not args.random_weights:
+            raise SystemExit(
+                f"--compare {name}: the file of a checkpoint keeps its output layer: give "
+                f"{name.removesuffix('q8_0')}f16, or --random-weights."
+            )
+        if name in LLAMA_ENGINES and args.adapter:
+            raise SystemExit(
+                f"--compare {name}: llama.cpp gets no --adapter: leave one of them out."
+            )
     if args.plot and not find_spec("matplotlib"):
         raise SystemExit(
             f"--plot {args.plot} needs matplotlib, which is not in requirements.txt: "

@@ -1,4 +1,4 @@
-"""llama.cpp for benchmark.py, with a random GGUF file in the shape of this project's model.
+"""llama.cpp for benchmark.py, with a random GGUF file or with one of a checkpoint's weights.
 
 Needs llama-cpp-python and gguf, and must not import torch.
 """
@@ -33,17 +33,30 @@ def make_matrix(rows: int, columns: int, kind: str):
     return blocks.reshape(rows, -1)
 
 
-def write_gguf(folder: Path, shape: dict, kind: str, output_kind: str) -> dict:
-    """Write a model whose layers are equal, so that memory holds one.
+def describe_file(path: Path, shape: dict) -> dict:
+    """Return the arguments of `Worker.load` for a file.
 
-    Returns:
-        Arguments of `Worker.load`: the file's path, and the bytes that a new token reads: all
-        weights but one row of the embedding, and keys and values of each token before it.
+    They are its path, and the bytes that a new token reads: all weights but one row of the
+    embedding, and keys and values of each token before it.
     """
+    import gguf
+
+    sizes = {tensor.name: int(tensor.n_bytes) for tensor in gguf.GGUFReader(path).tensors}
+    embedding, vocab_size = sizes["token_embd.weight"], shape["padded_vocab_size"]
+    numbers = shape["num_layers"] * shape["num_key_value_heads"] * shape["kv_channels"]
+    return {
+        "path": str(path),
+        "vocab_size": vocab_size,
+        "weight_bytes": sum(sizes.values()) - embedding + embedding // vocab_size,
+        "cache_bytes": 2 * 2 * numbers,  # keys, values; float16
+    }
+
+
+def write_gguf(path: Path, shape: dict, kind: str, output_kind: str):
+    """Write a random model whose layers are equal, so that memory holds one."""
     import gguf
     import numpy as np
 
-    path = str(folder / f"chatglm-{kind}-output-{output_kind}.gguf")
     kind, output_kind = kind.upper(), output_kind.upper()
     hidden, inner = shape["hidden_size"], shape["ffn_hidden_size"]
     heads, kv_heads = shape["num_attention_heads"], shape["num_key_value_heads"]
@@ -64,11 +77,7 @@ def write_gguf(folder: Path, shape: dict, kind: str, output_kind: str) -> dict:
     writer.add_tokenizer_model("no_vocab")
     writer.add_add_bos_token(False)
 
-    weight_bytes = 0
-
     def add(name, matrix, kind="F32"):
-        nonlocal weight_bytes
-        weight_bytes += matrix.nbytes
         writer.add_tensor(name, matrix, raw_dtype=gguf.GGMLQuantizationType[kind])
 
     qkv_size = (heads + 2 * kv_heads) * head_dim
@@ -80,8 +89,7 @@ def write_gguf(folder: Path, shape: dict, kind: str, output_kind: str) -> dict:
     }
     layer = {name: make_matrix(*rows_columns, kind) for name, rows_columns in sizes.items()}
     ones = np.ones(hidden, np.float32)
-    embedding = make_matrix(vocab_size, hidden, kind)
-    add("token_embd.weight", embedding, kind)
+    add("token_embd.weight", make_matrix(vocab_size, hidden, kind), kind)
     for i in range(shape["num_layers"]):
         for name in ("attn_norm", "ffn_norm"):
             add(f"blk.{i}.{name}.weight", ones)
@@ -94,12 +102,6 @@ def write_gguf(folder: Path, shape: dict, kind: str, output_kind: str) -> dict:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return {
-        "path": path,
-        "vocab_size": vocab_size,
-        "weight_bytes": weight_bytes - embedding.nbytes + embedding[0].nbytes,
-        "cache_bytes": 2 * 2 * shape["num_layers"] * kv_heads * head_dim,  # keys, values; float16
-    }
 
 
 class Worker:

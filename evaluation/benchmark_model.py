@@ -14,7 +14,13 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
 import utils
-from chatglm2 import ChatGLMConfig, ChatGLMForConditionalGeneration, generation_chatglm, loading
+from chatglm2 import (
+    ChatGLMConfig,
+    ChatGLMForConditionalGeneration,
+    generation_chatglm,
+    gguf,
+    loading,
+)
 from chatglm2.checkpoint import download_descriptions, locate_checkpoint
 from chatglm2.errors import exit_on_error
 from chatglm2.hardware import choose_threads
@@ -56,6 +62,16 @@ def read_shape(args: argparse.Namespace) -> ChatGLMConfig:
             folder, hub_info = locate_checkpoint(args.model, args.revision)
             return read_config(folder or download_descriptions(args.model, args.revision, hub_info))
         return read_config(Path(args.model)) if args.model else ChatGLMConfig(**SHAPE_6B)
+
+
+def write_gguf(args: argparse.Namespace, file: Path, kind: str):
+    """Write the checkpoint for llama.cpp.
+
+    Raises:
+        ValueError, OSError: It cannot be written as `kind`.
+    """
+    folder, _ = locate_checkpoint(args.model, args.revision)
+    gguf.convert(folder, file, kind, may_round=True)
 
 
 def describe_setting(args: argparse.Namespace) -> dict:

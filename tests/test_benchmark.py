@@ -242,6 +242,18 @@ def test_errors_are_one_line(flags, message, monkeypatch):
     assert message in fail(benchmark.main, [*RANDOM, *shlex.split(flags)])
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--compare", "llama-q8_0-q8_0"], "keeps its output layer: give llama-q8_0-f16"),
+        (["--compare", "llama-q8_0-f16", "--adapter", "x"], "llama.cpp gets no --adapter"),
+    ],
+)
+def test_what_llama_cannot_have_of_a_checkpoint(flags, message, monkeypatch):
+    monkeypatch.setattr(benchmark, "find_spec", lambda name: True)
+    assert message in fail(benchmark.main, ["--model", TINY, *flags])
+
+
 def test_no_memory(monkeypatch):
     monkeypatch.setattr(loading, "get_free_memory", lambda device: 1_000_000)
     assert "needs 0.0 GB for float32 on cpu, 0.0 GB free" in fail(load, *RANDOM)
@@ -250,10 +262,11 @@ def test_no_memory(monkeypatch):
 # llama.cpp.
 
 
-def test_llama(tmp_path):
+@pytest.mark.parametrize("flags", [RANDOM, ["--model", TINY, "--threads", "1"]], ids=len)
+def test_llama(flags, tmp_path):
     for name in ("llama_cpp", "gguf"):
         pytest.importorskip(name, reason="needs llama-cpp-python and gguf", exc_type=ImportError)
-    args = benchmark.parse_args(RANDOM)
+    args = benchmark.parse_args(flags)
     shape = benchmark_model.describe_setting(args)["shape"]
     with benchmark.start_engine("llama-q4_0-f16", args, shape, tmp_path) as worker:
         figures = worker.ask("measure", prompt_tokens=20, new_tokens=5)
