@@ -275,7 +275,9 @@ def sample(rows: dict[Generation, torch.Tensor]) -> dict[Generation, int]:
             chosen.update(zip(group, scores.argmax(-1).tolist(), strict=True))
             continue
         size = min(top_k or scores.shape[1], scores.shape[1])
-        scores, candidates = scores.topk(size)
+        # By id, not by score: rounding can swap two scores, and with them their random numbers.
+        candidates = scores.topk(size).indices.sort(-1).values
+        scores = scores.gather(1, candidates)
         scores = TemperatureLogitsWarper(temperature)(None, scores)
         if top_p < 1:
             scores = TopPLogitsWarper(top_p)(None, scores)
