@@ -28,9 +28,26 @@ EXPECTED = {  # by the types of pydantic's errors
     "model_type": "an object",
     "string_pattern_mismatch": "a token id",
     "string_type": "a text",
-    "too_long": "at most {max_length} {unit}",
-    "too_short": "{min_length} or more {unit}",
+    "too_long": "at most {max_length}",
+    "too_short": "at least {min_length}",
 }
+
+
+class ShowJson(reprlib.Repr):
+    """Shortens a wrong value, and writes it as the client did."""
+
+    def repr_bool(self, value, level) -> str:
+        return json.dumps(value)
+
+    repr_NoneType = repr_float = repr_bool
+
+    def repr_str(self, value, level) -> str:
+        half = self.maxstring // 2
+        short = value if len(value) <= self.maxstring else f"{value[:half]}...{value[-half:]}"
+        return json.dumps(short, ensure_ascii=False)
+
+
+show_json = ShowJson()
 
 
 class ErrorDetail(BaseModel):
@@ -81,9 +98,11 @@ def describe_invalid(error: RequestValidationError) -> tuple[str, str | None]:
         param = detail["ctx"]["param"]
         return f"{param}: {detail['msg']}.", param
     if not path:
-        return "The body must be a JSON object, sent as Content-Type: application/json.", None
+        if isinstance(detail["input"], bytes):  # not read, because of its content type
+            return "The body must be JSON with the header Content-Type: application/json.", None
+        return "The body must be a JSON object with the fields of a request.", None
     name, kind, value = ".".join(path), detail["type"], detail["input"]
-    shown = f"{reprlib.repr(value):.{SHOWN_VALUE_LENGTH}}"
+    shown = f"{show_json.repr(value):.{SHOWN_VALUE_LENGTH}}"
     if kind == "missing":
         return f"{name} is missing.", path[0]
     if kind not in EXPECTED:  # a message of schema.py
@@ -92,8 +111,13 @@ def describe_invalid(error: RequestValidationError) -> tuple[str, str | None]:
     if kind.endswith("_type"):  # none of a field's types fits: name all
         kinds = [e["type"] for e in errors if len(e["loc"]) == len(detail["loc"])]
     expected = " or ".join(dict.fromkeys(EXPECTED[kind] for kind in kinds if kind in EXPECTED))
-    unit = "characters" if isinstance(value, str) else "items"
-    expected = expected.format(**detail.get("ctx", {}), unit=unit)
+    context = {k: str(v).removesuffix(".0") for k, v in detail.get("ctx", {}).items()}
+    expected = expected.format(**context)
+    if kind.startswith("too_"):
+        unit = "character" if isinstance(value, str) else "text" if name == "stop" else "item"
+        unit += "" if expected.endswith(" 1") else "s"
+        size = f"it has {len(value)}" if value else "it is empty"
+        return f"{name}: expected {expected} {unit}; {size}.", path[0]
     return f"{name}: expected {expected}, not {shown}.", path[0]
 
 
