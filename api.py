@@ -23,7 +23,7 @@ from pydantic import BaseModel, Field
 from starlette.concurrency import run_in_threadpool
 
 from chatglm2 import CHAT_DEFAULTS
-from chatglm2.serving import schema, server
+from chatglm2.serving import pages, schema, server
 
 # Some versions of LangChain's client send a history without questions.
 Round = Annotated[list[schema.Text | None], Field(min_length=2, max_length=2, fail_fast=True)]
@@ -72,9 +72,9 @@ async def stream(question: Question, answers: server.Answers):
 
 
 def create_app(model, tokenizer, args) -> FastAPI:
-    # As the original: JSON is read even without its content type.
     options = {"invalid_status": 422, "strict_content_type": False}
     app = server.create_app(model, tokenizer, args, "ChatGLM2", **options)
+    pages.add_pages(app, args, "/", {"prompt": "你好", "history": []})
     responses = {200: {"content": {"text/event-stream": {}}}, **server.ERROR_RESPONSES}
 
     @app.post("/", response_model=Answer, responses=responses)

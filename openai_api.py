@@ -23,7 +23,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import State
 from transformers import LogitsProcessorList, SequenceBiasLogitsProcessor
 
-from chatglm2.serving import responses, schema, server
+from chatglm2.serving import pages, responses, schema, server
 from chatglm2.serving.batching import OccurrencePenalty, Request
 from chatglm2.serving.json_grammar import JsonGrammar, JsonProcessor
 from chatglm2.serving.responses import as_json
@@ -217,6 +217,8 @@ def create_app(model, tokenizer, args) -> FastAPI:
         (app.get, "/v1/models/{name}", service.show_model, {"model": Model}),
     ):
         add(path, response_model=None, responses={200: response, **server.ERROR_RESPONSES})(handler)
+    question = {"messages": [{"role": "user", "content": "你好"}]}
+    pages.add_pages(app, args, "/v1/chat/completions", question)
     return app
 
 

@@ -11,7 +11,6 @@ After `SCRIPT - OTHER` it has only the rows that the table of OTHER lacks.
 
 import argparse
 import io
-import json
 import os
 import re
 import sys
@@ -22,11 +21,11 @@ from unittest.mock import patch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from chatglm2.serving import pages  # noqa: E402
+
 PAGES = [*sorted(ROOT.glob("docs/*.md")), ROOT / "evaluation" / "README.md"]
 MARKED = re.compile(r"(<!-- (flags|fields) (\S+)(?: - (\S+))? -->\n).*?(<!-- end -->)", re.DOTALL)
-KINDS = {"string": "text", "boolean": "true or false"}  # of JSON schema
 UNTITLED = ("positional arguments", "options")  # argparse's own groups
-MAX_BOUND = 2**53  # a larger one is not worth a mention
 
 
 def read_help(script: str) -> str:
@@ -54,38 +53,12 @@ def list_flags(script: str) -> dict[str, list[str]]:
     return groups
 
 
-def describe_type(schema: dict, definitions: dict, plural: str = "") -> str:
-    """Return in words which values a JSON schema allows; `plural` is "s" for those of a list."""
-    schema = definitions.get(schema.get("$ref", "").rpartition("/")[2], schema)
-    if choices := schema.get("anyOf") or schema.get("oneOf"):
-        kinds = [describe_type(choice, definitions, plural) for choice in choices]
-        return " or ".join(kind for kind in kinds if not kind.startswith("null"))
-    if values := schema.get("enum"):
-        texts = ", ".join(f"`{json.dumps(value)}`" for value in values)
-        return texts if "type" in schema else f"only {texts}"  # a type: all values have a meaning
-    if schema["type"] == "array":
-        most = f"up to {schema['maxItems']} " if "maxItems" in schema else ""
-        return f"list{plural} of {most}{describe_type(schema['items'], definitions, 's')}"
-    kind = KINDS.get(schema["type"], schema["type"]) + plural
-    if properties := schema.get("properties"):
-        return f"{kind} with " + ", ".join(f"`{name}`" for name in properties)
-    if "maxLength" in schema and not plural:
-        return f"{kind} of up to {schema['maxLength']} characters"
-    low, high = schema.get("minimum", -MAX_BOUND), schema.get("maximum")
-    if plural or low <= -MAX_BOUND:
-        return kind
-    return kind + (f", at least {low:g}" if high is None else f" from {low:g} to {high:g}")
-
-
 def list_fields(path: str) -> dict[str, list[str]]:
     """Return a row for each field of a request, the required ones first."""
     module, _, name = path.rpartition(".")
     schema = getattr(import_module(module), name).model_json_schema()
-    required, rows = schema.get("required", []), []
-    for field in sorted(schema["properties"], key=lambda field: field not in required):
-        kind = describe_type(schema["properties"][field], schema.get("$defs", {}))
-        rows.append(f"| `{field}` | {kind}{' (required)' if field in required else ''} |")
-    return {UNTITLED[0]: rows}
+    rows = pages.list_fields(schema, schema.get("$defs", {}))
+    return {UNTITLED[0]: [f"| `{field}` | {kind} |" for field, kind in rows]}
 
 
 def make_table(found: re.Match) -> str:

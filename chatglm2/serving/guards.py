@@ -12,7 +12,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from .connections import READ_TIMEOUT_S
 from .errors import RETRY_AFTER, RequestError, error_response
 
-OPEN_PATHS = ("/health",)  # need no key
+OPEN = {("GET", "/"), ("GET", "/health")}  # need no key
 BODY_TIMEOUT_S = 120  # for a whole body, whose pauses are at most READ_TIMEOUT_S
 SMALL_BODY = 64_000  # bytes that each body may have while too many large ones are read
 MAX_LARGE_BODIES = 8  # bodies of the largest size whose memory the bodies being read may take
@@ -167,7 +167,7 @@ class Guard:
         self.num_free = MAX_LARGE_BODIES * max_body
 
     def is_allowed(self, scope) -> bool:
-        if not self.expected or scope["path"] in OPEN_PATHS:
+        if not self.expected or (scope["method"], scope["path"]) in OPEN:
             return True
         given = dict(scope["headers"]).get(b"authorization", b"")
         scheme, _, key = given.partition(b" ")
