@@ -46,6 +46,22 @@ class Answer(BaseModel):
     time: str
 
 
+class AnyContentType:
+    """ASGI middleware: a body is JSON, whatever its content type, as for the original.
+
+    curl without `-H` calls it a form. Pages of other sites can send that too, but `SiteGuard`
+    refuses their origins.
+    """
+
+    def __init__(self, app):
+        self.app = app
+
+    async def __call__(self, scope, receive, send):
+        headers = scope.get("headers", [])
+        headers = [(name, value) for name, value in headers if name != b"content-type"]
+        await self.app(scope | {"headers": headers}, receive, send)
+
+
 def encode(tokenizer, question: Question) -> list[int]:
     history = [(query or "", answer or "") for query, answer in question.history or []]
     return tokenizer.encode(tokenizer.build_prompt(question.prompt, history))
@@ -74,6 +90,7 @@ async def stream(question: Question, answers: server.Answers):
 def create_app(model, tokenizer, args) -> FastAPI:
     options = {"invalid_status": 422, "strict_content_type": False}
     app = server.create_app(model, tokenizer, args, "ChatGLM2", **options)
+    app.add_middleware(AnyContentType)
     pages.add_pages(app, args, "/", {"prompt": "你好", "history": []})
     responses = {200: {"content": {"text/event-stream": {}}}, **server.ERROR_RESPONSES}
 

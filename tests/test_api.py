@@ -107,9 +107,18 @@ def test_unusual_requests_are_accepted(client):
     assert ask(client, prompt="你好", **nulls, unknown=[1])["response"] == GREETING
     answer = ask(client, prompt="你好", history=[[None, "你好"]])  # as LangChain sends it
     assert answer["history"][0] == [None, "你好"] and answer["response"]
-    # As for the original, no content type is needed; half a character is replaced.
-    response = client.post("/", content=rb'{"prompt": "\ud83d"}')
+    response = client.post("/", content=rb'{"prompt": "\ud83d"}')  # half a character
     assert response.json()["history"][0][0] == "\ufffd"
+
+
+def test_json_of_any_content_type_but_not_from_pages_of_other_sites(client):
+    own = str(client.base_url).rstrip("/")
+    form = b'{"prompt": "\xe4\xbd\xa0", "x": "="}'  # a form of one field can have this text
+    for content_type in (None, "application/x-www-form-urlencoded", "text/plain", "a"):
+        headers = {"Content-Type": content_type} if content_type else {}
+        for origin, status in (None, 200), (own, 200), ("https://a.example", 403), ("null", 403):
+            given = headers | ({"Origin": origin} if origin else {})
+            assert client.post("/", content=form, headers=given).status_code == status
 
 
 def test_a_wrong_field_is_refused_with_its_name(client):
