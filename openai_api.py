@@ -184,8 +184,9 @@ class Service:
         size, vectors = self.state.batcher.max_batch, []
         for first in range(0, len(prompts), size):  # so that a long list needs no long queue
             requests = [Request(ids, is_embedding=True) for ids in prompts[first : first + size]]
-            answers = await server.Answers(self.state, requests, "input").collect(request)
-            vectors += [F.normalize(answer.embedding, dim=0) for answer in answers]
+            answers = server.Answers(self.state, requests, "input", is_begun=first > 0)
+            wholes = await answers.collect(request)
+            vectors += [F.normalize(whole.embedding, dim=0) for whole in wholes]
         num_tokens = sum(map(len, prompts))
         usage = {"prompt_tokens": num_tokens, "total_tokens": num_tokens}
         return as_json(

@@ -1,5 +1,6 @@
 """`serving/server.py` and `errors.py`: flags, errors, metrics, clients that leave, the end."""
 
+import asyncio
 import signal
 import socket
 import threading
@@ -12,6 +13,7 @@ from servers import check_error, format_request, parse, sending, serve, wait_unt
 
 import api
 import openai_api
+from chatglm2.serving.batching import Request
 from chatglm2.serving.server import bind
 
 CHAT = "/v1/chat/completions"
@@ -181,6 +183,24 @@ def test_several_answers_are_queued_all_or_none(client):
     with streaming(client):
         check_error(client.post(CHAT, json=LONG | {"n": 3}), 503, kind="server_error")
         wait_until(lambda: len(client.batcher.running) == 1, 3)
+    wait_until_idle(client)
+
+
+def test_embeddings_that_have_begun_finish_beside_a_full_queue(client, monkeypatch):
+    """The queue is full whenever the server could refuse the next part of the inputs."""
+    submit, others = client.batcher.submit, []
+
+    def submit_behind_others(request, queue, index, is_begun):
+        if is_begun and not others:
+            for _ in range(3):
+                others.append(submit(Request([5], ignore_eos=True), asyncio.Queue()))
+        return submit(request, queue, index, is_begun)
+
+    monkeypatch.setattr(client.batcher, "submit", submit_behind_others)
+    response = client.post("/v1/embeddings", json={"input": ["a"] * 5})
+    assert len(response.json()["data"]) == 5 and others
+    for generation in others:
+        generation.cancel()
     wait_until_idle(client)
 
 

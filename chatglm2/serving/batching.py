@@ -321,8 +321,11 @@ class Batcher:
 
     # The asyncio loop calls these.
 
-    def submit(self, request: Request, queue: asyncio.Queue, index: int = 0) -> Generation:
+    def submit(self, request: Request, queue: asyncio.Queue, index=0, is_begun=False) -> Generation:
         """Queue a request; call it in the asyncio loop that reads `queue`.
+
+        Args:
+            is_begun: It is a part of work that has begun, so it may exceed `max_queue`.
 
         Raises:
             PromptTooLong: The prompt leaves no room for an answer.
@@ -333,7 +336,8 @@ class Batcher:
         with self.condition:
             if self.deadline is not None:
                 raise Unavailable("The server is shutting down.")
-            if len(self.waiting) + len(self.running) >= self.max_batch + self.max_queue:
+            is_full = len(self.waiting) + len(self.running) >= self.max_batch + self.max_queue
+            if is_full and not is_begun:
                 raise Unavailable(f"{len(self.waiting)} requests are waiting: try again later.")
             self.loop = asyncio.get_running_loop()
             self.waiting.append(generation)

@@ -56,20 +56,23 @@ class Answers:
         requests: Either all are submitted or none.
         param: The field of the prompts, named in errors.
         num_choices: Answers to each prompt.
+        is_begun: A part of the work is done already, so a full queue refuses nothing.
 
     Raises:
         RequestError: The requests never fit into the queue together, or a prompt is too long.
         Unavailable: The queue is full, or the server is stopping.
     """
 
-    def __init__(self, state: State, requests: list[Request], param: str, num_choices: int = 1):
+    def __init__(
+        self, state: State, requests: list[Request], param: str, num_choices=1, is_begun=False
+    ):
         batcher, self.queue, self.generations = state.batcher, asyncio.Queue(), []
         if len(requests) > (limit := batcher.max_batch + batcher.max_queue):
             message = f"{len(requests)} answers in one request; at most {limit} are allowed."
             raise RequestError(400, message, param if num_choices == 1 else "n")
         try:
             for index, request in enumerate(requests):
-                self.generations.append(batcher.submit(request, self.queue, index))
+                self.generations.append(batcher.submit(request, self.queue, index, is_begun))
         except PromptTooLong as error:
             self.cancel()
             param = param if error.limit == "context" else error.limit
@@ -166,7 +169,7 @@ def create_app(model, tokenizer, args, title: str, invalid_status=400, **options
             file=sys.stderr,
         )
     metrics = Metrics(batcher)
-    # No documentation pages: they load scripts from other hosts.
+    # FastAPI's documentation pages load scripts from other hosts: `add_pages` has another one.
     app = FastAPI(title=title, docs_url=None, redoc_url=None, **options)
     app.state.batcher, app.state.metrics = batcher, metrics
     add_error_handlers(app, invalid_status)
