@@ -62,6 +62,12 @@ def open_chat(tab: Tab, chat: Chat, name: str = ""):
     state.system = chat.system
 
 
+def pick(tab: Tab, saved: dict):
+    """Open a conversation that the browser has kept."""
+    open_chat(tab, read_chat(saved), saved["id"])
+    tab.chat.query = saved.get("query", "")  # the tab was closed before its answer began
+
+
 def edit(tab: Tab, index: int):
     """Put an earlier question into the text box; sending it replaces what follows."""
     tab.editing, state.box = index, tab.chat.rounds[index][0]
@@ -94,7 +100,7 @@ def import_file(tab: Tab):
 
 def draw_conversations(tab: Tab):
     st.button("新对话 New chat", on_click=open_chat, args=(tab, Chat()), width="stretch")
-    draw_list(tab, lambda saved: open_chat(tab, read_chat(saved), saved["id"]))
+    draw_list(tab, lambda saved: pick(tab, saved))
     with st.expander("导入导出 Import, export"):
         for kind, text in (("Markdown", to_document(tab.chat)), ("JSON", to_json(tab.chat))):
             name = f"chat.{kind.lower()}"

@@ -252,6 +252,11 @@ def test_questions_that_come_back_into_the_box(tab):
     tab.wait_for(lambda: tab.box.input_value() == "")
     tab.button("撤销 Undo").click()
     tab.wait_for(lambda: tab.box.input_value() == "你好" and tab.messages() == [])
+    kept = json.dumps({"id": "x", "rounds": [], "query": "lost", "time": 1})
+    tab.page.evaluate("kept => localStorage.setItem('chatglm2:x', kept)", kept)
+    tab.page.reload()
+    tab.button("lost").click()
+    tab.wait_for(lambda: tab.box.input_value() == "lost")
 
 
 @pytest.mark.slow
