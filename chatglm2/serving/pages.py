@@ -93,15 +93,15 @@ def add_pages(app: FastAPI, args, path: str, body: dict):
         """Show how to ask a question; without the key only that one is needed."""
         base = str(request.base_url).rstrip("/")
         key = ' -H "Authorization: Bearer KEY"' if args.api_key else ""
-        command = f"curl {base}{path}{key} -H 'Content-Type: application/json' \\\n"
+        command = f"curl {base}{path}{key} \\\n    -H 'Content-Type: application/json' \\\n"
         command += f"    -d '{json.dumps(body, ensure_ascii=False)}'"
         docs = f"curl{key} {base}/docs > docs.html" if args.api_key else f"{base}/docs"
         about = "A key is needed, which a browser cannot send." if key else f"Model: {name}"
         if "text/html" not in request.headers.get("accept", ""):
             text = f"{app.title}\n{about}\n\n{command}\n\nAll fields: {docs}\n"
             return PlainTextResponse(text, headers=HEADERS)
-        link = f"<pre>{escape(docs)}</pre>" if key else '<a href="docs">/docs</a>'
-        content = f"<p>{escape(about)}</p>\n<pre>{escape(command)}</pre>\n<p>All fields:</p>{link}"
+        link = f"<code>{escape(docs)}</code>" if key else '<a href="docs">/docs</a>'
+        content = f"<p>{escape(about)}</p>\n<pre>{escape(command)}</pre>\n<p>All fields: {link}</p>"
         return HTMLResponse(PAGE.format(title=escape(app.title), content=content), headers=HEADERS)
 
     @app.get("/docs", include_in_schema=False)
