@@ -320,6 +320,7 @@ class PrefixEncoder(nn.Module):
             self.trans = nn.Sequential(
                 nn.Linear(size, config.hidden_size), nn.Tanh(), nn.Linear(config.hidden_size, size)
             )
+        self.dropout = nn.Dropout(0.1)
 
     def forward(self, batch_size: int, dtype: torch.dtype) -> torch.Tensor:
         """Return keys and values, [L, 2, b, G, p, d]."""
@@ -330,7 +331,7 @@ class PrefixEncoder(nn.Module):
         prefix = prefix.to(dtype).unflatten(-1, shape)  # [p, L, 2, G, d]
         prefix = prefix.permute(1, 2, 3, 0, 4).unsqueeze(2)  # [L, 2, 1, G, p, d]
         prefix = prefix.expand(-1, -1, batch_size, -1, -1, -1)  # [L, 2, b, G, p, d]
-        return F.dropout(prefix, p=0.1, training=self.training)
+        return self.dropout(prefix)
 
 
 class Embedding(nn.Module):
