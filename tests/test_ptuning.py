@@ -1,0 +1,275 @@
+"""Fine-tuning: data, training and metrics equal the original's; arguments, errors, resuming.
+
+`golden/ptuning` holds what the original's code gave on a small random model.
+"""
+
+import gzip
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file
+
+sys.path.append(str(ROOT / "ptuning"))
+for package in ("datasets", "jieba", "matplotlib", "nltk", "rouge_chinese"):
+    pytest.importorskip(package, reason="needs the packages of the group training")
+
+import main as script  # noqa: E402
+import metrics  # noqa: E402
+import models  # noqa: E402
+import preprocessing  # noqa: E402
+from arguments import DataArguments, parse  # noqa: E402
+
+GOLDEN = Path(__file__).parent / "golden" / "ptuning"
+DATA = GOLDEN / "data"
+EXAMPLE = ROOT / "ptuning" / "example"
+ADGEN = {"prompt_column": "content", "response_column": "summary"}
+CHAT = {"prompt_column": "prompt", "response_column": "response", "history_column": "history"}
+
+
+def read_golden() -> dict:
+    return json.loads(gzip.decompress((GOLDEN / "ptuning.json.gz").read_bytes()))
+
+
+# Data.
+
+
+@pytest.mark.parametrize("key", read_golden()["preprocessing"])
+def test_examples_are_those_of_the_original(key, official_tokenizer):
+    expected = read_golden()["preprocessing"][key]
+    kind, source, target, *variant = key.split(".")
+    path = str(DATA / ("adgen.csv" if kind == "csv" else f"{kind}.json"))
+    options = {"train_file": path, "validation_file": path, **(CHAT if kind == "chat" else ADGEN)}
+    options |= {"max_source_length": int(source), "max_target_length": int(target)}
+    options["ignore_pad_token_for_loss"] = "keep_pad" not in variant
+    if "source_prefix" in variant:
+        options["source_prefix"] = "请写广告："
+    if "val_max_target_length_16" in variant:
+        options["val_max_target_length"] = 16
+    for purpose, columns in expected.items():
+        arguments = DataArguments(**options)
+        found = preprocessing.create_dataset(purpose, arguments, official_tokenizer)
+        assert {name: found[name][:] for name in columns} == columns
+
+
+def test_only_the_answer_and_its_end_are_labels(tiny_tokenizer):
+    batch = {"prompt": ["你好", ""], "response": ["你好！</s>", "x"]}
+    arguments = DataArguments(**CHAT, max_source_length=32, max_target_length=16)
+    inputs = preprocessing.prepare_training(batch, tiny_tokenizer, arguments)
+    labels = [label for label in inputs["labels"][0] if label != preprocessing.IGNORED]
+    assert len(inputs["labels"]) == 1 and labels.count(tiny_tokenizer.eos_token_id) == 1
+    assert labels[-1] == tiny_tokenizer.eos_token_id
+    assert tiny_tokenizer.decode(labels) == "你好！</s>"
+
+
+GOOD = '{"prompt": "a", "response": "b"}\n'
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("a.json", "", "is empty"),
+        ("a.json", GOOD + '\n{"prompt": ', "line 3: no JSON"),
+        ("a.jsonl", GOOD + "[1]\n", "line 1: '1' is no object|line 2"),
+        ("a.json", '{"prompt": "a"}\n', "no column response: the columns are prompt"),
+        ("a.json", '{"prompt": "", "response": null}', "no example has both"),
+        ("a.json", '{"prompt": 1, "response": "b"}', "prompt must be a text, not 1"),
+        ("a.json", GOOD[:-2] + ', "history": ["x"]}', "history must be a list"),
+        ("a.csv", "prompt,answer\na,b\n", "no column response"),
+        ("a.txt", GOOD, "must end with"),
+        ("a.json", b"\xff\xfe", "UTF-8"),
+        ("missing.json", None, "No such file"),
+    ],
+)
+def test_wrong_files_are_one_line(name, content, message, tmp_path):
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    columns = CHAT if "history" in str(content) else {**CHAT, "history_column": None}
+    with pytest.raises(SystemExit, match=message) as error:
+        preprocessing.read_examples(str(path), DataArguments(**columns), None)
+    assert str(error.value).startswith(str(path)) and "\n" not in str(error.value)
+
+
+# Metrics.
+
+
+def test_scores_are_those_of_the_original_and_0_without_words():
+    for pair in read_golden()["metrics"]:
+        scores = metrics.score(pair["prediction"], pair["label"])
+        expected = pair["scores"] or dict.fromkeys(scores, 0.0)
+        assert scores == pytest.approx(expected, abs=1e-4)
+
+
+# Arguments.
+
+REQUIRED = ["--model_name_or_path", "m", "--output_dir", "o"]
+REQUIRED += ["--prompt_column", "prompt", "--response_column", "response"]
+
+
+@pytest.mark.parametrize(
+    "old, name, value",
+    [
+        (["--evaluation_strategy", "steps"], "eval_strategy", "steps"),
+        (["--no_cuda"], "use_cpu", True),
+        (["--no-cuda=False"], "use_cpu", False),
+        (["--group_by_length"], "train_sampling_strategy", "group_by_length"),
+        (["--warmup_ratio", "0.1"], "warmup_steps", 0.1),
+        (["--per_gpu_train_batch_size", "3"], "per_device_train_batch_size", 3),
+        (["--adafactor"], "optim", "adafactor"),
+        (["--optim", "adamw_hf"], "has_original_optimizer", True),
+        (["--optim", "adamw_torch"], "has_original_optimizer", False),
+        (["--gradient_checkpointing", "False"], "gradient_checkpointing", False),
+        ([], "gradient_checkpointing", True),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_old_arguments_mean_what_they_meant(old, name, value):
+    assert getattr(parse([*REQUIRED, *old])[2], name) == value
+
+
+def test_arguments_without_effect_are_named(capsys):
+    parse([*REQUIRED, "--lang", "zh", "--use_fast_tokenizer", "--overwrite_output_dir"])
+    assert capsys.readouterr().err == "--lang has no effect.\n--use_fast_tokenizer has no effect.\n"
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--lora_rang", "3"], "unknown arguments: --lora_rang"),
+        (["--lora_rank", "0"], "--lora_rank 0: give an integer of at least 1"),
+        (["--max_steps", "x"], "--max-steps: invalid int value: 'x'"),
+        (["--quantization_bit", "3"], "allowed are 4 and 8"),
+        (["--pre_seq_len", "8", "--lora_rank", "8"], "give one of them"),
+        (["--prefix_projection"], "needs --pre_seq_len"),
+        (["--max_target_length", "0"], "at least 1"),
+        (["--do_predict"], "--predict_with_generate"),
+        (["--label_smoothing_factor", "0.1"], "leave it out"),
+        (["--optim", "nonsense"], "nonsense"),
+        ([], "Nothing to do"),
+    ],
+)
+def test_wrong_arguments_are_one_line(words, message):
+    with pytest.raises(SystemExit, match=message) as error:
+        script.main([*REQUIRED, *words])
+    assert "\n" not in str(error.value)
+
+
+def create_argv(tmp_path: Path, *words, model=ROOT / "resources" / "chatglm2-tiny") -> list[str]:
+    """Return the arguments of a short training on the example, with the bundled model."""
+    fixed = {"model_name_or_path": model, "train_file": EXAMPLE / "train.json"}
+    fixed |= {"prompt_column": "prompt", "response_column": "response", "output_dir": tmp_path}
+    fixed |= {"max_source_length": 24, "max_target_length": 40, "max_train_samples": 16}
+    fixed |= {"logging_steps": 1, "max_steps": 4, "save_steps": 2, "learning_rate": "1e-2"}
+    argv = [str(word) for name, value in fixed.items() for word in (f"--{name}", value)]
+    return [*argv, "--no_cuda", "--disable_tqdm", "True", "--do_train", *map(str, words)]
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--max_source_length", 4096], "context has 2048"),
+        (["--quantization_bit", 4], "Quantized weights cannot be trained"),
+        (["--ptuning_checkpoint", "x"], "needs --pre_seq_len"),
+        (["--do_train", "False", "--do_eval", "--predict_with_generate", "--lora_rank", 8], "Give"),
+        (["--pre_seq_len", 8, "--ptuning_checkpoint", "nowhere"], "nowhere: there is no such"),
+    ],
+)
+def test_arguments_that_do_not_fit_the_model_are_one_line(words, message, tmp_path):
+    with pytest.raises(SystemExit, match=message):
+        script.main(create_argv(tmp_path, *words))
+
+
+def test_too_little_memory_is_one_line_with_the_cure(tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "get_free_memory", lambda device: 10**7)
+    with pytest.raises(SystemExit, match=r"training 4,.* weights needs about .* --lora_rank 8"):
+        script.main(create_argv(tmp_path))
+
+
+# Training.
+
+
+@pytest.fixture(scope="module")
+def golden_model(official_tokenizer, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    official_tokenizer.save_pretrained(folder)
+    shutil.copy(GOLDEN / "config.json", folder)
+    shutil.copy(GOLDEN / "model_fp16.safetensors", folder / "model.safetensors")
+    return folder
+
+
+@pytest.fixture
+def no_dropout(monkeypatch):
+    """Turn off the dropout of prefixes, as in the golden trainings."""
+
+    def add_trained(*args, add=models.add_trained):
+        model = add(*args)
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        return model
+
+    monkeypatch.setattr(models, "add_trained", add_trained)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name, words, tolerance",
+    [
+        ("pt8", ["--pre_seq_len", 8], 2e-5),
+        (
+            "pt8_projection_adamw_torch",
+            ["--pre_seq_len", 8, "--prefix_projection", "--optim", "adamw_torch"],
+            1e-4,
+        ),
+        ("finetune", ["--max_steps", 20, "--learning_rate", "1e-4"], 1e-3),
+    ],
+)
+def test_training_is_that_of_the_original(
+    name, words, tolerance, golden_model, no_dropout, tmp_path
+):
+    golden, final = (
+        json.loads((GOLDEN / f"{name}.json").read_text()),
+        load_file(GOLDEN / f"{name}.safetensors"),
+    )
+    options = ["--train_file", DATA / "adgen.json", "--prompt_column", "content"]
+    options += ["--response_column", "summary", "--max_source_length", 32]
+    options += ["--max_target_length", 32, "--max_train_samples", 59, "--max_steps", 50]
+    options += ["--gradient_accumulation_steps", 2, "--save_steps", 100]
+    options += ["--per_device_train_batch_size", 1, "--learning_rate", "2e-2"]
+    argv = create_argv(tmp_path, *options, *words, model=golden_model)
+    trainer = script.run(*parse(argv))
+    logged = [row for row in trainer.state.log_history if "loss" in row]
+    for key in ("loss", "grad_norm"):
+        expected = (
+            golden["grad_norms_before_clipping"]
+            if key == "grad_norm"
+            else [sum(pair) / 2 for pair in zip(*[iter(golden["micro_losses"])] * 2, strict=True)]
+        )
+        assert [row[key] for row in logged] == pytest.approx(expected, abs=1e-4, rel=3e-4)
+    # The original logs the learning rate of the next step.
+    rates = [row["learning_rate"] for row in golden["logged"]]
+    assert [row["learning_rate"] for row in logged][1:] == pytest.approx(rates[:-1])
+    state = trainer.model.state_dict()
+    for key, value in final.items():
+        if key.startswith("final."):
+            assert (state[key.removeprefix("final.")] - value).abs().max() < tolerance, key
+
+
+@pytest.mark.slow
+def test_predictions_are_those_of_the_original(golden_model, tmp_path):
+    golden = json.loads((GOLDEN / "prediction.json").read_text("utf-8"))
+    options = ["--do_train", "False", "--do_predict", "--predict_with_generate", "--seed", 1]
+    options += ["--test_file", DATA / "predict.json", "--prompt_column", "content"]
+    options += ["--response_column", "summary", "--max_source_length", 32]
+    options += ["--max_target_length", 32, "--per_device_eval_batch_size", 1, "--pre_seq_len", 8]
+    options += ["--ptuning_checkpoint", GOLDEN / "checkpoint-50"]
+    script.main(create_argv(tmp_path, *options, model=golden_model))
+    assert (tmp_path / "generated_predictions.txt").read_text("utf-8") == golden["text"]
+    found = json.loads((tmp_path / "predict_results.json").read_text())
+    for name in ("rouge-1", "rouge-2", "rouge-l", "bleu-4"):
+        assert found[f"predict_{name}"] == pytest.approx(golden["metrics"][f"predict_{name}"])
