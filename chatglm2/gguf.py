@@ -61,26 +61,6 @@ def import_gguf():
 # Tensors.
 
 
-def convert_floats(tensor: torch.Tensor, dtype: torch.dtype, name: str, may_round: bool):
-    """Return a tensor in another dtype.
-
-    Raises:
-        ValueError: A value is out of the dtype's range, or not exact and `may_round` is False.
-    """
-    converted = tensor.to(dtype)
-    if torch.equal(converted.double(), tensor.double()) or tensor.dtype == dtype:
-        return converted
-    old, new = (str(kind).removeprefix("torch.") for kind in (tensor.dtype, dtype))
-    if not converted[tensor.isfinite()].isfinite().all():
-        raise ValueError(f"{name} has values of {old} beyond the range of {new}: give --type f32.")
-    if not may_round:
-        raise ValueError(
-            f"{name} has values of {old} that {new} cannot hold exactly: give --round to round "
-            "them, or another --type."
-        )
-    return converted
-
-
 class Tensor:
     """A tensor of the file.
 
@@ -88,12 +68,12 @@ class Tensor:
         name: Its name in the checkpoint, without the prefix of the base model.
         kind: A key of FLOATS or LEVELS.
         shape: Rows and columns, or the length of a vector.
-        num_rounded: The number of rows in which values were rounded, so far.
+        is_rounded: Whether `encode` has rounded floats to a narrower dtype.
     """
 
     def __init__(self, name: str, kind: str, weight: torch.Tensor, scale: torch.Tensor | None):
         self.name, self.kind, self.weight, self.scale = name, kind, weight, scale
-        self.shape = list(weight.shape)
+        self.shape, self.is_rounded = list(weight.shape), False
         if kind == "q4_0" and scale is not None:
             self.shape[-1] *= 2  # two levels in a byte
         if kind in LEVELS and self.shape[-1] % BLOCK:
@@ -117,6 +97,26 @@ class Tensor:
     def num_bytes(self) -> int:
         return int(np.prod(self.byte_shape, dtype=np.int64))
 
+    def convert(self, name: str, values: torch.Tensor, dtype: torch.dtype, may_round: bool):
+        """Return weights or scales in another dtype; `name` is for the error.
+
+        Raises:
+            ValueError: A value is out of the dtype's range, or not exact and `may_round` is False.
+        """
+        converted = values.to(dtype)
+        if values.dtype == dtype or torch.equal(converted.double(), values.double()):
+            return converted
+        old, new = (str(kind).removeprefix("torch.") for kind in (values.dtype, dtype))
+        if not converted[values.isfinite()].isfinite().all():
+            raise ValueError(f"{name} has values of {old} beyond the range of {new}.")
+        if not may_round:
+            raise ValueError(
+                f"{name} has values of {old} that {new} cannot hold exactly: give --round to round "
+                "them, or another --type."
+            )
+        self.is_rounded = True
+        return converted
+
     def encode(self, may_round: bool) -> np.ndarray:
         """Return the bytes in the file, as uint8 in `byte_shape`: of the mapped file if equal."""
         if self.kind in FLOATS and self.weight.dtype == FLOATS[self.kind]:
@@ -127,7 +127,7 @@ class Tensor:
             weight, scale = self.weight[rows], None if self.scale is None else self.scale[rows]
             if self.kind in FLOATS:
                 dtype = FLOATS[self.kind]
-                part = convert_floats(weight, dtype, self.name, may_round).view(torch.uint8)
+                part = self.convert(self.name, weight, dtype, may_round).view(torch.uint8)
                 encoded.reshape(len(self.weight), -1)[rows] = part.numpy().reshape(len(weight), -1)
             else:
                 encoded[rows] = self.encode_levels(weight, scale, may_round).numpy()
@@ -142,7 +142,7 @@ class Tensor:
         bits = LEVELS[self.kind]
         if scale is None:
             weight, scale = QuantizedLinear(self.shape[1], len(weight), bits).quantize(weight)
-        scale = convert_floats(scale, torch.float16, f"{self.name}_scale", may_round)
+        scale = self.convert(f"{self.name}_scale", scale, torch.float16, may_round)
         levels = unpack_int4(weight) if bits == 4 else weight
         blocks = levels.unflatten(-1, (-1, BLOCK))  # [row, block, column]
         if bits == 4:
@@ -380,7 +380,9 @@ def convert(checkpoint: Path, file: Path, wanted: str = "auto", may_round: bool 
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
-    return f"{file}: {checkpoint} as {kind}, {gigabytes(file.stat().st_size)}."
+    num_rounded = sum(tensor.is_rounded for tensor in tensors)
+    rounded = f", values of {num_rounded} tensors rounded" if num_rounded else ""
+    return f"{file}: {checkpoint} as {kind}, {gigabytes(file.stat().st_size)}{rounded}."
 
 
 def main(argv=None):

@@ -15,13 +15,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import sentencepiece
 import torch
 from memory import PeakMemory, read_memory
 from safetensors.torch import load_file, save_file
 from test_export import create_texts
 from test_modeling_chatglm import save_shards
 
-from chatglm2 import ChatGLMConfig, ChatGLMForConditionalGeneration
+from chatglm2 import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMTokenizer
 from chatglm2 import gguf as command
 from chatglm2.quantization import dequantize, get_quantization
 
@@ -209,12 +210,19 @@ def test_rounding(values, kind, message):
         assert tensor.encode(True).nbytes == 2
 
 
-def test_scales_of_float32_are_refused_or_rounded(save_as, tmp_path):
+def test_scales_of_float32_are_refused_or_rounded(save_as, tmp_path, capsys):
     checkpoint = save_as(torch.float32, 4)
     message = run_and_fail(checkpoint, tmp_path / "x.gguf")
     assert "weight_scale has values of float32 that float16 cannot hold exactly" in message
     command.main([str(checkpoint), str(tmp_path / "x.gguf"), "--round"])
-    assert (tmp_path / "x.gguf").exists()
+    assert "as Q4_0, 0.0 GB, values of 16 tensors rounded." in capsys.readouterr().out
+
+
+def test_tied_weights_are_written_once(tiny_checkpoint, tmp_path):
+    folder = change_config(tiny_checkpoint, tmp_path / "chatglm", tie_word_embeddings=True)
+    command.main([str(folder), str(tmp_path / "x.gguf")])
+    names = {tensor.name for tensor in gguf.GGUFReader(tmp_path / "x.gguf").tensors}
+    assert "token_embd.weight" in names and "output.weight" not in names
 
 
 def test_memory(tmp_path, tiny_tokenizer):
@@ -238,6 +246,20 @@ def test_memory(tmp_path, tiny_tokenizer):
 
 
 # What cannot be converted
+
+
+def test_pieces_that_make_a_control_token(tmp_path):
+    settings = {"model_type": "bpe", "byte_fallback": True, "normalization_rule_name": "identity"}
+    settings |= {"remove_extra_whitespaces": False, "vocab_size": 290, "minloglevel": 2}
+    settings |= {"split_by_unicode_script": False}
+    settings |= {"hard_vocab_limit": False, "model_prefix": str(tmp_path / "tokenizer")}
+    lines = [f"{letter}[gMASK" for letter in "abcdefghij"]
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(lines), **settings)
+    tokenizer = ChatGLMTokenizer(tmp_path / "tokenizer.model")
+    with pytest.raises(ValueError, match=r"make the token '\[gMASK\]' of llama.cpp"):
+        command.list_tokens(tokenizer, 400)
+    with pytest.raises(ValueError, match="padded_vocab_size is 270"):
+        command.list_tokens(tokenizer, 270)
 
 
 @pytest.mark.parametrize(
