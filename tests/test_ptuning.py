@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, TINY
 from safetensors.torch import load_file
 
 sys.path.append(str(ROOT / "ptuning"))
@@ -22,7 +22,11 @@ import main as script  # noqa: E402
 import metrics  # noqa: E402
 import models  # noqa: E402
 import preprocessing  # noqa: E402
+import trainer as trainers  # noqa: E402
 from arguments import DataArguments, parse  # noqa: E402
+
+from chatglm2 import ChatGLMForConditionalGeneration  # noqa: E402
+from chatglm2.adapters import load_adapter  # noqa: E402
 
 GOLDEN = Path(__file__).parent / "golden" / "ptuning"
 DATA = GOLDEN / "data"
@@ -273,3 +277,58 @@ def test_predictions_are_those_of_the_original(golden_model, tmp_path):
     found = json.loads((tmp_path / "predict_results.json").read_text())
     for name in ("rouge-1", "rouge-2", "rouge-l", "bleu-4"):
         assert found[f"predict_{name}"] == pytest.approx(golden["metrics"][f"predict_{name}"])
+
+
+WAYS = {
+    "prefix": (["--pre_seq_len", 4], "pytorch_model.bin"),
+    "projection": (["--pre_seq_len", 4, "--prefix_projection"], "pytorch_model.bin"),
+    "lora": (["--lora_rank", 4], "adapter_model.safetensors"),
+    "lora8": (["--lora_rank", 4, "--quantization_bit", 8], "adapter_model.safetensors"),
+    "prefix4": (["--pre_seq_len", 4, "--quantization_bit", 4], "pytorch_model.bin"),
+    "all": (["--learning_rate", "1e-3"], "model.safetensors"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
+def test_a_training_that_was_interrupted_ends_with_the_same_bytes(way, tmp_path, monkeypatch):
+    """Also: frozen weights do not change, a LoRA learns, and `--adapter` reads the result."""
+    words, file = WAYS[way]
+    words = ["--max_train_samples", 6, "--per_device_train_batch_size", 2, *words]
+    words += ["--max_steps", 6, "--save_steps", 4]  # two epochs
+    frozen = {}
+
+    def add_trained(*args, add=models.add_trained):
+        model = add(*args)
+        weights = {name: x for name, x in model.named_parameters() if not x.requires_grad}
+        frozen.update({name: x.clone() for name, x in weights.items() if not x.is_meta})
+        return model
+
+    monkeypatch.setattr(models, "add_trained", add_trained)
+    trainer = script.run(*parse(create_argv(tmp_path, *words)))
+    weights = dict(trainer.model.named_parameters())
+    assert all(torch.equal(weights[name], x) for name, x in frozen.items())
+    assert bool(frozen) == (way != "all")
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    assert "lora" not in way or sum(losses[3:]) < sum(losses[:3])
+    assert (tmp_path / "loss.png").stat().st_size > 1000
+    last = tmp_path / "checkpoint-6"
+    expected = (last / file).read_bytes()
+    (last / "trainer_state.json").write_text("{")  # as if the process had ended here
+    (last / file).write_bytes(b"")
+    script.main(create_argv(tmp_path, *words))
+    assert (last / file).read_bytes() == expected
+    if way == "all":
+        assert ChatGLMForConditionalGeneration.from_pretrained(last).config.use_cache
+    else:
+        load_adapter(ChatGLMForConditionalGeneration.from_pretrained(TINY), last)
+
+
+def test_the_last_complete_checkpoint_is_found(tmp_path):
+    for step, state in ((5, "{}"), (10, "{}"), (20, '{"a": ')):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "pytorch_model.bin").touch()
+        (folder / "trainer_state.json").write_text(state)
+    assert trainers.find_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-10")
+    assert trainers.find_checkpoint(str(tmp_path / "nothing")) is None
