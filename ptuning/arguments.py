@@ -121,11 +121,14 @@ class TrainingArguments(Seq2SeqTrainingArguments):
         self.has_original_optimizer = self.optim == "adamw_hf"
         if self.has_original_optimizer:
             self.optim = "adamw_torch"
-        names = [
-            x for x in ("activation_checkpointing", "gradient_checkpointing") if hasattr(self, x)
-        ]
-        if all(getattr(self, name) is None for name in names):  # as the original: always on
-            setattr(self, names[0], True)
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = False  # every trained weight is used
+        if self.gradient_checkpointing is None:
+            self.gradient_checkpointing = True  # as the original
+        if hasattr(self, "activation_checkpointing"):  # the name since transformers 5.24
+            if self.activation_checkpointing is None:
+                self.activation_checkpointing = self.gradient_checkpointing
+            self.gradient_checkpointing = None
         super().__post_init__()
 
 

@@ -178,7 +178,9 @@ def prepare_model(
             read_adapter(folder, config, quantization is not None)  # before the weights are read
         needs = (model_args, data_args, training_args, config, quantization, DTYPES[dtype])
         check_memory(*needs)
-    options = {"device": str(training_args.device), "dtype": dtype, "kv_cache_dtype": "auto"}
+    device = training_args.device
+    name = str(device) if device.type == "cuda" else device.type  # torchrun numbers CPUs too
+    options = {"device": name, "dtype": dtype, "kv_cache_dtype": "auto"}
     options |= {"num_gpus": 1, "offload_folder": None, "threads": None, "exact_prefill": True}
     tokenizer, model = load_model(
         Namespace(

@@ -6,6 +6,7 @@
 import gzip
 import json
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -131,7 +132,6 @@ REQUIRED += ["--prompt_column", "prompt", "--response_column", "response"]
         ([], "gradient_checkpointing", True),
     ],
 )
-@pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_old_arguments_mean_what_they_meant(old, name, value):
     assert getattr(parse([*REQUIRED, *old])[2], name) == value
 
@@ -322,6 +322,30 @@ def test_a_training_that_was_interrupted_ends_with_the_same_bytes(way, tmp_path,
         assert ChatGLMForConditionalGeneration.from_pretrained(last).config.use_cache
     else:
         load_adapter(ChatGLMForConditionalGeneration.from_pretrained(TINY), last)
+
+
+@pytest.mark.slow
+def test_checkpointing_and_two_processes_give_the_same_bytes(no_dropout, tmp_path):
+    """Two processes do what one does with twice the accumulation."""
+    words = ["--pre_seq_len", 4, "--per_device_train_batch_size", 2]
+    one, plain, two = (tmp_path / name for name in ("one", "plain", "two"))
+    script.run(*parse(create_argv(one, *words, "--gradient_accumulation_steps", 2)))
+    more = ["--gradient_accumulation_steps", 2, "--gradient_checkpointing", "False"]
+    script.run(*parse(create_argv(plain, *words, *more)))
+    program = tmp_path / "program.py"
+    program.write_text(f"""
+import sys
+sys.path.insert(0, {str(ROOT / "ptuning")!r})
+import main, torch
+torch.nn.functional.dropout = lambda x, *args, **kwargs: x
+main.main({create_argv(two, *words)!r})
+""")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    subprocess.run([*torchrun, "--nproc-per-node=2", program], check=True, timeout=120)
+    file = "checkpoint-4/pytorch_model.bin"
+    prefixes = [torch.load(folder / file) for folder in (one, plain, two)]
+    for prefix in prefixes[1:]:
+        assert all(torch.equal(prefix[name], prefixes[0][name]) for name in prefix)
 
 
 def test_the_last_complete_checkpoint_is_found(tmp_path):
