@@ -1,5 +1,6 @@
 """Load the model and make trainable what the arguments choose, if the memory is enough."""
 
+import warnings
 from argparse import Namespace
 from pathlib import Path
 
@@ -99,6 +100,8 @@ def check_memory(model_args, data_args, training_args, config, quantization, dty
     trained = sum(x.numel() for x in empty.parameters() if x.requires_grad)
     needed = count_weight_bytes(config, dtype, quantization) + TRAINING_BYTES * trained
     needed += count_activation_bytes(data_args, training_args, config, dtype.itemsize)
+    if quantization is not None:  # one weight at a time is restored
+        needed += 2 * config.ffn_hidden_size * config.hidden_size * dtype.itemsize
     free = get_free_memory(training_args.device)
     if free is None or needed <= free or training_args.deepspeed:
         return
@@ -141,7 +144,9 @@ def add_trained(model, model_args: ModelArguments):
         )
         if get_quantization(model.config) is not None:
             register_quantized_layers(config)
-        model = peft.get_peft_model(model, config)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*QuantizedLinear.*", UserWarning)
+            model = peft.get_peft_model(model, config)
     return model
 
 
