@@ -3,6 +3,7 @@
 import os
 import sys
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 
 from transformers import HfArgumentParser, Seq2SeqTrainingArguments
 
@@ -112,6 +113,8 @@ class TrainingArguments(Seq2SeqTrainingArguments):
             raise SystemExit("--label_smoothing_factor does not fit this model: leave it out.")
         if (self.do_eval or self.do_predict) and not self.predict_with_generate:
             raise SystemExit("--do_eval and --do_predict need --predict_with_generate.")
+        if self.deepspeed and find_spec("deepspeed") is None:
+            raise SystemExit("--deepspeed needs its package: pip install deepspeed")
         if self.adafactor:
             self.optim = "adafactor"
         if self.group_by_length:

@@ -154,6 +154,7 @@ def test_arguments_without_effect_are_named(capsys):
         (["--do_predict"], "--predict_with_generate"),
         (["--label_smoothing_factor", "0.1"], "leave it out"),
         (["--optim", "nonsense"], "nonsense"),
+        (["--deepspeed", "deepspeed.json"], "pip install deepspeed"),
         ([], "Nothing to do"),
     ],
 )
