@@ -113,9 +113,12 @@ class Page:
             (self.conversations.upload, self.read_file),
         ):
             trigger(handler, inputs, shown, **quick)
-        for trigger, function in ((self.demo.load, "load"), (self.new.click, "fresh")):
+        for trigger, function, handler in (
+            (self.demo.load, "load", self.show_first),
+            (self.new.click, "fresh", self.show),
+        ):
             fetched = trigger(None, None, self.conversations, js=f"conversations.{function}")
-            fetched.then(self.show, inputs, shown, **quick)
+            fetched.then(handler, inputs, shown, **quick)
         self.export_markdown.click(None, js="conversations.exportMarkdown")
         self.export_json.click(None, js="conversations.exportJson")
         self.box.stop(self.stop, queue=False, **quick)
@@ -130,6 +133,8 @@ class Page:
             return
         await self.leave(request)
         self.chats[request.session_hash] = chat
+        saved = values[self.conversations]
+        values = {**values, self.conversations: {**saved, "id": saved["id"] or uuid.uuid4().hex}}
         settings = {name: values[slider] for name, slider in self.sliders.items()}
         box = gr.Textbox(**ASKING, **({"value": ""} if values[self.box] == query else {}))
         try:
@@ -186,6 +191,11 @@ class Page:
             self.box: saved["rounds"][index][0],
             self.conversations: {**saved, "editing": index},
         }
+
+    def show_first(self, values, request: gr.Request):
+        """Draw the conversation that the browser kept, unless a question was asked meanwhile."""
+        is_answering = request.session_hash in self.chats
+        return self.nothing if is_answering else self.show(values, request)
 
     def show(self, values, request: gr.Request):
         """Draw the conversation that the browser has picked."""

@@ -117,7 +117,7 @@ def test_a_client_may_wait_before_it_sends_the_body(client):
 
 def test_websockets_are_not_spoken(client, caplog):
     lines = "Connection: Upgrade", "Upgrade: websocket", f"Sec-WebSocket-Key: {'a' * 22}=="
-    for path, status in (("/v1/models", 200), (CHAT, 405), ("/", 404)):
+    for path, status in (("/v1/models", 200), (CHAT, 405), ("/none", 404)):
         request = format_request(path, None, *lines, "Sec-WebSocket-Version: 13")
         with sending(client, request) as connection:
             assert connection.recv(1000).startswith(b"HTTP/1.1 %d " % status)

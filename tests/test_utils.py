@@ -119,7 +119,11 @@ FULL = "OSError: [Errno 28] No space left on device (CHATGLM_TRACEBACK=1 shows t
 )
 def test_end_of_a_script(main, streams, code, printed):
     """Closed streams, a full disk and Ctrl-C end a script without a traceback."""
-    program = f"import os, sys, utils; utils.run_script(lambda: ({main}))"
+    # A program that is started in the background ignores Ctrl-C.
+    program = (
+        "import os, signal, sys, utils; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        f"utils.run_script(lambda: ({main}))"
+    )
     command = f'set -o pipefail; "$0" -c "$1" {streams}'
     result = subprocess.run(
         ["bash", "-c", command, sys.executable, program], cwd=ROOT, capture_output=True, text=True

@@ -100,6 +100,13 @@ def test_an_empty_question_changes_nothing(tab):
     assert len(tab.messages()) == 2 and tab.titles() == ["你好"]
 
 
+def test_loading_the_page_does_not_end_an_answer(page_server):
+    page, request = page_server.page, SimpleNamespace(session_hash="early")
+    page.chats["early"] = chat = shared_model.Chat()
+    assert page.show_first({}, request) == page.nothing and not chat.is_stopped
+    del page.chats["early"]
+
+
 def test_an_example_is_answered(tab):
     assert "chatglm2-tiny, cpu, float32" in tab.text() and tab.page.title() == "chatglm2-tiny"
     tab.page.get_by_text("你好", exact=True).click()
@@ -222,7 +229,7 @@ def test_a_reload_keeps_the_conversations(tab, other):
     tab.page.get_by_role("button", name="谢谢").click()  # while an answer grows
     tab.stop_button.wait_for(state="detached")
     tab.wait_for(lambda: tab.messages()[0] == "谢谢" and len(tab.messages()) == 2)
-    assert tab.server.batcher.running == []
+    tab.wait_for(lambda: tab.server.batcher.running == [])
     tab.page.wait_for_timeout(300)
     assert len(tab.messages()) == 2
 
