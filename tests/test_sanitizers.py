@@ -26,7 +26,7 @@ from chatglm2.kernels import build_cpu, cpu_backend, cpu_layers
 from chatglm2.kernels.cpu_backend import CPUBackend
 from chatglm2.quantization import ModelBackend, torch_matmul
 
-NUM_PRODUCTS, NUM_MODELS = 150, 40
+NUM_PRODUCTS, NUM_MODELS = 60, 15
 SEED = 0
 FLAGS = ["-O1", "-g", "-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover"]
 WAYS = {  # with vectors of 8 and 16 lanes in plain C for every CPU
