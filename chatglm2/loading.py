@@ -113,6 +113,7 @@ def load_weights(
 ) -> ChatGLMForConditionalGeneration:
     """Load the model, quantize it if its checkpoint is not, and add the adapter.
 
+    `check_shapes` has compared the weights with the config.
     A quantized model is loaded in the checkpoint's dtype: levels and scales are then the official
     ones, and on a CPU embedding and output layer stay mapped from the file. Layers on the disk
     cannot be converted later, so an offloaded model is loaded in `dtype`.
@@ -124,23 +125,13 @@ def load_weights(
     is_convertible = quantization is not None and "offload_folder" not in options
     if quantization is not None and not config.quantization_bit:
         options["quantization_config"] = quantization
-    model, loading = ChatGLMForConditionalGeneration.from_pretrained(
+    model = ChatGLMForConditionalGeneration.from_pretrained(
         source,
         config=config,
         dtype=(config.dtype or torch.float16) if is_convertible else dtype,
         device=None if device.type == "cpu" else device,
-        ignore_mismatched_sizes=True,  # refused below, with a tensor's name
-        output_loading_info=True,
         **options,
     )
-    unusable = {*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])}
-    unusable |= {key for key in loading["unexpected_keys"] if key.endswith("weight_scale")}
-    if unusable:
-        raise SystemExit(
-            f"{source}: the weights do not belong to config.json: {len(unusable)} tensors are "
-            f"missing, unknown or of another shape, among them {min(unusable)}; download both "
-            "again."
-        )
     if quantization is not None:  # the checkpoint's output layer may still be of 16 bits
         model.quantize(quantization.bits, quantization.group_size, quantization.output_bits)
     if is_convertible:

@@ -157,7 +157,7 @@ def check_shapes(folder: Path, config: ChatGLMConfig):
             "download both again."
         )
     model = create_empty_model(config)
-    check_weights(folder, model)
+    check_weights(found, model)
     names = {f"{BASE_PREFIX}{name}" for name in model.base_model.state_dict()}
     names |= {name.removeprefix(BASE_PREFIX) for name in names}
     others = sorted(x for x in found if x not in names and not x.endswith(COMPUTED))

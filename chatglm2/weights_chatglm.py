@@ -244,14 +244,16 @@ def name_dtype(dtype) -> str:
     return SAFETENSORS_DTYPES.get(dtype, str(dtype).removeprefix("torch."))
 
 
-def check_weights(folder: Path, model: torch.nn.Module):
+def check_weights(found: dict[str, tuple], model: torch.nn.Module):
     """Check the tensors of a checkpoint against a model without data, before any is loaded.
 
+    Args:
+        found: From `read_all_shapes`.
+
     Raises:
-        OSError: A weight file is missing or damaged, or lacks a tensor that the index names.
         ValueError: A tensor is missing, or is of another shape or dtype.
     """
-    found, prefix = read_all_shapes(folder), f"{model.base_model_prefix}."
+    prefix = f"{model.base_model_prefix}."
     # A tied parameter has only its first name.
     wanted = {k: (name_dtype(p.dtype), *p.shape) for k, p in model.named_parameters()}
     present = {k: found.get(k) or found.get(k.removeprefix(prefix)) for k in wanted}
@@ -273,7 +275,12 @@ def check_weights(folder: Path, model: torch.nn.Module):
 
 
 def read_all_shapes(folder: Path) -> dict[str, tuple]:
-    """As `read_shapes`, of all weight files of a checkpoint."""
+    """As `read_shapes`, of all weight files of a checkpoint.
+
+    Raises:
+        OSError: A file is missing or damaged, or lacks a tensor that the index names.
+        ValueError: As `read_shapes`.
+    """
     files = find_weight_files(folder)
     by_file = {file.name: read_shapes(file) for file in files}
     for name in WEIGHT_NAMES:
