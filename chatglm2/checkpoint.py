@@ -15,9 +15,11 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 from safetensors.torch import load_file
 
+from .configuration_chatglm import ChatGLMConfig
 from .errors import one_line
 from .hardware import get_free_space, gigabytes
-from .recognition import check_description, check_kind, check_names
+from .json_files import check_tokenizer_files, read_config
+from .recognition import check_description, check_kind, check_names, check_shapes
 from .weights_chatglm import (
     check_inside,
     check_weight_file,
@@ -161,6 +163,34 @@ def check_folder(folder: Path):
     for name in names:
         if name.endswith((".json", ".model", ".jinja")):
             check_inside(folder, folder / name)
+
+
+def read_checkpoint(folder: Path, check_config) -> ChatGLMConfig:
+    """Check all files of a checkpoint folder, and return its configuration.
+
+    Args:
+        check_config: Raises a ValueError for a configuration that the caller cannot use.
+
+    Raises:
+        ValueError: It lacks a file, holds something else, or a file is damaged.
+        OSError: A file cannot be read.
+    """
+    check_folder(folder)
+    config = read_config(folder)
+    check_config(config)
+    check_tokenizer_files(folder)
+    check_shapes(folder, config)
+    return config
+
+
+def check_new_folder(folder: Path):
+    """Check that a folder to be written is new or empty.
+
+    Raises:
+        ValueError: It is not.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} exists and is not an empty folder: give a new one.")
 
 
 def read_tensors(*files: Path) -> dict[str, torch.Tensor]:

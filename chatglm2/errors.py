@@ -44,6 +44,14 @@ def exit_on_error(prefix: str):
         raise SystemExit(message if has_prefix else f"{prefix}{message}") from error
 
 
+def run_command(main):
+    """Run the main function of a `python -m chatglm2...`; Ctrl-C ends it without a traceback."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
 def print_result(line: str):
     """Print the last line of a program, also if stdout is a full disk or a closed pipe."""
     try:

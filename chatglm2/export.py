@@ -10,7 +10,6 @@ The weights are read from the mapped files while they are written, not copied in
 
 import argparse
 import re
-import sys
 from pathlib import Path
 
 import torch
@@ -19,12 +18,11 @@ from tokenizers.models import BPE
 from transformers import GlmConfig, GlmForCausalLM, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import generate_merges
 
-from .checkpoint import check_folder, read_tensors
+from .checkpoint import check_new_folder, read_checkpoint, read_tensors
 from .configuration_chatglm import ChatGLMConfig
-from .errors import exit_on_error, print_result
-from .json_files import read_config
+from .errors import exit_on_error, print_result, run_command
 from .quantization import get_quantization
-from .recognition import check_shapes
+from .recognition import COMPUTED
 from .tokenization_chatglm import CHAT_TEMPLATE, ChatGLMTokenizer
 from .weights_chatglm import find_weight_files
 
@@ -126,7 +124,7 @@ def convert_weights(state: dict[str, torch.Tensor], config: ChatGLMConfig) -> di
         if fused:
             for part, rows in zip("qkv", tensor.tensor_split([key_row, value_row]), strict=True):
                 converted[f"{before}self_attn.{part}_proj{after}"] = rows
-        elif not name.endswith("rotary_pos_emb.inv_freq"):  # computed, not learnt
+        elif not name.endswith(COMPUTED):
             converted[name] = tensor
     return converted
 
@@ -240,12 +238,8 @@ def export(checkpoint: Path, folder: Path) -> str:
         ValueError: It is no ChatGLM2 checkpoint, is damaged, or GLM cannot express it.
         OSError: A file is missing, damaged or cannot be written.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} exists and is not an empty folder: give a new one.")
-    check_folder(checkpoint)
-    config = read_config(checkpoint)
-    check_config(config)
-    check_shapes(checkpoint, config)
+    check_new_folder(folder)
+    config = read_checkpoint(checkpoint, check_config)
     tokenizer = create_tokenizer(ChatGLMTokenizer.from_pretrained(checkpoint), config.seq_length)
     state = convert_weights(read_tensors(*find_weight_files(checkpoint)), config)
     model = create_model(state, convert_config(config))
@@ -269,7 +263,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_command(main)

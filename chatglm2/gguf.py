@@ -15,21 +15,20 @@ converter, which multiplies the rotary base by `rope_ratio`, this file has linea
 
 import argparse
 import os
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from .checkpoint import check_folder, read_tensors
+from .checkpoint import read_checkpoint, read_tensors
 from .configuration_chatglm import ChatGLMConfig
-from .errors import exit_on_error, print_result
+from .errors import exit_on_error, print_result, run_command
 from .export import PREFIX, check_architecture, convert_rope, create_tokenizer
 from .hardware import get_free_space, gigabytes
-from .json_files import check_tokenizer_files, read_config, read_generation_config
+from .json_files import read_generation_config
 from .quantization import QuantizedLinear, get_quantization, unpack_int4
-from .recognition import BASE_PREFIX, COMPUTED, check_shapes
+from .recognition import BASE_PREFIX, COMPUTED
 from .sampling_chatglm import find_end_ids
 from .tokenization_chatglm import SPECIAL_TOKENS, ChatGLMTokenizer
 from .weights_chatglm import SCALE, find_weight_files
@@ -344,11 +343,7 @@ def convert(checkpoint: Path, file: Path, wanted: str = "auto", may_round: bool 
     """
     gguf = import_gguf()
     check_target(file)
-    check_folder(checkpoint)
-    config = read_config(checkpoint)
-    check_config(config)
-    check_shapes(checkpoint, config)
-    check_tokenizer_files(checkpoint)
+    config = read_checkpoint(checkpoint, check_config)
     tokenizer = ChatGLMTokenizer.from_pretrained(checkpoint)
     sources = read_generation_config(checkpoint), config, tokenizer
     end_ids = find_end_ids(*sources, num_ids=len(tokenizer))
@@ -408,7 +403,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_command(main)

@@ -14,19 +14,27 @@ import sys
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from transformers.utils import logging
 
-from .checkpoint import check_folder
+from .checkpoint import check_new_folder, read_checkpoint
 from .configuration_chatglm import ChatGLMConfig
-from .errors import one_line
+from .errors import exit_on_error, print_result, run_command
 from .hardware import get_free_memory, get_free_space, gigabytes
-from .json_files import check_tokenizer_files, read_config, read_generation_config
+from .json_files import read_generation_config
 from .modeling_chatglm import ChatGLMForConditionalGeneration
 from .placement import MEMORY_MARGIN, count_weight_bytes
 from .quantization import ChatGLMQuantizationConfig, get_quantization
-from .recognition import check_shapes
 from .tokenization_chatglm import ChatGLMTokenizer
+
+
+def check_config(config: ChatGLMConfig):
+    """Check that a model is not quantized.
+
+    Raises:
+        ValueError: It is.
+    """
+    if present := get_quantization(config):
+        raise ValueError(f"it has {present.bits} bits already: use it as it is.")
 
 
 def check_space(config: ChatGLMConfig, quantization: ChatGLMQuantizationConfig, folder: Path):
@@ -67,16 +75,10 @@ def quantize(checkpoint: Path, folder: Path, bits: int) -> str:
     Raises:
         ValueError: It is no ChatGLM2 checkpoint, is damaged or quantized already, or memory or
             disk is too small.
-        OSError, SafetensorError: A file is missing, damaged or cannot be written.
+        OSError: A file is missing or damaged.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} exists and is not an empty folder: give a new one.")
-    check_folder(checkpoint)
-    config = read_config(checkpoint)
-    if present := get_quantization(config):
-        raise ValueError(f"it has {present.bits} bits already: use it as it is.")
-    check_tokenizer_files(checkpoint)
-    check_shapes(checkpoint, config)
+    check_new_folder(folder)
+    config = read_checkpoint(checkpoint, check_config)
     quantization = ChatGLMQuantizationConfig(bits=bits)
     check_space(config, quantization, folder)
     unfinished = folder.absolute().with_name(f"{folder.name}.unfinished")
@@ -110,11 +112,10 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
-    try:
-        print(quantize(args.checkpoint, args.folder, args.bits))
-    except (ValueError, OSError, SafetensorError) as error:
-        sys.exit(f"{args.checkpoint} was not quantized: {one_line(error)}")
+    with exit_on_error(f"{args.checkpoint} was not quantized: "):
+        line = quantize(args.checkpoint, args.folder, args.bits)
+    print_result(line)
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

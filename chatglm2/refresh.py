@@ -15,13 +15,12 @@ import json
 import os
 import shlex
 import shutil
-import sys
 from pathlib import Path
 
 from huggingface_hub.constants import HF_HOME
 
 from .configuration_chatglm import AUTO_MAP, TRANSFORMERS_RANGE
-from .errors import exit_on_error, print_result
+from .errors import exit_on_error, print_result, run_command
 from .json_files import read_json
 from .recognition import check_kind, check_names
 from .weights_chatglm import find_weight_files, read_all_shapes
@@ -147,7 +146,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_command(main)
