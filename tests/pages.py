@@ -15,6 +15,7 @@ import pytest
 from conftest import ROOT
 
 TIMEOUT_S = 20
+REST = "log => log.scrollHeight - log.clientHeight - log.scrollTop"  # pixels below the screen
 
 MARKUP = """<script>window.hacked = 1</script> 1 <b>2</b> vector<int>
 <img src="http://192.0.2.1/a.png" onerror="window.hacked = 1"> ![](http://192.0.2.1/b.png)
@@ -168,6 +169,25 @@ class Tab:
         self.stop_button.wait_for()
         lengths = set()
         self.wait_for(lambda: lengths.add(len(self.messages()[-1])) or len(lengths) > 4)
+
+    def check_following(self, log, wheel: int, least: int):
+        """Check that a growing answer is followed until the reader scrolls, and from the end on.
+
+        Args:
+            log: What scrolls, and stands at its end.
+            wheel: By how many pixels the reader scrolls up.
+            least: Pixels of the answer that are below the screen one second later.
+        """
+        log.hover()
+        self.page.mouse.wheel(0, -wheel)
+        self.page.wait_for_timeout(200)
+        top = log.evaluate("log => log.scrollTop")
+        self.page.wait_for_timeout(1000)
+        assert log.evaluate("log => log.scrollTop") == top and log.evaluate(REST) > least
+        self.page.mouse.wheel(0, 2000)
+        self.page.wait_for_timeout(1000)
+        assert log.evaluate(REST) < 4 and self.stop_button.count()
+        self.stop_button.click()
 
     def show_on_dark_phone(self):
         self.page.emulate_media(color_scheme="dark")

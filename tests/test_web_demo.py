@@ -11,6 +11,7 @@ from conftest import ROOT
 from page_models import ScriptedBatcher
 from pages import (
     MARKUP,
+    REST,
     check_accessibility,
     check_addresses,
     check_markup,
@@ -292,18 +293,8 @@ def test_following_ends_when_the_reader_scrolls(tab):
     tab.ask("echo " + "\n\n".join(map(str, range(40))))
     tab.start_story()
     log = tab.page.get_by_role("log")
-    rest = "log => log.scrollHeight - log.clientHeight - log.scrollTop"
-    assert log.evaluate(rest) < 4
-    log.hover()
-    tab.page.mouse.wheel(0, -60)
-    tab.page.wait_for_timeout(200)
-    top = log.evaluate("log => log.scrollTop")
-    tab.page.wait_for_timeout(1000)
-    assert log.evaluate("log => log.scrollTop") == top and log.evaluate(rest) > 40
-    tab.page.mouse.wheel(0, 2000)
-    tab.page.wait_for_timeout(1000)
-    assert log.evaluate(rest) < 4 and tab.stop_button.count()
-    tab.stop_button.click()
+    assert log.evaluate(REST) < 4
+    tab.check_following(log, wheel=60, least=40)
 
 
 @pytest.mark.slow

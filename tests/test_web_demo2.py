@@ -12,6 +12,7 @@ from conftest import ROOT
 from page_models import PAUSE_S, ScriptedBatcher
 from pages import (
     MARKUP,
+    REST,
     check_accessibility,
     check_addresses,
     check_markup,
@@ -349,18 +350,8 @@ def test_following_ends_when_the_reader_scrolls(tab):
     tab.ask("echo " + "\n\n".join(map(str, range(40))), 2)
     tab.start_story()
     main = tab.page.get_by_test_id("stMain")
-    rest = "main => main.scrollHeight - main.clientHeight - main.scrollTop"
-    tab.wait_for(lambda: main.evaluate(rest) < 4)
-    main.hover()
-    tab.page.mouse.wheel(0, -300)
-    tab.page.wait_for_timeout(200)
-    top = main.evaluate("main => main.scrollTop")
-    tab.page.wait_for_timeout(1000)
-    assert main.evaluate("main => main.scrollTop") == top and main.evaluate(rest) > 100
-    tab.page.mouse.wheel(0, 2000)
-    tab.page.wait_for_timeout(1000)
-    assert main.evaluate(rest) < 4 and tab.stop_button.count()
-    tab.stop_button.click()
+    tab.wait_for(lambda: main.evaluate(REST) < 4)
+    tab.check_following(main, wheel=300, least=100)
 
 
 @pytest.mark.slow

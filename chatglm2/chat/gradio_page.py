@@ -7,6 +7,7 @@ from pathlib import Path
 import gradio as gr
 
 from .markdown import to_markdown
+from .saved import BROWSER_JS
 from .shared_model import Chat
 
 HEAD = Path(__file__).with_name("gradio_head.html")  # styles and scripts
@@ -17,7 +18,8 @@ THEME = gr.themes.Default(primary_hue="blue", font=FONTS).set(
     body_text_color_subdued="*neutral_500",
     body_text_color_subdued_dark="*neutral_400",
 )
-LOOK = {"theme": THEME, "footer_links": [], "head_paths": HEAD}
+SCRIPT = f"<script>{BROWSER_JS}</script>"  # Gradio puts it before `HEAD`
+LOOK = {"theme": THEME, "footer_links": [], "head": SCRIPT, "head_paths": HEAD}
 LATEX = [
     {"left": r"\[", "right": r"\]", "display": True},
     {"left": r"\(", "right": r"\)", "display": False},

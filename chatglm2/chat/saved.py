@@ -1,9 +1,11 @@
 """A conversation of a web page outside the server: in the browser's storage, in a file."""
 
 import json
+from pathlib import Path
 
 from .shared_model import Chat
 
+BROWSER_JS = Path(__file__).with_name("browser.js").read_text("utf-8")
 FIELDS = ("rounds", "first_round", "system")  # of a chat, that the browser keeps
 FORMAT = (
     '文件格式不对 / not a conversation: a JSON file {"messages": [...]} is needed, with "role" and '
@@ -41,20 +43,13 @@ def read_file(content: str | bytes) -> Chat:
     return Chat(rounds=rounds, system=system)
 
 
-def list_messages(chat: Chat) -> list[dict]:
-    texts = [("system", chat.system)] if chat.system else []
-    for query, answer, _ in chat.rounds:
-        texts += [("user", query), ("assistant", answer)]
-    return [{"role": role, "content": text} for role, text in texts]
-
-
 def to_json(chat: Chat) -> str:
     """Return the file that `read_file` reads."""
-    return json.dumps({"messages": list_messages(chat)}, ensure_ascii=False, indent=2)
+    messages = chat.list_messages(chat.rounds)
+    return json.dumps({"messages": messages}, ensure_ascii=False, indent=2)
 
 
 def to_document(chat: Chat) -> str:
     """Return the conversation as Markdown."""
-    return "\n".join(
-        "## {role}\n\n{content}\n".format(**message) for message in list_messages(chat)
-    )
+    messages = chat.list_messages(chat.rounds)
+    return "\n".join("## {role}\n\n{content}\n".format(**message) for message in messages)

@@ -58,12 +58,16 @@ class Chat:
         dropped = Conversation.DROPPED.format(self.first_round) if self.first_round else ""
         return [notice for notice in (dropped, self.notice) if notice]
 
-    def encode(self, tokenizer, query: str, rounds: list) -> list[int]:
-        """Return the prompt: the system text, rounds, and a question."""
+    def list_messages(self, rounds: list) -> list[dict]:
+        """Return the system text and rounds as messages with roles."""
         texts = [("system", self.system)] if self.system else []
         for question, answer, *_ in rounds:
             texts += [("user", question), ("assistant", answer)]
-        messages = [{"role": role, "content": text} for role, text in (*texts, ("user", query))]
+        return [{"role": role, "content": text} for role, text in texts]
+
+    def encode(self, tokenizer, query: str, rounds: list) -> list[int]:
+        """Return the prompt: the system text, rounds, and a question."""
+        messages = [*self.list_messages(rounds), {"role": "user", "content": query}]
         return tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, return_dict=False
         )

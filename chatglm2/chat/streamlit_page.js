@@ -1,50 +1,28 @@
 // The parts of web_demo2.py in the browser. `data.part` names the part of a component:
 // "copy" is a button that copies `data.text`; "keep" keeps the conversation `data.chat`; "list"
 // does so, too, and lists all kept conversations; it sends the one that is picked or reloaded.
-//
-// A conversation is {id, rounds: [[question, answer, remark]], first_round, system, query}. It is
-// kept in the browser's storage under its id; the tab's session storage has the current id.
-const PREFIX = "chatglm2:";
-const read = (id) => JSON.parse(localStorage.getItem(PREFIX + id));
-const title = ({rounds, query}) => (rounds[0]?.[0] || query || "").trim().slice(0, 60);
-
-function listKept() {
-  const keys = Object.keys(localStorage).filter((key) => key.startsWith(PREFIX));
-  return keys.map((key) => JSON.parse(localStorage.getItem(key))).sort((a, b) => b.time - a.time);
-}
+// browser.js comes before this.
 
 function keep(chat) {
   if (!chat.id) return;
   sessionStorage.setItem(PREFIX, chat.id);
-  const {time, ...kept} = read(chat.id) || {};
+  const {time, ...kept} = readKept(chat.id) || {};
   if (JSON.stringify(kept) === JSON.stringify(chat)) return;  // or its place in the list changed
   if (!chat.rounds.length && !chat.query) localStorage.removeItem(PREFIX + chat.id);
-  else write(chat);
-}
-
-function write(chat) {
-  for (;;) {
-    try {
-      return localStorage.setItem(PREFIX + chat.id, JSON.stringify({...chat, time: Date.now()}));
-    } catch (error) {  // the storage is full: forget the oldest conversation
-      const oldest = listKept().filter(({id}) => id !== chat.id).pop();
-      if (!oldest) throw error;
-      localStorage.removeItem(PREFIX + oldest.id);
-    }
-  }
+  else writeKept(chat);
 }
 
 function list({data: {chat}, parentElement, setTriggerValue}) {
   follow();
   document.addEventListener("keydown", pressEscape);
   const isNew = !chat.id;
-  const current = isNew && read(sessionStorage.getItem(PREFIX));
+  const current = isNew && readKept(sessionStorage.getItem(PREFIX));
   if (current) setTriggerValue("picked", current);
   keep(chat);
   const draw = () => parentElement.querySelector("ul").replaceChildren(...listKept().map((kept) => {
-    const button = Object.assign(document.createElement("button"), {textContent: title(kept), title: title(kept)});
+    const button = Object.assign(document.createElement("button"), {textContent: nameKept(kept), title: nameKept(kept)});
     if (kept.id === chat.id) button.setAttribute("aria-current", "true");
-    button.onclick = () => setTriggerValue("picked", read(kept.id) || kept);
+    button.onclick = () => setTriggerValue("picked", readKept(kept.id) || kept);
     const item = document.createElement("li");
     item.append(button);
     return item;
@@ -56,20 +34,7 @@ function list({data: {chat}, parentElement, setTriggerValue}) {
 
 function copy({data: {text}, parentElement}) {
   const button = parentElement.querySelector("button");
-  button.onclick = async () => {
-    if (navigator.clipboard) await navigator.clipboard.writeText(text);
-    else copySelected(text);
-    button.classList.add("done");
-    setTimeout(() => button.classList.remove("done"), 1500);
-  };
-}
-
-function copySelected(text) {  // on a page without TLS
-  const area = Object.assign(document.createElement("textarea"), {value: text});
-  document.body.append(area);
-  area.select();
-  document.execCommand("copy");
-  area.remove();
+  button.onclick = () => copyText(text, button);
 }
 
 // Streamlit ignores the shortcut of a button while the reader types.

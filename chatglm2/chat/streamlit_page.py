@@ -9,7 +9,7 @@ from threading import Thread
 
 import streamlit as st
 
-from .saved import save_chat
+from .saved import BROWSER_JS, save_chat
 from .shared_model import INTERVAL_S, Chat, SharedModel
 
 CSS = """
@@ -22,7 +22,7 @@ button:focus-visible {outline: 2px solid var(--st-primary-color); outline-offset
 li button {width: 100%}
 button.done::after {content: " ✓"}
 """
-JS = Path(__file__).with_name("streamlit_page.js").read_text("utf-8")
+JS = BROWSER_JS + Path(__file__).with_name("streamlit_page.js").read_text("utf-8")
 LIST = st.components.v2.component(
     "conversations", html='<nav aria-label="对话 Conversations"><ul></ul></nav>', css=CSS, js=JS
 )
