@@ -24,6 +24,16 @@ MESSAGES = [
     {"role": "assistant", "content": "你好👋！\n"},
     {"role": "user", "content": "  the people's [MASK] eop"},
 ]
+CONVERSATIONS = [
+    [{"role": "user", "content": "你好"}],
+    [{"role": "user", "content": "What is the capital of France?"}],
+    [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "你是谁？"},
+        {"role": "assistant", "content": "我是 ChatGLM2-tiny 👋。"},
+        {"role": "user", "content": "people and philosophers\n  " * 5},
+    ],
+]
 TEXTS = ["你好", "philosophers, people and a sop <s>", " \n\t😀", ""]
 CLOSE = {"atol": 1e-5, "rtol": 0}
 IDS = [[4092, 4094, *range(3, 200)]]

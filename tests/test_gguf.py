@@ -19,7 +19,7 @@ import sentencepiece
 import torch
 from memory import PeakMemory, read_memory
 from safetensors.torch import load_file, save_file
-from test_export import create_texts
+from test_export import CONVERSATIONS, create_texts
 from test_modeling_chatglm import save_shards
 
 from chatglm2 import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMTokenizer
@@ -30,16 +30,6 @@ gguf = pytest.importorskip("gguf", reason="needs the package gguf: pip install g
 from gguf.quants import dequantize as dequantize_gguf  # noqa: E402
 
 GOLDEN = Path(__file__).parent / "golden" / "tokenizer" / "tokenizer_golden.json"
-CONVERSATIONS = [
-    [{"role": "user", "content": "你好"}],
-    [{"role": "user", "content": "What is the capital of France?"}],
-    [
-        {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": "你是谁？"},
-        {"role": "assistant", "content": "我是 ChatGLM2-tiny 👋。"},
-        {"role": "user", "content": "people and philosophers\n  " * 5},
-    ],
-]
 
 
 def run_and_fail(checkpoint: Path, file: Path, *flags: str) -> str:

