@@ -32,11 +32,11 @@ from .json_files import read_json
 from .modeling_chatglm import ChatGLMForConditionalGeneration, PrefixEncoder
 from .placement import create_empty_model
 from .quantization import QuantizedLinear, get_quantization
+from .recognition import PREFIX_KEYS
 from .weights_chatglm import check_inside, find_weight_files
 
 PEFT_CONFIG = "adapter_config.json"
 PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-PREFIX_KEYS = "transformer.prefix_encoder."
 INSTALL_PEFT = "pip install peft==0.21.2"
 # Other ways to begin a LoRA, such as PiSSA, change the weights that it is added to.
 INITIALIZATIONS = (True, False, "gaussian", "orthogonal", "eva")

@@ -213,6 +213,22 @@ def read_tensors(*files: Path) -> dict[str, torch.Tensor]:
 # Downloads.
 
 
+def locate_descriptions(model: str, revision: str | None):
+    """As `locate_checkpoint`, but all files except the weights are in the folder, also for the hub.
+
+    Returns:
+        (folder, None) or (folder, information) if the weights have to be downloaded.
+
+    Raises:
+        SystemExit, ValueError: As `locate_checkpoint`.
+        OSError, HTTPError: The hub cannot be reached.
+    """
+    folder, hub_info = locate_checkpoint(model, revision)
+    if hub_info is not None:
+        folder = download_descriptions(model, revision, hub_info)
+    return folder, hub_info
+
+
 def download_descriptions(model: str, revision: str | None, hub_info) -> Path:
     """Download all files but the weights; return their folder in the hub's cache.
 

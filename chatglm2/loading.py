@@ -13,7 +13,7 @@ import torch
 from transformers.utils import logging
 
 from .adapters import read_adapter
-from .checkpoint import download_descriptions, download_weights, locate_checkpoint
+from .checkpoint import download_weights, locate_descriptions
 from .configuration_chatglm import ChatGLMConfig
 from .errors import exit_on_error
 from .hardware import choose_threads, get_free_memory, gigabytes
@@ -47,9 +47,7 @@ def load_model(args: argparse.Namespace):
     if threads is not None:
         torch.set_num_threads(threads)
     with exit_on_error(f"{args.model}: "):
-        folder, hub_info = locate_checkpoint(args.model, args.revision)
-        if hub_info is not None:
-            folder = download_descriptions(args.model, args.revision, hub_info)
+        folder, hub_info = locate_descriptions(args.model, args.revision)
         config, generation_config = read_config(folder), read_generation_config(folder)
         check_tokenizer_files(folder)
         quantization = choose_quantization(args, config)

@@ -21,7 +21,7 @@ from chatglm2 import (
     gguf,
     loading,
 )
-from chatglm2.checkpoint import download_descriptions, locate_checkpoint
+from chatglm2.checkpoint import download_weights, locate_descriptions
 from chatglm2.errors import exit_on_error
 from chatglm2.hardware import choose_threads
 from chatglm2.json_files import read_config
@@ -59,8 +59,8 @@ def read_shape(args: argparse.Namespace) -> ChatGLMConfig:
     """Return the configuration of the model to be measured."""
     with exit_on_error(f"--model {args.model}: "):
         if not args.random_weights:
-            folder, hub_info = locate_checkpoint(args.model, args.revision)
-            return read_config(folder or download_descriptions(args.model, args.revision, hub_info))
+            folder, _ = locate_descriptions(args.model, args.revision)
+            return read_config(folder)
         return read_config(Path(args.model)) if args.model else ChatGLMConfig(**SHAPE_6B)
 
 
@@ -70,7 +70,9 @@ def write_gguf(args: argparse.Namespace, file: Path, kind: str):
     Raises:
         ValueError, OSError: It cannot be written as `kind`.
     """
-    folder, _ = locate_checkpoint(args.model, args.revision)
+    folder, hub_info = locate_descriptions(args.model, args.revision)
+    if hub_info is not None:
+        folder = download_weights(args.model, args.revision, hub_info)
     gguf.convert(folder, file, kind, may_round=True)
 
 

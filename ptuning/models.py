@@ -8,14 +8,8 @@ import torch
 from arguments import DataArguments, ModelArguments, TrainingArguments
 from transformers import set_seed
 
-from chatglm2.adapters import (
-    PREFIX_KEYS,
-    check_tensors,
-    import_peft,
-    read_adapter,
-    register_quantized_layers,
-)
-from chatglm2.checkpoint import download_descriptions, locate_checkpoint, read_tensors
+from chatglm2.adapters import check_tensors, import_peft, read_adapter, register_quantized_layers
+from chatglm2.checkpoint import locate_descriptions, read_tensors
 from chatglm2.configuration_chatglm import ChatGLMConfig
 from chatglm2.hardware import get_free_memory, gigabytes
 from chatglm2.json_files import read_config
@@ -23,6 +17,7 @@ from chatglm2.loading import DTYPES, choose_device_and_dtype, load_model, name_o
 from chatglm2.modeling_chatglm import PrefixEncoder
 from chatglm2.placement import count_weight_bytes, create_empty_model
 from chatglm2.quantization import ChatGLMQuantizationConfig, get_quantization
+from chatglm2.recognition import PREFIX_KEYS
 from chatglm2.weights_chatglm import find_weight_files
 
 LORA_LAYERS = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
@@ -36,14 +31,6 @@ def choose_dtype(
     if not (model_args.pre_seq_len or model_args.lora_rank) and training_args.do_train:
         return "float32"
     return name_of(choose_device_and_dtype(training_args.device.type, "auto", config.dtype)[1])
-
-
-def read_model_config(model_args: ModelArguments) -> ChatGLMConfig:
-    name, revision = model_args.model_name_or_path, model_args.model_revision
-    folder, hub_info = locate_checkpoint(name, revision)
-    if hub_info is not None:
-        folder = download_descriptions(name, revision, hub_info)
-    return read_config(folder)
 
 
 def check_arguments(model_args: ModelArguments, data_args, training_args, config: ChatGLMConfig):
@@ -172,7 +159,8 @@ def prepare_model(
     Raises:
         SystemExit: The arguments or the memory do not fit the model.
     """
-    config, do_train = read_model_config(model_args), training_args.do_train
+    folder, _ = locate_descriptions(model_args.model_name_or_path, model_args.model_revision)
+    config, do_train = read_config(folder), training_args.do_train
     check_arguments(model_args, data_args, training_args, config)
     dtype = choose_dtype(model_args, training_args, config)
     quantization = get_quantization(config)

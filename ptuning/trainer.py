@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import Sampler
 from transformers import Seq2SeqTrainer
 
-from chatglm2.adapters import PREFIX_KEYS
+from chatglm2.recognition import PREFIX_KEYS
 
 WEIGHTS = ("pytorch_model.bin", "adapter_model.safetensors", "model.safetensors")
 
