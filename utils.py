@@ -18,7 +18,10 @@ from functools import cache
 from pathlib import Path
 
 DEFAULT_MODEL = "THUDM/chatglm2-6b"
-REQUIREMENTS = [Path(__file__).with_name(f"requirements{end}.txt") for end in ("", "-dev")]
+REQUIREMENTS = [  # a Docker image has only the first
+    Path(__file__).parent / name
+    for name in ("requirements.txt", "ptuning/requirements.txt", "requirements-dev.txt")
+]
 PACKAGES = {"yaml": "pyyaml", "PIL": "pillow"}  # whose names differ from those of the modules
 # More threads than processors only wait for each other; thousands of them end the process.
 MAX_THREADS = max(64, os.cpu_count() or 1)
@@ -327,7 +330,8 @@ def print_error(kind, error, traceback, print_other=sys.excepthook):
         name = error.name.partition(".")[0]
         package = PACKAGES.get(name, name)
         has_it = rf"(?m)^{package}\b".replace("_", "[-_]")
-        files = [file for file in REQUIREMENTS if re.search(has_it, file.read_text("utf-8"))]
+        present = filter(Path.exists, REQUIREMENTS)
+        files = [file for file in present if re.search(has_it, file.read_text("utf-8"))]
         argument = f"-r {files[0]}" if files else package
         print(f"缺少 {name} / {name} is missing: pip install {argument}", file=sys.stderr)
     else:

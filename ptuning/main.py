@@ -13,18 +13,19 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from transformers import DataCollatorForSeq2Seq
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import utils  # before the libraries: it names those that are missing
+
+# isort: split
 from arguments import TrainingArguments, parse
 from metrics import compute_metrics, decode
 from models import prepare_model
 from preprocessing import create_dataset
 from trainer import Trainer, find_checkpoint, ignore_missing_weights, plot_losses
+from transformers import DataCollatorForSeq2Seq
 
 from chatglm2.errors import exit_on_error
-from utils import run_script
 
 SAMPLING = {"do_sample": True, "top_p": 0.7, "temperature": 0.95}  # the original's
 
@@ -120,4 +121,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run_script(main)
+    utils.run_script(main)

@@ -72,6 +72,7 @@ def test_missing_library(module, end):
     ("script", "module"),
     [
         ("evaluation/load_test.py", "aiohttp"),
+        ("ptuning/main.py", "jieba"),
         ("resources/make_pictures.py", "pexpect"),
         ("resources/chatglm2-tiny/training/check.py", "yaml"),
         ("resources/chatglm2-tiny/training/train.py", "yaml"),
