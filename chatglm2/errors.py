@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from traceback import walk_tb
 
+from transformers.utils import logging
+
 PACKAGE = Path(__file__).resolve().parent
 MAX_LENGTH = 2000  # characters of a message
 EXPLAINED = (OSError, ValueError, ImportError)  # where this project raises them, with a next step
@@ -46,6 +48,8 @@ def exit_on_error(prefix: str):
 
 def run_command(main):
     """Run the main function of a `python -m chatglm2...`; Ctrl-C ends it without a traceback."""
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
     try:
         main()
     except KeyboardInterrupt:

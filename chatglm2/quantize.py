@@ -10,11 +10,9 @@ files are in DIR.unfinished.
 
 import argparse
 import shutil
-import sys
 from pathlib import Path
 
 import torch
-from transformers.utils import logging
 
 from .checkpoint import check_new_folder, read_checkpoint
 from .configuration_chatglm import ChatGLMConfig
@@ -110,8 +108,6 @@ def main(argv=None):
         "--bits", type=int, choices=[4, 8], default=4, help="4 (INT4) or 8 (INT8) (default: 4)"
     )
     args = parser.parse_args(argv)
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
     with exit_on_error(f"{args.checkpoint} was not quantized: "):
         line = quantize(args.checkpoint, args.folder, args.bits)
     print_result(line)
