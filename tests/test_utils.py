@@ -72,7 +72,6 @@ def test_missing_library(module, end):
     ("script", "module"),
     [
         ("evaluation/load_test.py", "aiohttp"),
-        ("ptuning/main.py", "jieba"),
         ("resources/make_pictures.py", "pexpect"),
         ("resources/chatglm2-tiny/training/check.py", "yaml"),
         ("resources/chatglm2-tiny/training/train.py", "yaml"),
@@ -85,6 +84,14 @@ def test_scripts_that_need_more_libraries(script, module):
     )
     [line] = run(program).stderr.splitlines()
     assert "is missing: pip install -r " in line
+
+
+def test_fine_tuning_without_its_libraries():
+    program = "import sys, runpy; sys.modules['jieba'] = None; sys.path.insert(0, 'ptuning');"
+    [line] = run(f"{program} runpy.run_path('ptuning/main.py')").stderr.splitlines()
+    assert line.endswith(
+        "jieba is missing: pip install -r " + str(ROOT / "ptuning/requirements.txt")
+    )
 
 
 @pytest.mark.parametrize("script", ["api", "cli_demo", "openai_api", "web_demo"])
