@@ -103,10 +103,10 @@ def create_app(model, tokenizer, args) -> FastAPI:
             max_length=question.max_length or CHAT_DEFAULTS["max_length"],
             process_text=model.process_response,
         )
-        answers = server.Answers(app.state, [wanted], "prompt")
+        answers = server.Answers(request, [wanted], "prompt")
         if question.stream:
             return server.EventStream(stream(question, answers), answers)
-        (answer,) = await answers.collect(request)
+        (answer,) = await answers.collect()
         return complete(question, answer.text)
 
     return app

@@ -20,11 +20,10 @@ from llguidance import LLMatcher
 from openai.types import Completion, Model
 from openai.types.chat import ChatCompletion
 from starlette.concurrency import run_in_threadpool
-from starlette.datastructures import State
 from transformers import LogitsProcessorList, SequenceBiasLogitsProcessor
 
 from chatglm2.serving import pages, responses, schema, server
-from chatglm2.serving.batching import OccurrencePenalty, Request
+from chatglm2.serving.batching import Batcher, OccurrencePenalty, Request
 from chatglm2.serving.json_grammar import JsonGrammar, JsonProcessor
 from chatglm2.serving.responses import as_json
 from chatglm2.serving.server import RequestError
@@ -35,8 +34,8 @@ COMPLETION_MAX_TOKENS = 16  # OpenAI's default
 class Service:
     """The handlers of all routes, for one model."""
 
-    def __init__(self, model, tokenizer, name: str, state: State):
-        self.model, self.tokenizer, self.state = model, tokenizer, state
+    def __init__(self, model, tokenizer, name: str, batcher: Batcher):
+        self.model, self.tokenizer, self.batcher = model, tokenizer, batcher
         self.grammar = JsonGrammar(tokenizer, model.config.padded_vocab_size)
         self.card = Model(id=name, created=int(time.time()), object="model", owned_by="THUDM")
 
@@ -117,10 +116,10 @@ class Service:
     async def answer(
         self, form: responses.Completions, body, http_request, requests: list[Request]
     ):
-        answers = server.Answers(self.state, requests, form.param, body.n or 1)
+        answers = server.Answers(http_request, requests, form.param, body.n or 1)
         if body.stream:
             return server.EventStream(self.events(form, body, answers), answers)
-        wholes = await answers.collect(http_request)
+        wholes = await answers.collect()
         num_tokens = sum(len(whole.token_ids) for whole in wholes)
         usage = responses.count_usage(answers.generations, num_tokens, body.n or 1)
         return as_json(form.respond(wholes, usage))
@@ -165,7 +164,7 @@ class Service:
 
     def check_lengths(self, prompts: list[list[int]]):
         """Refuse inputs for embeddings that are too long, before the first one is computed."""
-        batcher = self.state.batcher
+        batcher = self.batcher
         limit, num_tokens = batcher.context * batcher.max_batch, sum(map(len, prompts))
         if num_tokens > limit:
             message = f"input: {num_tokens} tokens in one request; at most {limit} are allowed."
@@ -181,11 +180,11 @@ class Service:
             raise RequestError(400, message, "dimensions")
         prompts = await run_in_threadpool(self.encode_texts, body.input, "input")
         self.check_lengths(prompts)
-        size, vectors = self.state.batcher.max_batch, []
+        size, vectors = self.batcher.max_batch, []
         for first in range(0, len(prompts), size):  # so that a long list needs no long queue
             requests = [Request(ids, is_embedding=True) for ids in prompts[first : first + size]]
-            answers = server.Answers(self.state, requests, "input", is_begun=first > 0)
-            wholes = await answers.collect(request)
+            answers = server.Answers(request, requests, "input", is_begun=first > 0)
+            wholes = await answers.collect()
             vectors += [F.normalize(whole.embedding, dim=0) for whole in wholes]
         num_tokens = sum(map(len, prompts))
         usage = {"prompt_tokens": num_tokens, "total_tokens": num_tokens}
@@ -208,7 +207,7 @@ class Service:
 def create_app(model, tokenizer, args) -> FastAPI:
     app = server.create_app(model, tokenizer, args, title="ChatGLM2: the OpenAI API")
     name = Path(args.model).resolve().name  # resolve, because "." has no name
-    service = Service(model, tokenizer, name, app.state)
+    service = Service(model, tokenizer, name, app.state.batcher)
     events = {"content": {"text/event-stream": {}}}
     for add, path, handler, response in (
         (app.post, "/v1/chat/completions", service.chat, {"model": ChatCompletion, **events}),

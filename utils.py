@@ -132,13 +132,27 @@ def add_model_arguments(parser: argparse.ArgumentParser):
     return advanced
 
 
-def read_key(text: str) -> str:
-    """Return a key without the white space around it, such as the end of the line of a file."""
-    if not text.strip():
-        raise argparse.ArgumentTypeError("the key is empty: give one, or leave the flag out")
-    if not text.strip().isprintable():
+def read_lines(text: str) -> list[str]:
+    """Return the lines of the file that is named after an @, without blank ones; else the text."""
+    lines = [text]
+    if text.startswith("@"):
+        try:
+            lines = Path(text[1:]).read_text("utf-8-sig").split("\n")
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+            raise argparse.ArgumentTypeError(f"{text}: {reason}") from error
+    return [line.strip("\r") for line in lines if line.strip()]
+
+
+def read_keys(text: str) -> list[str]:
+    """Return keys without the white space around them, such as the end of a line."""
+    keys = [line.strip() for line in read_lines(text)]
+    if not keys:
+        what = f"{text}: the file has no key" if text.strip() else "the key is empty"
+        raise argparse.ArgumentTypeError(f"{what}: give one, or leave the flag out")
+    if not all(key.isprintable() for key in keys):
         raise argparse.ArgumentTypeError("the key has characters that cannot be sent")
-    return text.strip()
+    return keys
 
 
 def read_host(text: str) -> str:
@@ -170,14 +184,7 @@ def read_logins(text: str) -> list[tuple[str, str]]:
     >>> read_logins("ann:secret")
     [('ann', 'secret')]
     """
-    lines = [text]
-    if text.startswith("@"):
-        try:
-            lines = Path(text[1:]).read_text("utf-8-sig").split("\n")
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-            raise argparse.ArgumentTypeError(f"{text}: {reason}") from error
-    logins = [line.strip("\r").partition(":") for line in lines if line.strip()]
+    logins = [line.partition(":") for line in read_lines(text)]
     if not logins or not all(user and password for user, _, password in logins):
         where = f"each line of {text[1:]} must be" if text.startswith("@") else "it must be"
         raise argparse.ArgumentTypeError(f"{where} USER:PASSWORD")
@@ -224,11 +231,11 @@ def add_server_arguments(parser: argparse.ArgumentParser):
         server.add_argument(flag, type=kind, metavar=metavar, default=default, help=text)
     server.add_argument(
         "--api-key",
-        type=read_key,
+        type=read_keys,
         default=os.environ.get("CHATGLM_API_KEY") or None,
         metavar="KEY",
-        help="key that clients must send; other users of this machine can see it in the list of "
-        "processes, but not $CHATGLM_API_KEY (default: $CHATGLM_API_KEY, else none)",
+        help="key that clients must send; @FILE reads one or more keys from the lines of a file, "
+        "where the list of processes does not show them (default: $CHATGLM_API_KEY, else none)",
     )
     add_allowed_host(server)
     server.add_argument(

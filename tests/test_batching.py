@@ -368,7 +368,7 @@ def test_a_later_round_computes_only_what_is_new(
     assert [cached for cached, _ in uncached] == [0] * 4 and counts[0][0] == 0
     for question, (cached, length) in zip(QUESTIONS[1:4], counts[1:], strict=True):
         assert length - cached <= len(tiny_tokenizer.build_round(question, [0])) + 4
-    dtypes = {cache.layers[0].buffers[0].dtype for cache in batcher.kept}
+    dtypes = {cache.layers[0].buffers[0].dtype for _, cache in batcher.kept}
     assert dtypes == {dtype or torch.float32}
 
 
@@ -387,10 +387,27 @@ def test_a_common_beginning_is_copied(make_batcher, ask):
     assert len(batcher.kept) == 3
 
 
+def test_clients_do_not_share_caches(make_batcher, ask):
+    """Neither kept caches nor those of running answers."""
+    batcher = make_batcher()
+
+    async def main():
+        clients = [0, 1, 0, None, 1]
+        generations = [submit(batcher, ask(LONG, max_new_tokens=40, client=c)) for c in clients]
+        for generation in generations:
+            await collect(generation)
+        again = submit(batcher, ask(LONG, max_new_tokens=1, client=1))
+        await collect(again)
+        return [generation.num_cached > 0 for generation in [*generations, again]]
+
+    assert asyncio.run(main()) == [False, False, True, False, True, True]
+    assert {client for client, _ in batcher.kept} == {0, 1, None}
+
+
 def test_memory_is_bounded(make_batcher, ask):
     batcher = make_batcher(kept_tokens=1024)
     for i in range(12):
         run(batcher, ask(f"{i} {QUESTIONS[i % 5]}", max_new_tokens=4))
         assert len(batcher.kept) <= 4
     assert len(batcher.kept) == 4
-    assert sum(cache.layers[0].buffers[0].shape[2] for cache in batcher.kept) <= 1024
+    assert sum(cache.layers[0].buffers[0].shape[2] for _, cache in batcher.kept) <= 1024

@@ -1,6 +1,7 @@
 """`serving/server.py` and `errors.py`: flags, errors, metrics, clients that leave, the end."""
 
 import asyncio
+import os
 import signal
 import socket
 import threading
@@ -37,14 +38,18 @@ def api_client(tiny_model, tiny_tokenizer):
 # The command line.
 
 
-def test_flags(monkeypatch):
+def test_flags(monkeypatch, tmp_path):
     monkeypatch.setenv("CHATGLM_API_KEY", "")
     args = parse()
     assert (args.host, args.api_key, args.cors, args.max_batch) == ("127.0.0.1", None, [], 8)
     monkeypatch.setenv("CHATGLM_API_KEY", "secret")
-    assert parse().api_key == "secret" and parse("--api-key", "other").api_key == "other"
+    assert parse().api_key == ["secret"] and parse("--api-key", "other").api_key == ["other"]
     monkeypatch.setenv("CHATGLM_API_KEY", "from a file\n")
-    assert parse().api_key == "from a file"
+    assert parse().api_key == ["from a file"]
+    keys = tmp_path / "keys"
+    keys.write_bytes("\ufeffone\r\n\n 密钥 key\n".encode())
+    monkeypatch.setenv("CHATGLM_API_KEY", f"@{keys}")
+    assert parse().api_key == parse("--api-key", f"@{keys}").api_key == ["one", "密钥 key"]
     assert parse("--cors", "http://LocalHost:3000/").cors == ["http://localhost:3000"]
     names = ["GPU.example.", "[::1]", "例子.example"]
     args = parse(*(part for name in names for part in ("--allowed-host", name)))
@@ -57,7 +62,7 @@ def test_wrong_flags_are_refused(capsys):
         ("--port", "70000"),
         ("--grace", "-1"),
         ("--context", "x"),
-        ("--api-key", "", " ", "a\nb"),
+        ("--api-key", "", " ", "a\nb", "@nowhere", f"@{os.devnull}", f"@{ROOT}/resources"),
         ("--allowed-host", "", "*", "a:80", "http://a", "a b", "a..b"),
         ("--cors", "", "localhost:3000", "https://", "https://a/page"),
     ):

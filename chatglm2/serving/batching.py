@@ -86,6 +86,7 @@ class Request:
             `None` reports nothing.
         process_text: Applied to the answer so far; a longer answer must give a longer text.
         is_embedding: Compute the mean of the last hidden states instead of an answer.
+        client: Who asks. The cache of a request is only continued by requests of the same client.
     """
 
     input_ids: list[int]
@@ -102,6 +103,7 @@ class Request:
     num_logprobs: int | None = None
     process_text: Callable[[str], str] = str
     is_embedding: bool = False
+    client: int | None = None
 
 
 @dataclass
@@ -310,7 +312,8 @@ class Batcher:
         self.ban_padding = VocabularyLogitsProcessor(len(tokenizer))
         self.waiting: deque[Generation] = deque()
         self.running: list[Generation] = []
-        self.kept: list[ChatGLMCache] = []  # the least recently used first
+        # Clients and their caches, the least recently used first.
+        self.kept: list[tuple[int | None, ChatGLMCache]] = []
         self.deadline = None  # when the running answers must end; set by `close`
         self.outbox: list[tuple[Generation, Chunk | Exception]] = []
         self.loop: asyncio.AbstractEventLoop | None = None
@@ -520,30 +523,37 @@ class Batcher:
         if cache is None or generation.request.is_embedding:
             return
         ids = cache.input_ids = generation.ids[: cache.get_seq_length()]
-        self.kept = [old for old in self.kept if old.input_ids != ids[: len(old.input_ids)]]
-        self.kept.append(cache)
-        while sum(count_capacity(old) for old in self.kept) > self.kept_tokens:
+        client = generation.request.client
+        self.kept = [
+            (owner, old)
+            for owner, old in self.kept
+            if owner != client or old.input_ids != ids[: len(old.input_ids)]
+        ]
+        self.kept.append((client, cache))
+        while sum(count_capacity(old) for _, old in self.kept) > self.kept_tokens:
             del self.kept[0]
 
     def find_prefix(self, generation: Generation) -> ChatGLMCache:
-        """Return a cache with as much of a prompt as any cache holds, except its last id."""
+        """Return a cache with as much of a prompt as the client has, except its last id."""
         if generation.request.is_embedding:
             return ChatGLMCache()
-        running = [other for other in self.running if other.cache is not None]
+        client = generation.request.client
+        running = [g for g in self.running if g.cache is not None and g.request.client == client]
         for other in running:
             other.cache.input_ids = other.ids[: other.cache.get_seq_length()]
-        caches = [*(other.cache for other in running), *self.kept]
+        kept = [cache for owner, cache in self.kept if owner == client]
+        caches = [*(other.cache for other in running), *kept]
         limit = generation.prompt_length - 1
         lengths = [count_shared(cache.input_ids, generation.ids, limit) for cache in caches]
         length = max(lengths, default=0)
         if length < MIN_SHARED_PREFIX:
             return ChatGLMCache()
         best = caches[lengths.index(length)]
-        if best in self.kept:
-            self.kept.remove(best)
+        if best in kept:
+            self.kept.remove((client, best))
             if length == len(best.input_ids):
                 return best
-            self.kept.append(best)  # now the most recently used
+            self.kept.append((client, best))  # now the most recently used
         return best.copy_prefix(length)
 
 

@@ -158,31 +158,36 @@ class BodyReader:
 
 
 class Guard:
-    """ASGI middleware: checks the key before anything is read, and limits bodies."""
+    """ASGI middleware: checks the key before anything is read, and limits bodies.
 
-    def __init__(self, app, api_key: str | None, max_body: int):
+    `request.state.client` is the number of the key; `None` if the server has no keys.
+    """
+
+    def __init__(self, app, api_keys: list[str] | None, max_body: int):
         self.app, self.max_body = app, max_body
         self.too_large = f"The body has more than {max_body} bytes."
-        self.expected = api_key and api_key.encode("utf-8", "surrogateescape")
+        self.keys = [key.encode("utf-8", "surrogateescape") for key in api_keys or []]
         self.num_free = MAX_LARGE_BODIES * max_body
 
-    def is_allowed(self, scope) -> bool:
-        if not self.expected or (scope["method"], scope["path"]) in OPEN:
-            return True
+    def find_client(self, scope) -> int | None:
+        """Return the number of the key that a request has sent; `None` without a valid one."""
         given = dict(scope["headers"]).get(b"authorization", b"")
         scheme, _, key = given.partition(b" ")
-        return hmac.compare_digest(key, self.expected) and scheme.lower() == b"bearer"
+        is_equal = [hmac.compare_digest(key, expected) for expected in self.keys]
+        return is_equal.index(True) if any(is_equal) and scheme.lower() == b"bearer" else None
 
     async def __call__(self, scope, receive, send):
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         if scope["method"] == "HEAD":  # answered like GET; uvicorn leaves out the body
             scope = scope | {"method": "GET"}
-        if not self.is_allowed(scope):
+        client = self.find_client(scope)
+        if self.keys and client is None and (scope["method"], scope["path"]) not in OPEN:
             message = "A valid key is required, in the header Authorization: Bearer KEY."
             headers = {"WWW-Authenticate": "Bearer"}
             response = error_response(401, message, code="invalid_api_key", headers=headers)
             return await response(scope, receive, send)
+        scope.setdefault("state", {})["client"] = client
         # Starlette has a limit too, but answers in plain text. The HTTP parser has checked that
         # the header is a number.
         if int(dict(scope["headers"]).get(b"content-length", 0)) > self.max_body:

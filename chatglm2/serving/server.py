@@ -14,7 +14,6 @@ from fastapi import Request as HTTPRequest
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel
-from starlette.datastructures import State
 
 from chatglm2.hardware import listen
 
@@ -52,8 +51,9 @@ class Answers:
     """The answers to one HTTP request; their chunks come through one queue.
 
     Args:
-        state: `app.state` of an app of `create_app`.
-        requests: Either all are submitted or none.
+        http_request: The HTTP request, to an app of `create_app`.
+        requests: Either all are submitted or none. They share kept caches with the requests that
+            have sent the same key.
         param: The field of the prompts, named in errors.
         num_choices: Answers to each prompt.
         is_begun: A part of the work is done already, so a full queue refuses nothing.
@@ -64,14 +64,21 @@ class Answers:
     """
 
     def __init__(
-        self, state: State, requests: list[Request], param: str, num_choices=1, is_begun=False
+        self,
+        http_request: HTTPRequest,
+        requests: list[Request],
+        param: str,
+        num_choices=1,
+        is_begun=False,
     ):
-        batcher, self.queue, self.generations = state.batcher, asyncio.Queue(), []
+        self.http_request, self.queue, self.generations = http_request, asyncio.Queue(), []
+        batcher, metrics = http_request.app.state.batcher, http_request.app.state.metrics
         if len(requests) > (limit := batcher.max_batch + batcher.max_queue):
             message = f"{len(requests)} answers in one request; at most {limit} are allowed."
             raise RequestError(400, message, param if num_choices == 1 else "n")
         try:
             for index, request in enumerate(requests):
+                request.client = http_request.state.client
                 self.generations.append(batcher.submit(request, self.queue, index, is_begun))
         except PromptTooLong as error:
             self.cancel()
@@ -80,7 +87,7 @@ class Answers:
         except Unavailable:
             self.cancel()
             raise
-        self.records = [state.metrics.follow(generation) for generation in self.generations]
+        self.records = [metrics.follow(generation) for generation in self.generations]
 
     def cancel(self):
         """End the generations that still run."""
@@ -93,13 +100,13 @@ class Answers:
             self.records[index](chunk)
             yield index, chunk
 
-    async def collect(self, request: HTTPRequest) -> list[Chunk]:
+    async def collect(self) -> list[Chunk]:
         """Wait for whole answers.
 
         Raises:
             RequestError: The client closed the connection; the generations are cancelled.
         """
-        request.state.is_collecting = True  # for `ProbeClients`
+        self.http_request.state.is_collecting = True  # for `ProbeClients`
 
         async def gather() -> list[Chunk]:
             answers = [Chunk() for _ in self.generations]
@@ -108,7 +115,7 @@ class Answers:
             return answers
 
         async def wait_for_disconnect():
-            while (await request.receive())["type"] != "http.disconnect":
+            while (await self.http_request.receive())["type"] != "http.disconnect":
                 pass
 
         tasks = work, _ = [
@@ -173,7 +180,7 @@ def create_app(model, tokenizer, args, title: str, invalid_status=400, **options
     app = FastAPI(title=title, docs_url=None, redoc_url=None, **options)
     app.state.batcher, app.state.metrics = batcher, metrics
     add_error_handlers(app, invalid_status)
-    app.add_middleware(Guard, api_key=args.api_key, max_body=int(args.max_body * 1e6))
+    app.add_middleware(Guard, api_keys=args.api_key, max_body=int(args.max_body * 1e6))
     if args.cors:
         app.add_middleware(
             Cors,
