@@ -75,9 +75,10 @@ def parse(words: list[str]):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=relative)
-def test_commands_parse(page):
+def test_commands_parse(page, tmp_path):
+    (tmp_path / "keys").write_text("key\n", "utf-8")
     for words in find_commands(page.read_text("utf-8")):
-        parse(words)
+        parse([f"@{tmp_path}/keys" if word.startswith("@") else word for word in words])
 
 
 @pytest.mark.parametrize("page", CODE, ids=relative)
