@@ -510,8 +510,8 @@ class ChatGLMGenerationMixin(GenerationMixin):
         """Answer a question.
 
         By default the checkpoint's generation_config.json decides `do_sample`, `temperature`,
-        `top_k`, `top_p` and `repetition_penalty`; `CHAT_DEFAULTS` has what it does not name. Its
-        other fields have no effect here.
+        `top_k`, `top_p`, `min_p` and `repetition_penalty`; `CHAT_DEFAULTS` has what it does not
+        name. Its other fields have no effect here.
 
         Args:
             history: Earlier rounds, a list of (question, answer); it is not changed.

@@ -21,8 +21,8 @@ CHAT_DEFAULTS = {
 
 # `generate` uses every field of a checkpoint's generation_config; chat, stream_chat and the scripts
 # only these, which decide how likely tokens are, and the special ids.
-CHECKPOINT_FIELDS = {"do_sample", "temperature", "top_k", "top_p", "repetition_penalty"}
-SAMPLING_ONLY = {"temperature", "top_k", "top_p"}
+SAMPLING_ONLY = {"temperature", "top_k", "top_p", "min_p"}
+CHECKPOINT_FIELDS = {"do_sample", "repetition_penalty"} | SAMPLING_ONLY
 SPECIAL_IDS = {"eos_token_id", "pad_token_id", "bos_token_id"}
 # Values of the fields for which `generate` does not accept `None`.
 PLAIN_FIELDS = {
@@ -61,13 +61,15 @@ def own_settings(generation_config: GenerationConfig, **settings) -> dict:
 
 
 def read_sampling(generation_config: GenerationConfig, do_sample: bool | None = None) -> dict:
-    """Return temperature, top_k, top_p and repetition_penalty, by default those of `CHAT_DEFAULTS`.
+    """Return the fields of `SAMPLING_ONLY` and repetition_penalty.
+
+    What the checkpoint does not name is that of `CHAT_DEFAULTS`, or has no effect.
 
     Args:
         generation_config: The checkpoint's.
         do_sample: Replaces the checkpoint's. If it is False, the temperature is 0.
     """
-    sampling = {name: CHAT_DEFAULTS[name] for name in SAMPLING_ONLY} | {"repetition_penalty": 1.0}
+    sampling = {k: CHAT_DEFAULTS.get(k) for k in SAMPLING_ONLY} | {"repetition_penalty": 1.0}
     fields = read_fields(generation_config)
     sampling |= {name: fields[name] for name in sampling.keys() & fields.keys()}
     if do_sample is None:

@@ -10,7 +10,12 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT
 from servers import collect, gather_answers, submit
-from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from chatglm2 import ChatGLMForConditionalGeneration, quantization
 from chatglm2.kernels import Backend
@@ -139,14 +144,17 @@ def test_the_others_may_join_and_leave(make_batcher, ask):
 def test_frequencies_are_those_of_the_library(make_batcher, ask):
     scores = torch.randn(1, 30, generator=torch.Generator().manual_seed(1)) * 2
     expected = scores
-    for warper in (TemperatureLogitsWarper(0.7), TopKLogitsWarper(12), TopPLogitsWarper(0.8)):
-        expected = warper(None, expected)
+    warpers = [TemperatureLogitsWarper(1.5), TopKLogitsWarper(12), TopPLogitsWarper(0.95)]
+    for warper in [*warpers, MinPLogitsWarper(0.3)]:
+        before, expected = expected, warper(None, expected)
+        assert (before != expected).any()
+    settings = {"temperature": 1.5, "top_k": 12, "top_p": 0.95, "min_p": 0.3, "seed": 0}
     batcher = make_batcher()
 
     async def draw():
         requests = [
             ask("你好", temperature=3.0, max_new_tokens=1),
-            ask("你好", temperature=0.7, top_k=12, top_p=0.8, seed=0, max_new_tokens=1),
+            ask("你好", **settings, max_new_tokens=1),
         ]
         rows = {submit(batcher, request): scores for request in requests}
         await asyncio.gather(*map(collect, rows))

@@ -342,6 +342,7 @@ REFUSED = {
     (CHAT, "temperature"): [2.1, -0.1, "1", True, math.nan, math.inf],
     (CHAT, "top_p"): [1.01, math.nan],
     (CHAT, "top_k"): [-1],
+    (CHAT, "min_p"): [1.1, -0.1],
     (CHAT, "max_tokens"): [0, 1.5, True, "8"],
     (CHAT, "max_completion_tokens"): [-1],
     (CHAT, "max_length"): [0],

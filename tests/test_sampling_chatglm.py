@@ -221,7 +221,6 @@ FOREIGN = {
     "is_assistant": True,
     "early_stopping": True,
     "length_penalty": 3.0,
-    "min_p": 0.9,
     "typical_p": 0.1,
     "epsilon_cutoff": 0.1,
     "eta_cutoff": 0.1,
@@ -308,6 +307,7 @@ def test_a_repetition_penalty_acts_everywhere(answer, configure, ask, tiny_model
             True,
             {"top_p": 0.5, "repetition_penalty": 1.2},
         ),
+        ({"min_p": 0.1}, None, {"min_p": 0.1}),
         ({"do_sample": False, "temperature": 0.3}, None, {"temperature": 0.0}),
         ({"do_sample": False, "temperature": 0.3}, True, {"temperature": 0.3}),
         ({}, False, {"temperature": 0.0}),
@@ -317,7 +317,7 @@ def test_a_repetition_penalty_acts_everywhere(answer, configure, ask, tiny_model
 def test_the_sampling_of_a_checkpoint(fields, do_sample, expected):
     plain = {name: CHAT_DEFAULTS[name] for name in ("temperature", "top_k", "top_p")}
     found = read_sampling(GenerationConfig(**fields), do_sample)
-    assert found == plain | {"repetition_penalty": 1.0} | expected
+    assert found == plain | {"min_p": None, "repetition_penalty": 1.0} | expected
 
 
 def test_the_sampling_of_a_checkpoint_acts_everywhere(
@@ -332,9 +332,10 @@ def test_the_sampling_of_a_checkpoint_acts_everywhere(
     configure(do_sample=None, temperature=0.25, top_p=0.5)
     sliders = sampling_sliders(tiny_model)
     assert (sliders["temperature"]["value"], sliders["top_p"]["value"]) == (0.25, 0.5)
-    configure(do_sample=None, top_k=1)
-    for ask in CHATS:
-        assert ask(tiny_model, tiny_tokenizer) == answer
+    for field in ({"top_k": 1}, {"min_p": 1.0}):
+        configure(do_sample=None, **field)
+        for ask in CHATS:
+            assert ask(tiny_model, tiny_tokenizer) == answer
 
 
 def test_a_given_generation_config_counts_in_chat(answer, tiny_model, tiny_tokenizer):

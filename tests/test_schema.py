@@ -20,7 +20,7 @@ BODIES = [
     ("api.py", api.Question, {"prompt": "a"}),
 ]
 # A value that is not the default, for each field that `Request` has too.
-VALUES = {"max_length": 77, "temperature": 0.0, "top_p": 0.0, "top_k": 0, "seed": 9}
+VALUES = {"max_length": 77, "temperature": 0.0, "top_p": 0.0, "top_k": 0, "min_p": 0.1, "seed": 9}
 VALUES |= {"stop": ["end"], "ignore_eos": True, "repetition_penalty": 1.5}
 IN_SCHEMA = {"tools", "functions"}  # refused by the schema unless no call is wanted
 

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
+    MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopPLogitsWarper,
@@ -70,14 +71,15 @@ class PromptTooLong(ValueError):
 class Request:
     """A prompt, and how to answer it.
 
-    `temperature`, `top_k`, `top_p` and `repetition_penalty` are by default the checkpoint's, see
-    `read_sampling`.
+    `temperature`, `top_k`, `top_p`, `min_p` and `repetition_penalty` are by default the
+    checkpoint's, see `read_sampling`.
 
     Attributes:
         max_new_tokens: Tokens of the answer; `None` for as many as the other limits allow.
         max_length: Tokens of prompt and answer together; `None` for the context's.
         temperature: 0 always takes the likeliest token.
         top_k: 0 considers all tokens.
+        min_p: Drops tokens that are less likely than the likeliest one times this.
         seed: The same seed gives the same tokens, whatever other requests run.
         stop: Texts that end the answer and are not part of it.
         ignore_eos: Continue after the end of an answer (to measure speed).
@@ -95,6 +97,7 @@ class Request:
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
+    min_p: float | None = None
     repetition_penalty: float | None = None
     seed: int | None = None
     stop: list[str] = field(default_factory=list)
@@ -270,8 +273,9 @@ def sample(rows: dict[Generation, torch.Tensor]) -> dict[Generation, int]:
     groups, chosen = defaultdict(list), {}
     for generation in rows:
         request = generation.request
-        groups[request.temperature, request.top_k, request.top_p].append(generation)
-    for (temperature, top_k, top_p), group in groups.items():
+        settings = request.temperature, request.top_k, request.top_p, request.min_p
+        groups[settings].append(generation)
+    for (temperature, top_k, top_p, min_p), group in groups.items():
         scores = torch.cat([rows[generation] for generation in group])
         if not temperature:
             chosen.update(zip(group, scores.argmax(-1).tolist(), strict=True))
@@ -283,6 +287,8 @@ def sample(rows: dict[Generation, torch.Tensor]) -> dict[Generation, int]:
         scores = TemperatureLogitsWarper(temperature)(None, scores)
         if top_p < 1:
             scores = TopPLogitsWarper(top_p)(None, scores)
+        if min_p:
+            scores = MinPLogitsWarper(min_p)(None, scores)
         # Among exponential waiting times with rates p_i, the i-th is the shortest with
         # probability p_i.
         waits = [torch.empty(size).exponential_(generator=g.generator) for g in group]

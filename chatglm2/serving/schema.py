@@ -196,6 +196,7 @@ class SamplingRequest(StrictTypes):
     temperature: real(0, 2, round_temperature) = None
     top_p: real(0, 1) = None
     top_k: integer(0) | None = None
+    min_p: real(0, 1) = None
     max_tokens: Count | None = None
     max_completion_tokens: Count | None = None
     max_length: Count | None = None
