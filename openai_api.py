@@ -1,4 +1,4 @@
-"""Serve ChatGLM2 with the OpenAI API: chat, completions, embeddings.
+"""Serve ChatGLM2 with the OpenAI API: chat, responses, completions, embeddings.
 
     python openai_api.py --model resources/chatglm2-tiny
 
@@ -26,6 +26,8 @@ from chatglm2.serving import pages, responses, schema, server
 from chatglm2.serving.batching import Batcher, OccurrencePenalty, Request
 from chatglm2.serving.json_grammar import JsonGrammar, JsonProcessor
 from chatglm2.serving.responses import as_json
+from chatglm2.serving.responses_api import ResponsesApi
+from chatglm2.serving.responses_schema import DeletedResponse, ResponseObject
 from chatglm2.serving.server import RequestError
 
 COMPLETION_MAX_TOKENS = 16  # OpenAI's default
@@ -208,9 +210,13 @@ def create_app(model, tokenizer, args) -> FastAPI:
     app = server.create_app(model, tokenizer, args, title="ChatGLM2: the OpenAI API")
     name = Path(args.model).resolve().name  # resolve, because "." has no name
     service = Service(model, tokenizer, name, app.state.batcher)
+    api = ResponsesApi(service)
     events = {"content": {"text/event-stream": {}}}
     for add, path, handler, response in (
         (app.post, "/v1/chat/completions", service.chat, {"model": ChatCompletion, **events}),
+        (app.post, "/v1/responses", api.create, {"model": ResponseObject, **events}),
+        (app.get, "/v1/responses/{response_id}", api.show, {"model": ResponseObject}),
+        (app.delete, "/v1/responses/{response_id}", api.delete, {"model": DeletedResponse}),
         (app.post, "/v1/completions", service.complete, {"model": Completion, **events}),
         (app.post, "/v1/embeddings", service.embed, {"model": responses.EmbeddingList}),
         (app.get, "/v1/models", service.list_models, {"model": responses.ModelList}),

@@ -1,5 +1,6 @@
 """No request field is accepted and ignored: `serving/schema.py`, and how fields are passed on."""
 
+import re
 from dataclasses import fields
 
 import pytest
@@ -8,32 +9,35 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 
 import api
-from chatglm2.serving import schema, server
+from chatglm2.serving import responses_schema, schema, server
 from chatglm2.serving.batching import Request
 from chatglm2.serving.errors import describe_invalid
 
 CHAT = {"messages": [{"role": "user", "content": "你好"}]}
+RESPONSES = "openai_api.py chatglm2/serving/responses_api.py chatglm2/serving/responses_schema.py"
 BODIES = [
     ("openai_api.py", schema.ChatRequest, CHAT),
     ("openai_api.py", schema.CompletionRequest, {"prompt": "a"}),
     ("openai_api.py", schema.EmbeddingRequest, {"input": "a"}),
+    (RESPONSES, responses_schema.ResponsesRequest, {"input": "a"}),
     ("api.py", api.Question, {"prompt": "a"}),
 ]
 # A value that is not the default, for each field that `Request` has too.
 VALUES = {"max_length": 77, "temperature": 0.0, "top_p": 0.0, "top_k": 0, "min_p": 0.1, "seed": 9}
 VALUES |= {"stop": ["end"], "ignore_eos": True, "repetition_penalty": 1.5}
-IN_SCHEMA = {"tools", "functions"}  # refused by the schema unless no call is wanted
+# The schema refuses all values with an effect; metadata is shown in a response.
+IN_SCHEMA = {"tools", "functions", "reasoning", "metadata"}
 
 
-@pytest.mark.parametrize(("script", "body_type", "valid"), BODIES)
-def test_every_field_is_passed_on_or_read_or_refused(script, body_type, valid):
-    source = (ROOT / script).read_text("utf-8")
+@pytest.mark.parametrize(("files", "body_type", "valid"), BODIES)
+def test_every_field_is_passed_on_or_read_or_refused(files, body_type, valid):
+    source = "".join((ROOT / file).read_text("utf-8") for file in files.split())
     shared = {}
     for name, field in body_type.model_json_schema()["properties"].items():
         if name in {field.name for field in fields(Request)}:
             shared[name] = VALUES[name]
         else:
-            is_read = f"body.{name}" in source or f"question.{name}" in source
+            is_read = re.search(rf"\b(body|question|self|response)\.{name}\b", source)
             assert is_read or None in field.get("enum", ()) or name in IN_SCHEMA, name
     request = server.build_request(body_type(**valid | shared), [1, 2])
     assert request.input_ids == [1, 2]

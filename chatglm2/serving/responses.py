@@ -1,4 +1,7 @@
-"""The answers of openai_api.py, made with the types of the package `openai`."""
+"""The answers of openai_api.py, made with the types of the package `openai`.
+
+Those of /v1/responses are in `responses_schema.py` and `responses_api.py`.
+"""
 
 import time
 import uuid
@@ -81,6 +84,20 @@ def read_token(tokenizer, token_id: int) -> tuple[str, list[int]]:
     return data.decode(errors="backslashreplace"), list(data)
 
 
+def describe_tokens(tokenizer, tokens: list[TokenLogprob]) -> list[dict]:
+    """Return tokens with their log-probabilities in the form of chats."""
+
+    def describe(token_id: int, logprob: float) -> dict:
+        text, data = read_token(tokenizer, token_id)
+        return {"token": text, "bytes": data, "logprob": logprob}
+
+    return [
+        describe(token.token_id, token.logprob)
+        | {"top_logprobs": [describe(*top) for top in token.top]}
+        for token in tokens
+    ]
+
+
 class Completions:
     """The shapes of /v1/completions, for one request.
 
@@ -144,19 +161,9 @@ class ChatCompletions(Completions):
     name, chunk_name = "chat.completion", "chat.completion.chunk"
     whole_type, chunk_type = ChatCompletion, ChatCompletionChunk
 
-    def token(self, token_id: int, logprob: float) -> dict:
-        text, data = read_token(self.tokenizer, token_id)
-        return {"token": text, "bytes": data, "logprob": logprob}
-
     def report(self, index: int, tokens: list[TokenLogprob]) -> dict:
-        if not tokens:
-            return {}
-        content = [
-            self.token(token.token_id, token.logprob)
-            | {"top_logprobs": [self.token(*top) for top in token.top]}
-            for token in tokens
-        ]
-        return {"logprobs": {"content": content}}
+        content = describe_tokens(self.tokenizer, tokens)
+        return {"logprobs": {"content": content}} if content else {}
 
     def choice(self, index: int, delta: dict, finish_reason=None) -> dict:
         return {"index": index, "delta": delta, "finish_reason": finish_reason}

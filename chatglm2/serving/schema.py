@@ -173,7 +173,7 @@ class ResponseFormat(StrictTypes):
     def check_schema(self):
         num_schemas = (self.json_schema is not None) + (self.content is not None)
         if self.type == "json_schema" and not num_schemas:
-            raise PydanticCustomError("missing_schema", "json_schema is missing")
+            raise PydanticCustomError("missing_schema", "the schema is missing")
         if num_schemas > (self.type != "text"):
             message = "expected one schema, and only with a type for JSON"
             raise PydanticCustomError("schemas", message)

@@ -153,13 +153,18 @@ def event(data: str) -> str:
     return f"data: {data}\n\n"
 
 
-def error_event(error: Exception) -> str:
-    """Return the last event of a failed stream; the batcher has logged the cause."""
+def describe_failure(error: Exception) -> str:
+    """Return the error object of a failed stream; the batcher has logged the cause."""
     if isinstance(error, Unavailable):
-        return event(describe_error(503, str(error), code="unavailable"))
+        return describe_error(503, str(error), code="unavailable")
     if isinstance(error, InvalidRequest):
-        return event(describe_error(400, str(error), error.param))
-    return event(describe_error(500, "The answer failed; the server's log has the cause."))
+        return describe_error(400, str(error), error.param)
+    return describe_error(500, "The answer failed; the server's log has the cause.")
+
+
+def error_event(error: Exception) -> str:
+    """Return the last event of a failed stream."""
+    return event(describe_failure(error))
 
 
 # The app, and how it runs.
