@@ -35,7 +35,6 @@ from .sampling_chatglm import (
     read_sampling,
 )
 
-CACHE_SETTINGS = ("use_cache", "cache_implementation")  # arguments of generate
 # Name of the cache in arguments and outputs: transformers 5.24 renamed past_key_values.
 CACHE_NAME = (
     "cache"
@@ -43,6 +42,14 @@ CACHE_NAME = (
     else "past_key_values"
 )
 CACHE_BLOCK = 256  # tokens by which the capacity of a cache grows
+RUNNING = set()  # for each answer that is being streamed, the function that ends it
+
+
+@atexit.register
+def end_streams():
+    """End all answers: Python crashes if it exits while a thread computes."""
+    for end in [*RUNNING]:
+        end()
 
 
 def pick_cache(past_key_values, cache):
@@ -113,6 +120,10 @@ class ChatGLMCacheLayer(DynamicLayer):
         return held
 
     # These methods replace the tensors, so the next update creates new buffers.
+
+    def reset(self):
+        super().reset()
+        self.buffers = None
 
     def reorder_cache(self, beam_idx):
         super().reorder_cache(beam_idx)
@@ -278,8 +289,8 @@ class TokenStreamer(BaseStreamer):
 class AnswerDecoder:
     """Decodes a growing answer without decoding all of it at each step.
 
-    Each step decodes from the start of the last step that ended in a whole character, because
-    SentencePiece drops a leading space at the start of a text.
+    Each step decodes from the start of the last step that added text, all of whose characters were
+    whole, because SentencePiece drops a leading space at the start of a text.
     """
 
     def __init__(self, tokenizer):
@@ -292,8 +303,10 @@ class AnswerDecoder:
         window = self.tokenizer.decode(ids[self.start :])
         if window.endswith("\ufffd"):
             return None
-        self.text += window[len(known) :]
-        self.start, self.end = self.end, len(ids)
+        if window != known:  # not at an id without text, such as a special token
+            self.text += window[len(known) :]
+            self.start = self.end
+        self.end = len(ids)
         return self.text
 
 
@@ -302,6 +315,14 @@ def decode_answer(tokenizer, ids: list[int]) -> str:
     while ids and (text := tokenizer.decode(ids)).endswith("\ufffd"):
         ids = ids[:-1]
     return text if ids else ""
+
+
+def read_setting(name: str, kwargs: dict, *configs):
+    """Return an argument of `generate`: the given one, else that of the first config with one."""
+    if name in kwargs:
+        return kwargs[name]
+    values = (getattr(config, name, None) for config in configs)
+    return next((value for value in values if value is not None), None)
 
 
 def read_history(history) -> list[tuple[str, str]]:
@@ -347,10 +368,13 @@ class ChatGLMGenerationMixin(GenerationMixin):
         cache = pick_cache(past_key_values, cache)
         held = 0 if cache is None else cache.get_seq_length()
         if next_sequence_length is None and held:
-            positions = kwargs.get("position_ids")
-            # If only new ids are passed, there are more positions or the first is not 0.
-            has_all = positions is not None and positions.shape[-1] == input_ids.shape[1]
-            if has_all and positions[0, 0] == 0:
+            if attention_mask is not None:  # it is for the cached ids, too
+                has_all = attention_mask.shape[-1] == input_ids.shape[1]
+            else:  # no id is padding: the first new position is not 0
+                positions = kwargs.get("position_ids")
+                has_all = positions is not None and positions.shape[-1] == input_ids.shape[1]
+                has_all = has_all and positions[0, 0] == 0
+            if has_all:
                 next_sequence_length = input_ids.shape[1] - held
         states = cache, attention_mask, inputs_embeds, is_first_iteration
         inputs = super().prepare_inputs_for_generation(
@@ -366,6 +390,8 @@ class ChatGLMGenerationMixin(GenerationMixin):
         self,
         inputs=None,
         generation_config=None,
+        logits_processor=None,
+        *args,
         past_key_values=None,
         cache=None,
         tokenizer=None,
@@ -379,9 +405,11 @@ class ChatGLMGenerationMixin(GenerationMixin):
                 rows. It is also asked for the end of an answer, and needed for `stop_strings`.
         """
         cache = pick_cache(past_key_values, cache)
-        settings = generation_config or self.generation_config
-        kinds = [kwargs.get(name, getattr(settings, name)) for name in CACHE_SETTINGS]
-        if cache is None and kinds == [True, None]:
+        use_cache, kind = (
+            read_setting(name, kwargs, generation_config, self.generation_config)
+            for name in ("use_cache", "cache_implementation")
+        )
+        if cache is None and use_cache is not False and kind is None:
             cache = ChatGLMCache()
         if cache is not None:
             kwargs[CACHE_NAME] = cache
@@ -394,10 +422,9 @@ class ChatGLMGenerationMixin(GenerationMixin):
                 generation_config.eos_token_id = end_ids
         if tokenizer is not None:
             vocabulary = VocabularyLogitsProcessor(len(tokenizer))
-            processors = [vocabulary, *(kwargs.get("logits_processor") or [])]
-            kwargs["logits_processor"] = LogitsProcessorList(processors)
+            logits_processor = LogitsProcessorList([vocabulary, *(logits_processor or [])])
             kwargs["tokenizer"] = tokenizer
-        return super().generate(inputs, generation_config, **kwargs)
+        return super().generate(inputs, generation_config, logits_processor, *args, **kwargs)
 
     def find_end_ids(self, tokenizer=None, generation_config=None) -> list[int]:
         """Return the ids that end an answer.
@@ -620,9 +647,8 @@ class ChatGLMGenerationMixin(GenerationMixin):
         Raises:
             ValueError: The settings ask for beam search, which cannot be streamed.
         """
-        configs = filter(None, (generation_config, self.generation_config))
-        beams = [kwargs.get("num_beams"), *(config.num_beams for config in configs)]
-        if (num_beams := next(filter(None, beams), 1)) > 1:
+        configs = generation_config, self.generation_config
+        if (num_beams := read_setting("num_beams", kwargs, *configs) or 1) > 1:
             raise ValueError(f"num_beams={num_beams} cannot be streamed: use 1, chat or generate.")
         cache = pick_cache(past_key_values, cache)
         cache = ChatGLMCache() if cache is None else cache
@@ -638,8 +664,8 @@ class ChatGLMGenerationMixin(GenerationMixin):
                     self.generate(
                         input_ids,
                         generation_config,
-                        cache,
-                        logits_processor=logits_processor,
+                        logits_processor,
+                        past_key_values=cache,
                         stopping_criteria=StoppingCriteriaList(criteria),
                         prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
                         streamer=streamer,
@@ -655,11 +681,11 @@ class ChatGLMGenerationMixin(GenerationMixin):
             stop.set()
             thread.join()
 
-        atexit.register(end)  # Python crashes if it exits while the thread computes
+        RUNNING.add(end)
         thread.start()
         try:
             for sequences in streamer:
                 yield (sequences, cache) if return_past_key_values else sequences
         finally:
             end()
-            atexit.unregister(end)
+            RUNNING.discard(end)

@@ -1,7 +1,9 @@
 """Generation, chat and the cache against golden data of the official code, and themselves."""
 
+import atexit
 import itertools
 import json
+import random
 import subprocess
 import sys
 import threading
@@ -23,10 +25,18 @@ from transformers import (
     GenerationConfig,
     LogitsProcessorList,
     StaticCache,
+    StoppingCriteriaList,
 )
 
 from chatglm2 import ChatGLMCache, ChatGLMConfig, ChatGLMForConditionalGeneration
-from chatglm2.generation_chatglm import CACHE_BLOCK, CACHE_NAME, AnswerDecoder, find_end
+from chatglm2.generation_chatglm import (
+    CACHE_BLOCK,
+    CACHE_NAME,
+    RUNNING,
+    AnswerDecoder,
+    StopOnEvent,
+    find_end,
+)
 
 GENERATION = json.loads((TINY / "generation.json").read_text("utf-8"))
 SINGLE = torch.tensor(GENERATION["single"]["input_ids"])
@@ -123,6 +133,54 @@ def test_greedy_generation(model, name):
         check(model, name, prompt_lookup_num_tokens=3)
 
 
+@CACHES
+@pytest.mark.parametrize("chunk_size", [1, 3, 7])
+def test_left_padded_prompts_in_chunks(model, cache_class, chunk_size):
+    """The first row begins with padding, which can be several chunks."""
+    case = GENERATION["left_padded_batch"]
+    names = "input_ids", "attention_mask", "position_ids"
+    inputs = {name: torch.tensor(case[name]).flip(0) for name in names}
+    assert inputs["attention_mask"][0, :8].sum() == 0
+    settings = {"max_length": len(case["output_ids"][0]), "eos_token_id": None}
+    settings |= {"prefill_chunk_size": chunk_size, "past_key_values": cache_class()}
+    assert model.generate(**inputs, **settings).flip(0).tolist() == case["output_ids"]
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "given", "expected"),
+    [
+        ({}, {}, ChatGLMCache),
+        ({"use_cache": None}, {}, ChatGLMCache),
+        ({"use_cache": False}, {}, type(None)),
+        ({}, {"use_cache": False}, type(None)),
+        ({}, {"cache_implementation": "dynamic"}, DynamicCache),
+        ({"cache_implementation": "static"}, {}, StaticCache),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("is_config", [False, True])
+def test_the_cache_that_generate_creates(checkpoint, given, expected, is_config):
+    """A field that a `GenerationConfig` leaves out is the checkpoint's, else the default."""
+    model = create_model()
+    model.generation_config.update(**checkpoint)
+    settings = {"max_length": 20, "return_dict_in_generate": True, **given}
+    if is_config:
+        settings = {"generation_config": GenerationConfig(**settings)}
+    assert type(getattr(model.generate(SINGLE, **settings), CACHE_NAME)) is expected
+
+
+def test_generate_takes_the_librarys_arguments_by_position(model):
+    def force_7(input_ids, scores):
+        return torch.full_like(scores, -1e4).index_fill(1, torch.tensor([7]), 1e4)
+
+    config, stop = GenerationConfig(max_new_tokens=3, eos_token_id=None), threading.Event()
+    stop.set()
+    for criteria, expected in (([], [7, 7, 7]), ([StopOnEvent(stop)], [7])):
+        lists = LogitsProcessorList([force_7]), StoppingCriteriaList(criteria)
+        generated = model.generate(SINGLE, config, *lists)
+        assert generated[0, SINGLE.shape[1] :].tolist() == expected
+
+
 def test_generation_ends_at_any_eos_and_pads_finished_rows(model):
     case = GENERATION["single_with_eos"]
     check(model, "single_with_eos", "single", max_length=41, eos_token_id=case["eos_token_id"])
@@ -199,6 +257,16 @@ def test_stream_generate(model):
     assert cache.get_seq_length() < 119
     with pytest.raises(ValueError, match="not_an_argument"):
         next(model.stream_generate(SINGLE, max_length=25, not_an_argument=1))
+
+
+def test_streaming_leaves_nothing_to_do_at_the_end_of_the_program(model):
+    with patch.object(atexit, "register") as register:
+        steps = model.stream_generate(SINGLE, max_length=25, eos_token_id=None)
+        next(steps)
+        assert len(RUNNING) == 1
+        steps.close()
+    register.assert_not_called()
+    assert not RUNNING
 
 
 def test_stream_generate_computes_under_the_callers_autocast(model):
@@ -430,6 +498,22 @@ def test_answer_decoder_gives_what_decoding_all_ids_gives(any_tokenizer):
             assert decoder.decode(sequence[:length]) == expected
 
 
+def test_answer_decoder_after_ids_without_text(any_tokenizer):
+    """The space before a word stays, also behind a special token or an id that is none."""
+    tokenizer, choose = any_tokenizer, random.Random(0).choice
+    pieces = tokenizer.convert_ids_to_tokens(range(tokenizer.vocab_size))
+    words = [i for i, piece in enumerate(pieces) if piece.startswith("▁")]
+    without_text = [0, 2, tokenizer.get_command("sop"), tokenizer.vocab_size + 5]
+    kinds = words, without_text, range(3, 259), range(tokenizer.vocab_size)
+    for length in range(3000):
+        ids = [choose(choose(kinds)) for _ in range(1 + length % 12)]
+        decoder = AnswerDecoder(tokenizer)
+        for end in range(1, len(ids) + 1):
+            whole = tokenizer.decode(ids[:end])
+            expected = None if whole.endswith("\ufffd") else whole
+            assert decoder.decode(ids[:end]) == expected, ids
+
+
 @pytest.mark.slow
 def test_program_can_end_amid_an_answer(tiny_checkpoint):
     script = (
@@ -522,6 +606,8 @@ def test_cropped_cache_continues_also_one_of_inference_mode(model):
     assert_close(logits, OUTPUTS["a.logits"][:, 10:])
     cache.crop(0)
     assert cache.get_seq_length() == 17
+    cache.reset()
+    assert all(layer.buffers is layer.keys is layer.values is None for layer in cache.layers)
 
 
 @torch.no_grad()
