@@ -1,6 +1,9 @@
 """`/v1/responses`: shapes, events, stored responses, and the clients that use it."""
 
 import json
+import os
+import shutil
+import subprocess
 import time
 from typing import get_args
 
@@ -8,8 +11,10 @@ import jsonschema
 import openai
 import pydantic
 import pytest
+from conftest import ROOT
 from openai.types.responses import Response, ResponseStreamEvent
 from servers import check_error, format_request, record_requests, sending, serve, wait_until
+from test_readme import blocks
 
 import openai_api
 from chatglm2.serving import responses_api
@@ -458,8 +463,8 @@ HELLO_AGAIN = {"role": "user", "content": [{"type": "input_text", "text": "再�
 
 def test_langchains_client(client):
     langchain_openai = pytest.importorskip("langchain_openai", reason="needs langchain-openai")
-    settings = {"base_url": str(client.base_url), "api_key": "none", "temperature": 0}
-    llm = langchain_openai.ChatOpenAI(**settings, use_responses_api=True)
+    settings = {"model": "chatglm2-6b", "base_url": str(client.base_url), "api_key": "none"}
+    llm = langchain_openai.ChatOpenAI(**settings, temperature=0, use_responses_api=True)
     answer = llm.invoke("你好")
     assert answer.text == GREETING
     assert "".join(chunk.text for chunk in llm.stream("你好")) == GREETING
@@ -486,3 +491,25 @@ def test_the_agents_sdk(client):
     assert later.final_output == whole.final_output
     typed = agents.Agent("b", model=model, model_settings=settings, output_type=Person)
     assert isinstance(agents.Runner.run_sync(typed, "你好", run_config=config).final_output, Person)
+
+
+@pytest.mark.parametrize("page", ["api.md", "deployment_zh.md"])
+def test_the_examples_of_the_documentation(server, page, capsys):
+    text = (ROOT / "docs" / page).read_text("utf-8")
+    text = text.replace("http://127.0.0.1:8000", str(server.base_url).rstrip("/"))
+    (source,) = [block for block in blocks(text, "python") if "client.responses" in block]
+    exec(source, {})
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    if not shutil.which("curl"):
+        pytest.skip("needs curl")
+
+    def run(command: str, **environment) -> dict:
+        command = command.replace("curl", "curl -sS")
+        output = subprocess.check_output(command, shell=True, env=os.environ | environment)
+        return json.loads(output)
+
+    create, others = (block for block in blocks(text, "shell") if PATH in block)
+    response = run(create)
+    assert text_of(response)
+    shown, deleted = (run(line, ID=response["id"]) for line in others.splitlines())
+    assert shown == response and deleted["deleted"]
