@@ -232,12 +232,13 @@ class ResponsesApi:
                 async for _, chunk in answers:
                     for event in draft.write(chunk):
                         yield event
+        except Exception as error:  # the status 200 is sent already: an event reports the error
+            yield draft.fail(error)
+        else:
             draft.end(chunk.finish_reason)
             self.keep(draft, *where)
             for event in draft.finish():
                 yield event
-        except Exception as error:  # the status 200 is sent already: an event reports the error
-            yield draft.fail(error)
         yield server.event("[DONE]")
 
     async def create(self, body: ResponsesRequest, request: HTTPRequest):

@@ -222,7 +222,7 @@ class SamplingRequest(StrictTypes):
         is_json = self.response_format is not None and self.response_format.type != "text"
         if self.ignore_eos and is_json:
             raise wrong_together(
-                "ignore_eos", "not allowed with a response_format for JSON, which ends"
+                "ignore_eos", "not allowed with an answer in JSON, which ends by itself"
             )
         if self.stream_options is not None and not self.stream:
             raise wrong_together("stream_options", "only allowed with stream: true")
