@@ -5,6 +5,8 @@
 
 import gzip
 import json
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -347,6 +349,26 @@ main.main({create_argv(two, *words)!r})
     prefixes = [torch.load(folder / file) for folder in (one, plain, two)]
     for prefix in prefixes[1:]:
         assert all(torch.equal(prefix[name], prefixes[0][name]) for name in prefix)
+
+
+@pytest.mark.slow
+def test_the_example_of_the_readme_learns_the_new_answers(tiny_tokenizer, tmp_path):
+    readme = (ROOT / "ptuning" / "README.md").read_text("utf-8")
+    command = re.search(r"^python (\S+ --do_train .*?[^\\])\n", readme, re.DOTALL | re.MULTILINE)
+    words = shlex.split(command[1].replace("\\\n", " "))
+    subprocess.run([sys.executable, *words, "--output_dir", tmp_path], cwd=ROOT, check=True)
+    checkpoint = Path(trainers.find_checkpoint(tmp_path))
+    assert f"--adapter ptuning/output/example/{checkpoint.name}\n" in readme
+    model = ChatGLMForConditionalGeneration.from_pretrained(TINY).float().eval()
+    load_adapter(model, checkpoint)
+
+    def is_right(query: str, response: str) -> bool:
+        return model.chat(tiny_tokenizer, query, do_sample=False)[0] == response
+
+    rows = [json.loads(line) for line in (EXAMPLE / "test.json").read_text("utf-8").splitlines()]
+    assert sum(is_right(row["prompt"], row["response"]) for row in rows) >= 9  # of 12
+    shown = re.findall(r"用户：(.*)\nChatGLM：(.*)", readme)
+    assert shown and all(is_right(*round) for round in shown)
 
 
 def test_the_last_complete_checkpoint_is_found(tmp_path):
