@@ -10,7 +10,7 @@ sys.path.append(str(ROOT / "docs"))
 import generate
 
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md"))]
-PAGES += [ROOT / "evaluation" / "README.md", ROOT / "resources" / "chatglm2-tiny" / "README.md"]
+PAGES += [ROOT / x / "README.md" for x in ("evaluation", "ptuning", "resources/chatglm2-tiny")]
 
 
 def find_anchors(text: str) -> set[str]:
