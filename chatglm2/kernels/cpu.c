@@ -18,6 +18,10 @@
 // in any order, and all tiles below add groups of columns in the same order.
 #include "cpu.h"
 
+#if defined(AVX512) || defined(AVX2)
+#include <cpuid.h>
+#endif
+
 #define BLOCK 16                // outputs
 #define BLOCK_STEP (4 * BLOCK)  // bytes: 32 bits of each output
 #define PARTS (BLOCK / LANES)   // vectors of a block
@@ -541,11 +545,21 @@ static void multiply_stored(const void *task, int64_t unit) {
 
 const char *chatglm_isa(void) { return ISA; }
 
+// Whether the CPU has the instructions that this file uses, and the system saves their registers.
+// Not by __builtin_cpu_supports, which is always 0 with zig's clang.
 int chatglm_runs_here(void) {
+#if defined(AVX512) || defined(AVX2)
+    unsigned eax, ebx, ecx, edx, saved;
+    if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx)) return 0;
+    const unsigned wanted = bit_OSXSAVE | bit_FMA | bit_F16C;
+    if ((ecx & wanted) != wanted || !__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return 0;
+    __asm__("xgetbv" : "=a"(saved), "=d"(edx) : "c"(0));
 #ifdef AVX512
-    return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vnni");
-#elif defined(AVX2)
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    const unsigned registers = 0xe6, in_ebx = bit_AVX512F | bit_AVX512BW, in_ecx = bit_AVX512VNNI;
+#else
+    const unsigned registers = 0x06, in_ebx = bit_AVX2, in_ecx = 0;
+#endif
+    return (saved & registers) == registers && (ebx & in_ebx) == in_ebx && (ecx & in_ecx) == in_ecx;
 #else
     return 1;
 #endif
