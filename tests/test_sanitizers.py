@@ -60,7 +60,7 @@ def find_library(compiler: list[str], name: str) -> Path:
 @pytest.mark.parametrize("way", WAYS)
 def test_kernels_under_sanitizers(way, tmp_path):
     compiler = find_gcc()
-    command = [*compiler, *build_cpu.FLAGS, *FLAGS, *WAYS[way], "-pthread"]
+    command = [*compiler, *build_cpu.FLAGS, *FLAGS, *WAYS[way]]
     library = build_cpu.compile_into(tmp_path, "cpu.so", command)
     preloaded = [find_library(compiler, name) for name in ("libasan.so", "libstdc++.so.6")]
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))

@@ -3,9 +3,9 @@
     python -m chatglm2.kernels.build_cpu
 
 compiles now and prints the result; otherwise the first use compiles. The compiler is $CC, or else
-the first of cc, gcc and clang that works. Environment variables: CHATGLM_CPU_ISA (avx512, avx2 or
-portable) chooses these instructions instead of all that this CPU has; CHATGLM_CACHE names the
-folder of the compiled files instead of the user's cache.
+the first of cc, gcc, clang and zig (the Python package ziglang) that works. Environment variables:
+CHATGLM_CPU_ISA (avx512, avx2 or portable) chooses these instructions instead of all that this CPU
+has; CHATGLM_CACHE names the folder of the compiled files instead of the user's cache.
 """
 
 import ctypes
@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 from transformers.utils import logging
@@ -30,8 +31,10 @@ logger = logging.get_logger(__name__)
 
 SOURCES = [Path(__file__).with_name(name) for name in ("cpu.c", "layer.c", "cpu.h")]
 COMPILERS = ("cc", "gcc", "clang")
+ZIG = [sys.executable, "-m", "ziglang", "cc"]
 FLAGS = ["-std=gnu11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-Wno-psabi"]
-FLAGS += ["-shared", "-fPIC"]
+FLAGS += ["-shared", "-fPIC", "-pthread"]
+SYSTEM_COMPILERS = {"linux": "apt install gcc", "darwin": "xcode-select --install"}
 ISA_VARIABLE = "CHATGLM_CPU_ISA"
 ISA_FLAGS = {
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vnni", "-mfma", "-mf16c"],
@@ -39,6 +42,10 @@ ISA_FLAGS = {
     "portable": [],
 }
 TIMEOUT_S = 300
+
+
+def name_compiler(command: list[str]) -> str:
+    return "python -m ziglang cc" if command[: len(ZIG)] == ZIG else command[0]
 
 
 def run(command: list[str]) -> str:
@@ -52,12 +59,12 @@ def run(command: list[str]) -> str:
             command, capture_output=True, text=True, errors="replace", timeout=TIMEOUT_S
         )
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise RuntimeError(f"{command[0]} cannot run: {error}") from None
+        raise RuntimeError(f"{name_compiler(command)} cannot run: {error}") from None
     if done.returncode:
         messages = [line.strip() for line in done.stderr.splitlines() if line.strip()]
         errors = [line for line in messages if "error" in line]  # other lines quote the source
         last = (errors or messages or [f"exit code {done.returncode}"])[-1]
-        raise RuntimeError(f"{command[0]} failed: {last}")
+        raise RuntimeError(f"{name_compiler(command)} failed: {last}")
     return done.stdout
 
 
@@ -70,14 +77,18 @@ def find_compilers() -> list[list[str]]:
     if named := os.environ.get("CC"):
         return [shlex.split(named)]
     paths = [path for path in map(shutil.which, COMPILERS) if path]
-    if not paths:
-        cure = "xcode-select --install" if sys.platform == "darwin" else "apt install gcc"
-        raise RuntimeError(
-            f"no C compiler ({', '.join(COMPILERS)}) in PATH: 没有 C 编译器，INT4 慢 11 到 18 倍，"
-            f"请安装：{cure} / INT4 is 11 to 18 times slower without a compiler: {cure}"
-        )
     programs = {os.path.realpath(path): [path] for path in reversed(paths)}  # cc is often a link
-    return list(programs.values())[::-1]
+    compilers, zig = list(programs.values())[::-1], [ZIG] if find_spec("ziglang") else []
+    # On Windows zig is the first, because gcc cannot use AVX there.
+    compilers = zig + compilers if sys.platform == "win32" else compilers + zig
+    if not compilers:
+        cure = SYSTEM_COMPILERS.get(sys.platform)
+        cures = " / ".join(filter(None, ["pip install ziglang", cure]))
+        raise RuntimeError(
+            f"no C compiler ({', '.join(COMPILERS)}, zig): 没有 C 编译器，INT4 会慢很多，请安装一种"
+            f" / without one INT4 is much slower, install one of them: {cures}"
+        )
+    return compilers
 
 
 def choose_isa_flags(is_clang: bool) -> list[str]:
@@ -109,51 +120,32 @@ def describe_cpu() -> str:
 def compile_into(folder: Path, name: str, command: list[str]) -> Path:
     """Run the compiler unless the folder already has its result.
 
-    Each process writes its own file and renames it. All files are equal, and the last one stays.
+    Each process writes into its own folder and moves the library from there, because compilers for
+    Windows write other files beside it. All libraries are equal, and the last one stays.
     """
     library = folder / name
     if not library.exists():
         programs = [str(source) for source in SOURCES if source.suffix == ".c"]
         names = " and ".join(Path(program).name for program in programs)
-        logger.warning_once(f"Compiling {names} with {command[0]}, once on this machine")
+        compiler = name_compiler(command)
+        logger.warning_once(f"Compiling {names} with {compiler}, once on this machine")
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        handle, unfinished = tempfile.mkstemp(dir=folder, suffix=".unfinished")
-        os.close(handle)
-        try:
-            run([*command, *programs, "-o", unfinished, "-lm"])
-            os.replace(unfinished, library)
-        finally:
-            Path(unfinished).unlink(missing_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, suffix=".unfinished") as unfinished:
+            run([*command, *programs, "-o", str(Path(unfinished, name)), "-lm"])
+            os.replace(Path(unfinished, name), library)
     return library
-
-
-def choose_thread_flags(is_clang: bool) -> list[list[str]]:
-    """Return the flags to try: OpenMP only for gcc on Linux, whose OpenMP is also torch's.
-
-    The waiting threads of a second OpenMP would keep the CPUs busy.
-    """
-    if sys.platform == "win32":
-        return [["-pthread", "-static"]]  # Windows does not search PATH for the DLLs of a DLL
-    if sys.platform == "linux" and not is_clang:
-        return [["-fopenmp"], ["-pthread"]]
-    return [["-pthread"]]
 
 
 def build_with(compiler: list[str], folder: Path) -> Path:
     version = run([*compiler, "--version"])
-    is_clang = "clang" in version
-    flags = [*FLAGS, *choose_isa_flags(is_clang)]
-    for thread_flags in choose_thread_flags(is_clang):
-        command = [*compiler, *flags, *thread_flags]
-        key = repr([command, version, describe_cpu()]).encode()
-        key += b"".join(source.read_bytes() for source in SOURCES)
-        name = f"cpu-{hashlib.sha256(key).hexdigest()[:16]}"
-        name += ".dll" if sys.platform == "win32" else ".so"
-        try:
-            return compile_into(folder, name, command)
-        except RuntimeError as error:
-            problem = error
-    raise problem
+    command = [*compiler, *FLAGS, *choose_isa_flags("clang" in version)]
+    if sys.platform == "win32" and "zig" not in " ".join(compiler):
+        # Windows does not search PATH for the DLLs of a DLL. With zig there are none.
+        command.append("-static")
+    key = repr([command, version, describe_cpu()]).encode()
+    key += b"".join(source.read_bytes() for source in SOURCES)
+    name = f"cpu-{hashlib.sha256(key).hexdigest()[:16]}"
+    return compile_into(folder, name + (".dll" if sys.platform == "win32" else ".so"), command)
 
 
 def build(folder: Path) -> Path:

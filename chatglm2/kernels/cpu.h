@@ -10,13 +10,10 @@
 
 #include <float.h>
 #include <math.h>
+#include <pthread.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-
-#ifndef _OPENMP
-#include <pthread.h>
-#endif
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VNNI__)
 #define ISA "avx512"
@@ -126,15 +123,17 @@ INLINE Floats load_stored(const uint16_t *from, int is_bfloat16) {
 
 typedef void (*Work)(const void *task, int64_t unit);
 
-#ifdef _OPENMP
-// With gcc this is the libgomp that torch has loaded (they share the name libgomp.so.1). So torch
-// and the kernels use the same threads, one after the other.
-static void run(Work work, const void *task, int64_t num_units, int num_threads) {
-#pragma omp parallel for schedule(dynamic) num_threads(num_threads) if (num_units > 1)
-    for (int64_t unit = 0; unit < num_units; unit++) work(task, unit);
-}
+#define MAX_THREADS 64  // of our own
+
+// Starts a parallel region in the OpenMP library that torch has loaded, if it has this function of
+// "The libgomp ABI" (manual of libgomp). So torch and the kernels use the same threads, one after
+// the other; the waiting threads of a second library would keep the CPUs busy.
+#ifdef __linux__
+extern void GOMP_parallel(void (*function)(void *), void *data, unsigned num_threads,
+                          unsigned flags) __attribute__((weak));
 #else
-#define MAX_THREADS 64
+static void (*const GOMP_parallel)(void (*)(void *), void *, unsigned, unsigned) = NULL;
+#endif
 
 typedef struct {
     Work work;
@@ -142,25 +141,32 @@ typedef struct {
     int64_t num_units, next;
 } Queue;
 
-static void *take_units(void *queue) {
+static void take_units(void *queue) {
     Queue *q = queue;
     int64_t unit;
     while ((unit = __atomic_fetch_add(&q->next, 1, __ATOMIC_RELAXED)) < q->num_units)
         q->work(q->task, unit);
+}
+
+static void *take_units_in_thread(void *queue) {
+    take_units(queue);
     return NULL;
 }
 
 static void run(Work work, const void *task, int64_t num_units, int num_threads) {
     Queue queue = {work, task, num_units, 0};
+    if (GOMP_parallel && num_units > 1) {
+        GOMP_parallel(take_units, &queue, num_threads, 0);
+        return;
+    }
     pthread_t threads[MAX_THREADS];
     int started = 0;
     while (started < MAX_THREADS && started + 1 < num_threads && started + 1 < num_units &&
-           !pthread_create(&threads[started], NULL, take_units, &queue))
+           !pthread_create(&threads[started], NULL, take_units_in_thread, &queue))
         started++;
     take_units(&queue);
     while (started) pthread_join(threads[--started], NULL);
 }
-#endif
 
 static inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
