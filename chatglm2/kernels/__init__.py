@@ -30,7 +30,12 @@ class Backend:
 
     A subclass defines `find_problem` and `matmul`, and overrides the other methods where it can do
     better. Gradients are always computed in plain PyTorch.
+
+    Attributes:
+        note: What is printed behind the name, because it changes results.
     """
+
+    note = ""
 
     def find_problem(
         self, layer: QuantizedLinear, device: torch.device, dtype: torch.dtype
@@ -129,7 +134,8 @@ def pick_backend(layers, device: torch.device, dtype: torch.dtype) -> Backend | 
         if problem is None:
             reasons = [f"{BACKEND_VARIABLE} says so"] if forced else reasons
             why = "; ".join(reasons) or ("the fastest" if name != "torch" else "the only one here")
-            logger.warning_once(f"Quantized layers on {where}: backend {name} ({why})")
+            note = backend.note if backend else ""
+            logger.warning_once(f"Quantized layers on {where}: backend {name}{note} ({why})")
             return backend
         reasons.append(f"not {name}: {problem}")
     raise ValueError(
