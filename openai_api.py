@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from fastapi import FastAPI
 from fastapi import Request as HTTPRequest
 from llguidance import LLMatcher
-from openai.types import Completion, Model
+from openai.types import Model
 from openai.types.chat import ChatCompletion
 from starlette.concurrency import run_in_threadpool
 from transformers import LogitsProcessorList, SequenceBiasLogitsProcessor
@@ -25,7 +25,7 @@ from transformers import LogitsProcessorList, SequenceBiasLogitsProcessor
 from chatglm2.serving import pages, responses, schema, server
 from chatglm2.serving.batching import Batcher, OccurrencePenalty, Request
 from chatglm2.serving.json_grammar import JsonGrammar, JsonProcessor
-from chatglm2.serving.responses import as_json
+from chatglm2.serving.responses import TextCompletion, as_json
 from chatglm2.serving.responses_api import ResponsesApi
 from chatglm2.serving.responses_schema import DeletedResponse, ResponseObject
 from chatglm2.serving.server import RequestError
@@ -85,7 +85,7 @@ class Service:
     def build_request(
         self, body: schema.SamplingRequest, matcher, ids: list[int], choice: int, **settings
     ):
-        limits = [limit for limit in (body.max_tokens, body.max_completion_tokens) if limit]
+        limits = [n for n in (body.max_tokens, body.max_completion_tokens) if n is not None]
         return server.build_request(
             body,
             ids,
@@ -107,13 +107,15 @@ class Service:
     def build_completions(
         self, body: schema.CompletionRequest, matcher: LLMatcher | None
     ) -> list[Request]:
-        if not (body.max_tokens or body.max_completion_tokens or body.max_length):
+        if body.max_tokens is None and not (body.max_completion_tokens or body.max_length):
             body.max_tokens = COMPLETION_MAX_TOKENS
-        return [
-            self.build_request(body, matcher, ids, i, num_logprobs=body.logprobs)
-            for ids in self.encode_texts(body.prompt, "prompt")
-            for i in range(body.n or 1)
-        ]
+        requests = []
+        for ids in self.encode_texts(body.prompt, "prompt"):
+            echo_text = self.tokenizer.decode(ids) if body.echo else None
+            settings = {"num_logprobs": body.logprobs, "echo_text": echo_text}
+            n = body.n or 1
+            requests += [self.build_request(body, matcher, ids, i, **settings) for i in range(n)]
+        return requests
 
     async def answer(
         self, form: responses.Completions, body, http_request, requests: list[Request]
@@ -161,7 +163,7 @@ class Service:
         """Continue texts, without the prompt format of a conversation."""
         matcher = await self.compile_schema(body)
         requests = await run_in_threadpool(self.build_completions, body, matcher)
-        form = responses.Completions(self.tokenizer, body.model)
+        form = responses.Completions(self.tokenizer, body.model, requests)
         return await self.answer(form, body, request, requests)
 
     def check_lengths(self, prompts: list[list[int]]):
@@ -217,7 +219,7 @@ def create_app(model, tokenizer, args) -> FastAPI:
         (app.post, "/v1/responses", api.create, {"model": ResponseObject, **events}),
         (app.get, "/v1/responses/{response_id}", api.show, {"model": ResponseObject}),
         (app.delete, "/v1/responses/{response_id}", api.delete, {"model": DeletedResponse}),
-        (app.post, "/v1/completions", service.complete, {"model": Completion, **events}),
+        (app.post, "/v1/completions", service.complete, {"model": TextCompletion, **events}),
         (app.post, "/v1/embeddings", service.embed, {"model": responses.EmbeddingList}),
         (app.get, "/v1/models", service.list_models, {"model": responses.ModelList}),
         (app.get, "/v1/models/{name}", service.show_model, {"model": Model}),

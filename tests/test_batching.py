@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -26,7 +27,9 @@ from chatglm2.serving.batching import (
     Batcher,
     Generation,
     OccurrencePenalty,
+    PromptTooLong,
     Request,
+    TokenLogprob,
     Unavailable,
     read_chunks,
     sample,
@@ -194,6 +197,54 @@ def test_logprobs(make_batcher, ask, tiny_model):
     for row, logprob in zip(F.log_softmax(logits, dim=-1), whole.logprobs, strict=True):
         assert logprob.logprob == pytest.approx(row[logprob.token_id].item(), abs=1e-3)
         assert [token for token, _ in logprob.top] == row.topk(3).indices.tolist()
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float16])
+def test_logprobs_of_a_prompt(dtype, make_batcher, ask, tiny_model, monkeypatch):
+    """They are the model's, also in several segments and after the same prompt."""
+    monkeypatch.setattr(tiny_model.base_model, "cache_dtype", dtype)
+    batcher = make_batcher()
+    request = ask(LONG, num_logprobs=2, max_new_tokens=3, echo_text="the prompt ")
+    run(batcher, replace(request, echo_text=None))
+    plain, echoed = run(batcher, replace(request, echo_text=None), request)
+    length = len(request.input_ids)
+    assert length > 2 * PROMPT_SEGMENT and echoed.text == "the prompt " + plain.text
+    assert echoed.token_ids == plain.token_ids and len(echoed.logprobs) == length + 3
+    first, *prompt = echoed.logprobs[:length]
+    assert first == TokenLogprob(request.input_ids[0], None, None)
+    with torch.no_grad():
+        logits = tiny_model(torch.tensor([request.input_ids])).logits[0, :-1]
+    rows = F.log_softmax(logits, dim=-1)
+    for row, measured, token_id in zip(rows, prompt, request.input_ids[1:], strict=True):
+        assert measured.token_id == token_id
+        tolerance = {"rel": 1e-2, "abs": 2e-2} if dtype else {"rel": 1e-4, "abs": 1e-4}
+        assert measured.logprob == pytest.approx(row[token_id].item(), **tolerance)
+        assert len(measured.top) == 2 and measured.top[0][1] >= measured.logprob
+
+
+def test_a_prompt_alone(make_batcher, ask):
+    """Without new tokens the prompt may fill the context, and prompts of one token have none."""
+    batcher = make_batcher(context=300)
+    requests = [
+        Request([7] * length, num_logprobs=0, max_new_tokens=0, echo_text="a", max_length=length)
+        for length in (1, 2, PROMPT_SEGMENT, PROMPT_SEGMENT + 1, 300)
+    ]
+    for request, whole in zip(requests, run(batcher, *requests), strict=True):
+        assert whole.finish_reason == "length" and whole.text == "a" and not whole.token_ids
+        assert [measured.token_id for measured in whole.logprobs] == request.input_ids
+        assert all(measured.logprob < 0 for measured in whole.logprobs[1:])
+    with pytest.raises(PromptTooLong):
+        run(batcher, Request([7] * 301, max_new_tokens=0))
+
+
+def test_the_end_of_an_answer_is_measured_behind_an_echo(make_batcher, ask, tiny_tokenizer):
+    batcher = make_batcher()
+    for stop in ([], ["小"]):
+        request = ask("你好", num_logprobs=1, echo_text="", stop=stop)
+        (whole,) = run(batcher, request)
+        ids = [measured.token_id for measured in whole.logprobs]
+        end = [] if stop else [tiny_tokenizer.eos_token_id]
+        assert ids == [*request.input_ids, *whole.token_ids, *end]
 
 
 def test_broken_weights_force_id_5_and_padding_rows_are_never_chosen(

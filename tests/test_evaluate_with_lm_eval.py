@@ -1,5 +1,7 @@
 """MMLU and GSM8K give the numbers of lm-evaluation-harness, with its prompts on the same items.
 
+It also finds the same log-probabilities through `openai_api.py` as with the model itself.
+
 Tested with lm-eval 0.4.13.
 """
 
@@ -11,8 +13,12 @@ import evaluate_gsm8k
 import evaluate_mmlu
 import pytest
 import reading
+from conftest import TINY
 from fake_models import evaluate, load_items, read_records, write_lines
+from servers import serve
 from test_evaluate_mmlu import COUNTS, make_docs, write_data
+
+import openai_api
 
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 lm_eval = pytest.importorskip("lm_eval")
@@ -104,3 +110,81 @@ def test_the_examples_are_the_same(lm):
     task = load_task("gsm8k/gsm8k-cot.yaml", {})
     samples = [f"Q: {s['question']}\nA: {s['target']}" for s in task["fewshot_config"]["samples"]]
     assert (reading.HERE / "gsm8k_cot.txt").read_text("utf-8") == "\n\n".join(samples) + "\n"
+
+
+def make_tasks(tmp_path, model, tokenizer) -> list[dict]:
+    """Return tasks of MMLU, C-Eval, whole answers of the model, and running texts."""
+    common = {"dataset_path": "json", "test_split": "test", "output_type": "multiple_choice"}
+    common |= {"metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}], "num_fewshot": 0}
+
+    def write(name: str, rows: list[dict]) -> dict:
+        return {"data_files": {"test": write_lines(tmp_path / f"{name}.jsonl", rows)}}
+
+    questions = ["你好", "讲个笑话", "今天工作好累啊", "What is your name?", "tell me a joke"]
+    answers = [model.chat(tokenizer, question, do_sample=False)[0] for question in questions]
+    chats = [
+        {"prompt": tokenizer.build_prompt(question), "answers": answers, "target": i}
+        for i, question in enumerate(questions)
+    ]
+    fields = {"doc_to_text": "{{prompt}}", "doc_to_choice": "{{answers}}", "target_delimiter": ""}
+    chat = {"task": "chat", "dataset_kwargs": write("chat", chats), "doc_to_target": "target"}
+    letters = "ABCD"
+    exams = [
+        {"question": f"第{i}题：{q}的“龘”是？🤖", "answer": letters[i % 4]}
+        | dict(zip(letters, [a[k : k + 9] for k in (0, 3, 6, 9)], strict=True))
+        for i, (q, a) in enumerate(zip(questions, answers, strict=True))
+    ]
+    split = {"validation_split": None, "test_split": "test", "fewshot_split": "test"}
+    name = "ceval/_default_ceval_yaml"
+    ceval = load_task(name, write("ceval", exams)["data_files"], task="ceval", num_fewshot=2)
+    docs = make_docs("anatomy", 8)
+    name = "mmlu/default/_default_template_yaml"
+    mmlu = load_task(name, write("mmlu", docs)["data_files"], task="mmlu", num_fewshot=5)
+    # Within the context: lm-eval divides a longer text otherwise for a server.
+    pages = [{"page": "\n".join(answers[i:]) * 4} for i in range(3)]
+    metrics = [{"metric": "bits_per_byte"}, {"metric": "word_perplexity"}]
+    texts = {"task": "texts", "output_type": "loglikelihood_rolling", "metric_list": metrics}
+    texts |= {"doc_to_text": "", "doc_to_target": "{{page}}"}
+    return [
+        common | chat | fields,
+        ceval | split | {"doc_to_choice": "{{[A, B, C, D]}}"},
+        mmlu | split,
+        common | texts | {"dataset_kwargs": write("texts", pages)},
+    ]
+
+
+@pytest.mark.slow
+def test_the_server_gives_the_numbers_of_the_model(lm, tiny_model, tiny_tokenizer, tmp_path):
+    tasks = make_tasks(tmp_path, tiny_model, tiny_tokenizer)
+    settings = {"tasks": tasks, "log_samples": True, "bootstrap_iters": 0}
+    with serve(openai_api.create_app, tiny_model, tiny_tokenizer) as client:
+        model_args = {
+            "model": "chatglm2-tiny",
+            "base_url": f"{client.base_url}/v1/completions".replace("//v1", "/v1"),
+            "tokenizer": str(TINY),
+            "tokenizer_backend": "huggingface",
+            "add_bos_token": True,
+            "custom_prefix_token_id": 3,
+            "batch_size": 5,
+            "max_length": lm.max_length,
+        }
+        served = lm_eval.simple_evaluate(
+            model="local-completions", model_args=model_args, **settings
+        )
+    direct = lm_eval.simple_evaluate(model=lm, **settings)
+    num_compared, num_greedy = 0, 0
+    for name, samples in direct["samples"].items():
+        for mine, theirs in zip(served["samples"][name], samples, strict=True):
+            assert mine["arguments"] == theirs["arguments"]
+            if name == "texts":
+                assert mine["resps"][0] == pytest.approx(theirs["resps"][0], rel=1e-5)
+                continue
+            for (found, is_greedy), (expected, was_greedy) in zip(
+                mine["filtered_resps"], theirs["filtered_resps"], strict=True
+            ):
+                assert found == pytest.approx(expected, rel=1e-4, abs=1e-4)
+                assert is_greedy == was_greedy
+                num_compared, num_greedy = num_compared + 1, num_greedy + is_greedy
+        assert served["results"][name] == pytest.approx(direct["results"][name]), name
+    assert num_compared > 40 and 3 < num_greedy < num_compared
+    assert direct["results"]["chat"]["acc,none"] > 0.5

@@ -17,7 +17,7 @@ from fastapi.exceptions import RequestValidationError
 from servers import record_requests, serve, wait_until
 
 import openai_api
-from chatglm2.serving import responses_schema, schema
+from chatglm2.serving import responses, responses_schema, schema
 from chatglm2.serving.errors import describe_invalid
 
 CHAT, COMPLETIONS, EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
@@ -241,6 +241,83 @@ def test_logprobs_of_a_completion(server, tiny_tokenizer):
     assert offsets == logprobs["text_offset"]
 
 
+def check_offsets(text: str, logprobs: dict):
+    """Check that each token with a text stands at its offset."""
+    character = b""  # the bytes of a character so far
+    for token, offset in zip(logprobs["tokens"], logprobs["text_offset"], strict=True):
+        if byte := re.fullmatch(r"\\x([0-9a-f]{2})", token):
+            character += bytes.fromhex(byte[1])
+            shown = text[offset : offset + 1].encode()
+            is_broken = shown == "\ufffd".encode()
+            # An answer ends before half a character.
+            assert is_broken or shown.startswith(character) or offset == len(text), token
+            character = b"" if is_broken or shown == character else character
+        elif token not in ("[gMASK]", "sop", "</s>"):
+            forms = (token, token.removeprefix(" ")) if offset == 0 else token
+            assert not character and text.startswith(forms, offset), (token, offset)
+
+
+@pytest.mark.parametrize(
+    "prompt", ["你好", " a龘\n🤖🤖é 好", "", "\nꙮ  b ", "[gMASK]", [[5, 800, 5], [4, 3, 2, 900]]]
+)
+def test_echo_has_the_prompt_with_its_logprobs(server, tiny_tokenizer, prompt):
+    """Also of byte tokens, several of which make one character, and in a stream."""
+    body = {"prompt": prompt, "echo": True, "logprobs": 2, "temperature": 0, "seed": 1}
+    several = prompt if isinstance(prompt, list) else [tiny_tokenizer.encode(prompt)]
+    for max_tokens in (0, 1, 9):
+        answer = post(server, COMPLETIONS, **body, max_tokens=max_tokens)
+        assert answer["usage"]["completion_tokens"] <= max_tokens * len(several)
+        for ids, choice in zip(several, answer["choices"], strict=True):
+            text = choice["text"]
+            begin = prompt if isinstance(prompt, str) else tiny_tokenizer.decode(ids)
+            assert text.startswith(begin) and (max_tokens or text == begin)
+            logprobs = choice["logprobs"]
+            length = min(len(logprobs["tokens"]), len(ids) + max_tokens)
+            assert {len(values) for values in logprobs.values()} == {length} and length >= len(ids)
+            assert logprobs["token_logprobs"][0] is logprobs["top_logprobs"][0] is None
+            assert all(value <= 0 for value in logprobs["token_logprobs"][1:])
+            check_offsets(text, logprobs)
+    chunks = stream(server, COMPLETIONS, **body, max_tokens=9)
+    for choice in answer["choices"]:
+        own = [c["choices"][0] for c in chunks if c["choices"][0]["index"] == choice["index"]]
+        assert "".join(part["text"] for part in own) == choice["text"]
+        for name, values in choice["logprobs"].items():
+            parts = [part["logprobs"][name] for part in own if part.get("logprobs")]
+            assert [value for part in parts for value in part] == values
+    plain = post(server, COMPLETIONS, **body | {"logprobs": None}, max_tokens=9)["choices"]
+    assert [c["text"] for c in plain] == [c["text"] for c in answer["choices"]]
+    assert not any("logprobs" in choice for choice in plain)
+
+
+def test_offsets_of_an_answer_at_the_start_of_a_text(server, tiny_tokenizer):
+    """SentencePiece drops a space there, and keeps it behind other text."""
+    for prompt in ("", "问：", [[tiny_tokenizer.get_command("sop")]]):
+        bias = {str(tiny_tokenizer.convert_tokens_to_ids("▁a")): 100}
+        body = {"prompt": prompt, "max_tokens": 3, "logprobs": 0, "logit_bias": bias}
+        (choice,) = post(server, COMPLETIONS, **body)["choices"]
+        assert choice["text"] == (" a a a" if prompt == "问：" else "a a a")
+        offsets = [0, 2, 4] if prompt == "问：" else [0, 1, 3]
+        assert choice["logprobs"]["text_offset"] == offsets
+
+
+def test_text_offsets_of_bytes_that_are_no_text():
+    offsets = responses.TextOffsets(drops_space=True)
+    tokens = [
+        b"",
+        b" a",
+        b"\xe4",
+        b"\xbd",
+        b"\xa0",
+        b"\xe4",
+        b"b",
+        b"\x80",
+        b"\x80",
+        "你好".encode(),
+        b"",
+    ]
+    assert [offsets.add(token) for token in tokens] == [0, 0, 1, 1, 1, 2, 3, 4, 5, 6, 8]
+
+
 def test_messages_in_any_order_are_all_in_the_prompt(server, monkeypatch):
     requests = record_requests(server, monkeypatch)
     parts = [{"type": "text", "text": "乙"}]
@@ -369,7 +446,9 @@ REFUSED = {
     (COMPLETIONS, "prompt"): [
         *(None, [], [[]], [4096], [-1], ["a", 1], [True], [1, True], [1.5], [[1, "1"]])
     ],
-    (COMPLETIONS, "echo"): [True],
+    (COMPLETIONS, "echo"): [1, "yes"],
+    (COMPLETIONS, "max_tokens"): [-1, 0.5],
+    (COMPLETIONS, "max_completion_tokens"): [0],
     (COMPLETIONS, "suffix"): ["b"],
     (COMPLETIONS, "best_of"): [2],
     (COMPLETIONS, "logprobs"): [21],
@@ -528,6 +607,9 @@ def test_openais_client(client):
     settings = {"logprobs": 1, "max_tokens": 3, "extra_body": {"ignore_eos": True}}
     answer = client.completions.create(model="m", prompt="你好", **settings)
     assert len(answer.choices[0].logprobs.tokens) == 3
+    settings = {"echo": True, "logprobs": 1, "max_tokens": 0}
+    (choice,) = client.completions.create(model="m", prompt="你好", **settings).choices
+    assert choice.text == "你好" and choice.logprobs.token_logprobs[0] is None
     for item in client.embeddings.create(model="m", input=["你好", "a"]).data:  # in base64
         assert math.isclose(np.linalg.norm(item.embedding), 1, abs_tol=1e-5)
     assert [model.id for model in client.models.list()] == ["chatglm2-tiny"]

@@ -86,6 +86,9 @@ class Request:
         processors: Applied to the scores [1, V] before sampling, with all ids so far [1, length].
         num_logprobs: Report the log-probability of each token and of this many likeliest tokens;
             `None` reports nothing.
+        echo_text: Text of the prompt, with which the first chunk begins. With `num_logprobs` the
+            chunk also has the log-probabilities of the prompt, which is then computed as a whole,
+            and the last chunk that of the end of the answer.
         process_text: Applied to the answer so far; a longer answer must give a longer text.
         is_embedding: Compute the mean of the last hidden states instead of an answer.
         client: Who asks. The cache of a request is only continued by requests of the same client.
@@ -104,6 +107,7 @@ class Request:
     ignore_eos: bool = False
     processors: LogitsProcessorList = field(default_factory=LogitsProcessorList)
     num_logprobs: int | None = None
+    echo_text: str | None = None
     process_text: Callable[[str], str] = str
     is_embedding: bool = False
     client: int | None = None
@@ -111,11 +115,27 @@ class Request:
 
 @dataclass
 class TokenLogprob:
-    """The log-probability of a token, before temperature; `top` has (id, logprob) pairs."""
+    """The log-probability of a token, before temperature; `top` has (id, logprob) pairs.
+
+    Both are `None` for the first token of a prompt.
+    """
 
     token_id: int
-    logprob: float
-    top: list[tuple[int, float]]
+    logprob: float | None = None
+    top: list[tuple[int, float]] | None = None
+
+
+def measure(scores: torch.Tensor, token_ids: list[int], num_top: int) -> list[TokenLogprob]:
+    """Return the log-probabilities of tokens, one for each row of scores [n, V]."""
+    logprobs = F.log_softmax(scores, dim=-1)
+    index = torch.tensor(token_ids, device=scores.device)[:, None]
+    chosen, top = logprobs.gather(1, index)[:, 0], logprobs.topk(num_top)
+    return [
+        TokenLogprob(token_id, logprob, [*zip(ids, values, strict=True)])
+        for token_id, logprob, ids, values in zip(
+            token_ids, chosen.tolist(), top.indices.tolist(), top.values.tolist(), strict=True
+        )
+    ]
 
 
 @dataclass
@@ -225,6 +245,13 @@ class Generation:
             self.generator.manual_seed(request.seed)
         self.text = AnswerText(tokenizer, self.ids[-1], request.stop, request.process_text)
         self.hidden_sum = 0.0  # of an embedding
+        self.echo = Chunk(request.echo_text or "")
+        if self.measures_prompt:
+            self.echo.logprobs = [TokenLogprob(self.ids[0])]
+
+    @property
+    def measures_prompt(self) -> bool:
+        return self.request.echo_text is not None and self.request.num_logprobs is not None
 
     def cancel(self):
         """End the generation within a token; after its end this does nothing."""
@@ -243,16 +270,20 @@ class Generation:
     def measure(self, scores: torch.Tensor, token_id: int) -> list[TokenLogprob]:
         if self.request.num_logprobs is None:
             return []
-        logprobs = F.log_softmax(scores[0], dim=-1)
-        values, ids = logprobs.topk(self.request.num_logprobs)
-        top = list(zip(ids.tolist(), values.tolist(), strict=True))
-        return [TokenLogprob(token_id, logprobs[token_id].item(), top)]
+        return measure(scores, [token_id], self.request.num_logprobs)
+
+    def add_echo(self, chunk: Chunk) -> Chunk:
+        """Return a chunk of the answer, the first one with the echo of the prompt before it."""
+        whole, self.echo = self.echo, Chunk()
+        whole.add(chunk)
+        return whole
 
     def advance(self, token_id: int, scores: torch.Tensor, eos_token_ids: list[int]) -> Chunk:
         """Append the next token, sampled from scores [1, V], and return its chunk."""
         if token_id in eos_token_ids and not self.request.ignore_eos:
             text, _ = self.text.push(self.ids[self.prompt_length :], is_last=True)
-            return Chunk(text, finish_reason="stop")
+            logprobs = self.measure(scores, token_id) if self.measures_prompt else []
+            return Chunk(text, logprobs=logprobs, finish_reason="stop")
         self.ids.append(token_id)
         is_full = len(self.ids) >= self.end
         text, is_stopped = self.text.push(self.ids[self.prompt_length :], is_full)
@@ -365,12 +396,13 @@ class Batcher:
     def compute_end(self, request: Request) -> int:
         """Return the number of ids, of prompt and answer together, at which an answer ends."""
         length, max_length = len(request.input_ids), request.max_length
-        if length >= self.context + request.is_embedding:  # an embedding adds no token
+        is_whole = request.is_embedding or request.max_new_tokens == 0  # no token is added
+        if length >= self.context + is_whole:
             message = f"The prompt has {length} tokens, the context {self.context}: shorten it"
             if self.context < (most := self.model.config.seq_length):
                 message += f", or start the server with --context, up to {most}"
             raise PromptTooLong(f"{message}.", "context")
-        if max_length is not None and length >= max_length:
+        if max_length is not None and length >= max_length + is_whole:
             message = f"The prompt has {length} tokens, max_length is {max_length}"
             message += ": give a larger max_length, or shorten the prompt."
             raise PromptTooLong(message, "max_length")
@@ -482,8 +514,22 @@ class Batcher:
             if not generation.is_in_prompt():
                 mean = generation.hidden_sum / generation.prompt_length
                 self.finish(generation, Chunk(finish_reason="stop", embedding=mean))
-        elif not generation.is_in_prompt():
+            return
+        if generation.measures_prompt:
+            self.measure_prompt(generation, hidden_states[0])
+        if generation.is_in_prompt():
+            return
+        if generation.prompt_length == generation.end:
+            self.finish(generation, generation.add_echo(Chunk(finish_reason="length")))
+        else:
             self.take_tokens([generation], hidden_states[:, -1])
+
+    def measure_prompt(self, generation: Generation, hidden_states: torch.Tensor):
+        """Add to the echo the tokens that follow those of a segment, [s, h]."""
+        logprobs = generation.echo.logprobs
+        if targets := generation.ids[len(logprobs) :][: len(hidden_states)]:
+            scores = self.score(hidden_states[: len(targets)])
+            logprobs += measure(scores, targets, generation.request.num_logprobs)
 
     def compute_tokens(self, generations: list[Generation]):
         """Compute the next token of each answer, in one batch."""
@@ -496,13 +542,17 @@ class Batcher:
         ).last_hidden_state
         self.take_tokens(generations, hidden_states[:, -1])
 
+    def score(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Return the scores of all tokens, [n, V] in float32, from hidden states [n, h]."""
+        scores = self.model.transformer.output_layer(hidden_states).float()
+        return force_finite(None, self.ban_padding(None, scores))
+
     def take_tokens(self, generations: list[Generation], hidden_states: torch.Tensor):
         """Sample from the last hidden states [b, h].
 
         This happens on the CPU, so that a seed gives the same tokens on every device.
         """
-        scores = self.model.transformer.output_layer(hidden_states).float().cpu()
-        scores = force_finite(None, self.ban_padding(None, scores))
+        scores = self.score(hidden_states).cpu()
         rows = dict(zip(generations, scores.split(1), strict=True))
         processed = {}
         for generation, row in rows.items():
@@ -511,6 +561,7 @@ class Batcher:
         for generation, token_id in sample(processed).items():
             with self.failing_alone([generation]):
                 chunk = generation.advance(token_id, rows[generation], self.eos_token_ids)
+                chunk = generation.add_echo(chunk)
                 if chunk.finish_reason:
                     self.finish(generation, chunk)
                 else:
@@ -541,7 +592,7 @@ class Batcher:
 
     def find_prefix(self, generation: Generation) -> ChatGLMCache:
         """Return a cache with as much of a prompt as the client has, except its last id."""
-        if generation.request.is_embedding:
+        if generation.request.is_embedding or generation.measures_prompt:
             return ChatGLMCache()
         client = generation.request.client
         running = [g for g in self.running if g.cache is not None and g.request.client == client]

@@ -6,7 +6,8 @@ Those of /v1/responses are in `responses_schema.py` and `responses_api.py`.
 import time
 import uuid
 from base64 import b64encode
-from collections import defaultdict
+from codecs import getincrementaldecoder
+from collections.abc import Iterable
 from typing import Literal
 
 from fastapi import Response
@@ -19,10 +20,11 @@ from openai.types import (
     Model,
 )
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from openai.types.completion_choice import Logprobs
 from openai.types.completion_usage import PromptTokensDetails
 from pydantic import BaseModel
 
-from .batching import Chunk, Generation, TokenLogprob
+from .batching import Chunk, Generation, Request, TokenLogprob
 from .json_grammar import read_bytes
 
 
@@ -39,7 +41,22 @@ class EmbeddingList(CreateEmbeddingResponse):
     data: list[EmbeddingItem]
 
 
-class CompletionChunkChoice(CompletionChoice):
+class CompletionLogprobs(Logprobs):
+    """Log-probabilities, which the first token of a prompt does not have."""
+
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+
+
+class TextChoice(CompletionChoice):
+    logprobs: CompletionLogprobs | None = None
+
+
+class TextCompletion(Completion):
+    choices: list[TextChoice]
+
+
+class CompletionChunkChoice(TextChoice):
     finish_reason: Literal["stop", "length"] | None
 
 
@@ -79,8 +96,13 @@ def list_embeddings(vectors: list, encoding_format: str | None, **fields) -> Emb
 
 
 def read_token(tokenizer, token_id: int) -> tuple[str, list[int]]:
-    """Return text and bytes of a token; a byte of a longer character is written as \\xe4."""
+    """Return the text and the bytes of a token.
+
+    A byte of a longer character is written as \\xe4, and a token without text by its name.
+    """
     data = read_bytes(tokenizer, token_id)
+    if not data and token_id < tokenizer.vocab_size:
+        return tokenizer.name_token(token_id), []
     return data.decode(errors="backslashreplace"), list(data)
 
 
@@ -98,6 +120,31 @@ def describe_tokens(tokenizer, tokens: list[TokenLogprob]) -> list[dict]:
     ]
 
 
+class TextOffsets:
+    """Counts the characters before each token of a text.
+
+    A byte inside of a character has the offset of the character. SentencePiece decodes each byte
+    that is no UTF-8 as one character.
+
+    Args:
+        drops_space: The text begins here: SentencePiece drops a leading space.
+    """
+
+    def __init__(self, drops_space: bool):
+        self.decoder = getincrementaldecoder("utf-8")("surrogateescape")
+        self.num_chars, self.drops_space = 0, drops_space
+
+    def add(self, data: bytes) -> int:
+        """Return the offset of the next token."""
+        if self.drops_space and data:
+            data, self.drops_space = data.removeprefix(b" "), False
+        if data and data[0] & 0xC0 != 0x80:  # an unfinished character before it stays so
+            self.num_chars += len(self.decoder.decode(b"", final=True))
+        offset = self.num_chars
+        self.num_chars += len(self.decoder.decode(data))
+        return offset
+
+
 class Completions:
     """The shapes of /v1/completions, for one request.
 
@@ -107,13 +154,17 @@ class Completions:
 
     param, prefix = "prompt", "cmpl"
     name = chunk_name = "text_completion"
-    whole_type, chunk_type = Completion, CompletionChunk
+    whole_type, chunk_type = TextCompletion, CompletionChunk
 
-    def __init__(self, tokenizer, model: str):
+    def __init__(self, tokenizer, model: str, requests: Iterable[Request] = ()):
         self.tokenizer = tokenizer
         id = f"{self.prefix}-{uuid.uuid4().hex}"
         self.envelope = {"id": id, "created": int(time.time()), "model": model}
-        self.num_chars = defaultdict(int)  # characters of each choice so far
+        # An answer begins a text if nothing is shown before it.
+        self.offsets = [
+            TextOffsets(r.echo_text is not None or not read_bytes(tokenizer, r.input_ids[-1]))
+            for r in requests
+        ]
 
     def respond(self, answers: list[Chunk], usage: CompletionUsage) -> BaseModel:
         choices = [self.whole_choice(index, answer) for index, answer in enumerate(answers)]
@@ -126,16 +177,21 @@ class Completions:
         """Return the field `logprobs`; nothing without tokens."""
         if not tokens:
             return {}
-        offsets, texts = [], []
-        for token in tokens:
-            text, data = read_token(self.tokenizer, token.token_id)
-            offsets.append(self.num_chars[index])
-            texts.append(text)
-            self.num_chars[index] += sum(byte & 0xC0 != 0x80 for byte in data)
-        top = [{read_token(self.tokenizer, i)[0]: p for i, p in token.top} for token in tokens]
-        values = [token.logprob for token in tokens]
-        fields = {"tokens": texts, "token_logprobs": values, "text_offset": offsets}
-        return {"logprobs": fields | {"top_logprobs": top}}
+
+        def read(token_id: int) -> str:
+            return read_token(self.tokenizer, token_id)[0]
+
+        ids = [token.token_id for token in tokens]
+        fields = {
+            "tokens": [read(i) for i in ids],
+            "token_logprobs": [token.logprob for token in tokens],
+            "top_logprobs": [  # of tokens with the same text, the likeliest
+                None if token.top is None else {read(i): p for i, p in reversed(token.top)}
+                for token in tokens
+            ],
+            "text_offset": [self.offsets[index].add(read_bytes(self.tokenizer, i)) for i in ids],
+        }
+        return {"logprobs": fields}
 
     def choice(self, index: int, text: str, finish_reason=None) -> dict:
         return {"index": index, "text": text, "finish_reason": finish_reason}

@@ -288,8 +288,9 @@ class ChatRequest(SamplingRequest):
 
 class CompletionRequest(SamplingRequest):
     prompt: Texts
+    max_tokens: integer(0) | None = None
     logprobs: integer(0, MAX_LOGPROBS) | None = None
-    echo: refused("The prompt cannot be returned", False) = None
+    echo: bool | None = None
     suffix: refused("ChatGLM2 cannot insert text before a suffix", "") = None
     best_of: refused("All answers are returned: use n", 1) = None
 
