@@ -126,13 +126,16 @@ class BlockwiseLinear(torch.autograd.Function):
 def torch_matmul(x: torch.Tensor, layer: "QuantizedLinear") -> torch.Tensor:
     """Return x @ W.T in plain PyTorch, which backends are tested against."""
     make_rows = partial(dequantize, bits=layer.bits)
+    if torch.is_grad_enabled() and layer.weight_scale.requires_grad:
+        return F.linear(x, make_rows(layer.weight, layer.weight_scale, dtype=x.dtype))
     return BlockwiseLinear.apply(x, make_rows, layer.weight, layer.weight_scale)
 
 
 def torch_stored_matmul(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Return x @ weight.T in plain PyTorch, in the dtype of x."""
-    if x.dtype == weight.dtype:
-        return F.linear(x, weight)
+    is_trained = torch.is_grad_enabled() and weight.requires_grad
+    if is_trained or x.dtype == weight.dtype:
+        return F.linear(x, weight.to(x.dtype))
     return BlockwiseLinear.apply(x, torch.Tensor.to, weight)
 
 
@@ -296,7 +299,8 @@ class QuantizedLinear(nn.Module):
         return torch.cat(levels), torch.cat(scales)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        needs_grad = x.requires_grad and torch.is_grad_enabled()
+        scale = super().__getattr__("weight_scale")  # self.weight_scale restores a packed weight
+        needs_grad = torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad)
         if needs_grad or (self.is_offloaded and x.device.type == "cpu"):
             y = torch_matmul(x, self)
         else:
@@ -511,6 +515,33 @@ def quantize_output_layer(transformer: nn.Module, config: ChatGLMQuantizationCon
     linear = transformer.output_layer
     transformer.output_layer = QuantizedLinear.from_linear(linear, config.output_bits, None, empty)
     transformer.backend.add(transformer.output_layer)
+
+
+@contextmanager
+def resizing_output_layer(transformer: nn.Module):
+    """Within, transformers can resize the output layer of a ChatGLMModel; it stays quantized.
+
+    An INT8 output layer is a float one meanwhile; rows that remain keep their levels and scales.
+    """
+    old = transformer.output_layer
+    if isinstance(old, QuantizedLinear):
+        weight = dequantize(old.weight, old.weight_scale, old.bits, old.weight_scale.dtype)
+        linear = nn.Linear(old.in_features, old.out_features, bias=False, device="meta")
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        transformer.output_layer = linear
+    try:
+        yield
+    finally:
+        new = transformer.output_layer
+        if isinstance(old, QuantizedLinear):
+            quantize_output_layer(transformer, get_quantization(transformer.config))
+            kept = slice(min(old.out_features, new.out_features))
+            transformer.output_layer.weight.data[kept] = old.weight[kept]
+            transformer.output_layer.weight_scale.data[kept] = old.weight_scale[kept]
+        elif isinstance(old, StoredLinear) and new is not old:
+            transformer.output_layer = StoredLinear(new)
+            transformer.output_layer.backend = old.backend
+            transformer.output_layer.requires_grad_(old.weight.requires_grad)
 
 
 def prepare_layers(model):

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from packaging.version import Version
-from quantized_layers import each_way
+from quantized_layers import create_layer, each_way
 from safetensors.torch import load_file, save_file
 from test_modeling_chatglm import CONFIG, IDS, assert_close, padded_batch
 from test_modeling_chatglm import create_model as create_golden_model
@@ -183,6 +183,53 @@ def test_output_layer_casts_where_used():
     assert_close(layer(x), F.linear(x, weight), 1e-6)
     assert_close(x.grad, 2 * F.linear(x, weight) @ weight, 1e-4)
     assert layer(x.bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("weight_dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_trained_output_layer_gets_its_gradient(dtype, weight_dtype):
+    torch.manual_seed(0)
+    layer, x = quantization.StoredLinear(torch.nn.Linear(32, 20)), torch.randn(3, 32)
+    layer.weight = torch.nn.Parameter(layer.weight.to(weight_dtype))
+    layer(x.to(dtype)).square().sum().backward()
+    assert layer.weight.grad.dtype == weight_dtype
+    exact = 2 * F.linear(x, layer.weight.float()).T @ x
+    assert_close(layer.weight.grad, exact, 0.01 if dtype == torch.float32 else 0.1)
+
+
+@each_way
+def test_trained_scales_get_their_gradient(bits, group_size):
+    layer = create_layer(bits, group_size, dtype=torch.float64)
+    layer.weight_scale = torch.nn.Parameter(layer.weight_scale.data)
+    x = torch.randn(2, 384, dtype=torch.float64)
+
+    def compute(scale):
+        return F.linear(x, dequantize(layer.weight, scale, bits, torch.float64))
+
+    layer(x).square().sum().backward()
+    scale = layer.weight_scale.data.requires_grad_(True)
+    (expected,) = torch.autograd.grad(compute(scale).square().sum(), scale)
+    assert_close(layer.weight_scale.grad, expected, 1e-6)
+
+
+# Resizing
+
+
+@pytest.mark.parametrize("num_rows", [150, 250])
+@pytest.mark.parametrize(("output_bits", "is_tied"), [(None, False), (None, True), (8, False)])
+@torch.no_grad()
+def test_resizing_a_quantized_model(num_rows, output_bits, is_tied, tmp_path):
+    """The rows that remain keep their bytes, in both dtypes and in the saved folder."""
+    for dtype in (torch.float32, torch.bfloat16):
+        model = create_model(dtype, tie_word_embeddings=is_tied)
+        model.quantize(4, output_bits=output_bits)
+        expected, kind = model(IDS % 150).logits[..., :150], type(model.get_output_embeddings())
+        model.resize_token_embeddings(num_rows)
+        logits = model(IDS % 150).logits
+        assert logits.shape[-1] == num_rows and torch.equal(logits[..., :150], expected)
+        assert logits.isfinite().all() and type(model.get_output_embeddings()) is kind
+        model.save_pretrained(tmp_path)
+        assert torch.equal(load(tmp_path).to(dtype)(IDS % 150).logits, logits)
 
 
 # Official checkpoints
