@@ -403,8 +403,18 @@ class ChatGLMGenerationMixin(GenerationMixin):
             cache: The name of `past_key_values` since transformers 5.24.
             tokenizer: With it, only ids of the tokenizer are generated: the output matrix has more
                 rows. It is also asked for the end of an answer, and needed for `stop_strings`.
+
+        Raises:
+            ValueError: A cache in use is no `ChatGLMCache`, and the model has a P-Tuning v2 prefix,
+                which transformers would count as tokens.
         """
         cache = pick_cache(past_key_values, cache)
+        has_prefix = self.config.pre_seq_len is not None
+        if has_prefix and not isinstance(cache, ChatGLMCache | None) and cache.get_seq_length():
+            raise ValueError(
+                f"a {type(cache).__name__} cannot be continued with a P-Tuning v2 prefix: use a "
+                "ChatGLMCache"
+            )
         use_cache, kind = (
             read_setting(name, kwargs, generation_config, self.generation_config)
             for name in ("use_cache", "cache_implementation")

@@ -38,6 +38,7 @@ from .quantization import (
     mark_offloaded,
     quantize_model,
     replace_layers,
+    resizing_output_layer,
 )
 from .weights_chatglm import check_weight_file, find_weight_files
 
@@ -375,15 +376,17 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
             OSError: The folder has no config.json, or a weight file is missing or damaged.
             ValueError: The checkpoint is quantized, but not as `quantization_config` requests.
         """
-        folder = Path(pretrained_model_name_or_path or "", kwargs.get("subfolder", ""))
+        kwargs["subfolder"] = kwargs.get("subfolder") or ""  # transformers cannot read None
+        folder = Path(pretrained_model_name_or_path or "", kwargs["subfolder"])
         if pretrained_model_name_or_path and folder.is_dir():
-            if "config" not in kwargs and not (folder / "config.json").exists():
+            if kwargs.get("config") is None and not (folder / "config.json").exists():
                 raise OSError(f"{folder} has no config.json: it is no checkpoint folder.")
-            if not {"variant", "use_safetensors"} & set(kwargs):  # these select other files
+            others = "variant", "use_safetensors"  # these select other files
+            if all(kwargs.get(name) is None for name in others):
                 for file in find_weight_files(folder):
                     check_weight_file(file)
-        if device is not None:
-            kwargs.setdefault("device_map", {"": device})
+        if device is not None and kwargs.get("device_map") is None:
+            kwargs["device_map"] = {"": device}
         if kwargs.get("quantization_config") is not None:
             config = kwargs.get("config") or pretrained_model_name_or_path
             if not isinstance(config, PreTrainedConfig):
@@ -396,6 +399,19 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
         model.base_model.freeze_for_prefix()  # the loader makes every parameter trainable
         mark_offloaded(model)
         return loaded
+
+    def get_output_embeddings(self):
+        return self.base_model.output_layer
+
+    def set_output_embeddings(self, value):
+        self.base_model.output_layer = value
+
+    def resize_token_embeddings(self, *args, **kwargs):
+        """Resize like `PreTrainedModel`, also if the model is quantized."""
+        with resizing_output_layer(self.base_model):
+            embedding = super().resize_token_embeddings(*args, **kwargs)
+        self.tie_weights()  # does nothing unless the config requests it
+        return embedding
 
     @property
     def dtype(self) -> torch.dtype:
@@ -432,8 +448,8 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
     """Embedding, layers, final norm, and the output layer, which the checkpoint stores here.
 
     Args:
-        empty_init: Leave the weights uninitialized because they will be loaded. With False they
-            are drawn at random.
+        empty_init: Leave the weights uninitialized, for a caller that loads them. By default they
+            are drawn at random; `from_pretrained` needs no argument.
         device: Where to create the weights.
 
     Attributes:
@@ -447,7 +463,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
     exact_prefill = False
     backend = None
 
-    def __init__(self, config: ChatGLMConfig, empty_init=True, device=None):
+    def __init__(self, config: ChatGLMConfig, empty_init=False, device=None):
         super().__init__(config)
         with creating_parameters(empty_init, device):
             self.embedding = Embedding(config)
@@ -458,7 +474,8 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
                 self.prefix_encoder = PrefixEncoder(config)
             self.post_init()
             if config.quantization_bit:
-                replace_layers(self, get_quantization(config), empty=empty_init)
+                is_empty = empty_init or self.output_layer.weight.is_meta
+                replace_layers(self, get_quantization(config), is_empty)
         self.freeze_for_prefix()
 
     def get_input_embeddings(self):
@@ -538,6 +555,11 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         prefix, mask_cache, prefix_length = None, cache, self.config.pre_seq_len
         attention_mask = None if attention_mask is None else attention_mask.to(device)
         if prefix_length is not None:
+            if "cache" in kwargs or (cache is not None and cache.is_compileable):
+                raise ValueError(
+                    "a P-Tuning v2 prefix cannot be put into a static or paged cache: use a "
+                    "ChatGLMCache, without cache_implementation='static' or continuous batching"
+                )
             if attention_mask is not None:
                 attention_mask = F.pad(attention_mask, (prefix_length, 0), value=1)  # [b, p + k]
             if offset == 0:
@@ -623,18 +645,12 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, ChatGLMGenerationM
         "transformer.output_layer.weight": "transformer.embedding.word_embeddings.weight"
     }
 
-    def __init__(self, config: ChatGLMConfig, empty_init=True, device=None):
+    def __init__(self, config: ChatGLMConfig, empty_init=False, device=None):
         super().__init__(config)
         with creating_parameters(empty_init, device):
             self.transformer = ChatGLMModel(config, empty_init)
             self.post_init()
         self.tie_weights()  # does nothing unless the config requests it
-
-    def get_output_embeddings(self):
-        return self.transformer.output_layer
-
-    def set_output_embeddings(self, value):
-        self.transformer.output_layer = value
 
     @can_return_tuple
     def forward(
@@ -646,6 +662,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, ChatGLMGenerationM
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
+        *,
         return_last_logit: bool = False,
         logits_to_keep: int | torch.Tensor = 0,
         is_prompt: bool = False,
@@ -698,7 +715,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, ChatGLMGenerationM
 class ChatGLMForSequenceClassification(ChatGLMPreTrainedModel):
     """A classifier with a linear head on the last position, so inputs are padded on the left."""
 
-    def __init__(self, config: ChatGLMConfig, empty_init=True, device=None):
+    def __init__(self, config: ChatGLMConfig, empty_init=False, device=None):
         super().__init__(config)
         self.num_labels = config.num_labels
         with creating_parameters(empty_init, device):

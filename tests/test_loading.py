@@ -232,7 +232,11 @@ def test_device_and_dtype(monkeypatch, machine, device, dtype, own_dtype, expect
     num_gpus, has_bfloat16, macos = MACHINES[machine]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: num_gpus > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: has_bfloat16)
+
+    def is_supported(including_emulation=True):
+        return has_bfloat16 or including_emulation
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_supported)
     mps = SimpleNamespace(is_available=lambda: macos > 0)
     mps.is_macos_or_newer = lambda major, minor: major <= macos
     monkeypatch.setattr(torch.backends, "mps", mps)

@@ -11,6 +11,8 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
+    AutoModel,
+    AutoModelForCausalLM,
     DynamicCache,
     GlmForCausalLM,
     StaticCache,
@@ -189,6 +191,14 @@ def check_prefix_model(model, expected):
     for past in (ChatGLMCache(), DynamicCache(), None):
         generated = model.generate(IDS[:, :6], max_length=length, past_key_values=past)
         assert generated.tolist() == golden
+    static = StaticCache(config=model.config, max_cache_len=64)
+    for settings in ({"cache_implementation": "static"}, {"past_key_values": static}):
+        with pytest.raises(ValueError, match="cannot be put into a static or paged cache: use"):
+            model.generate(IDS[:, :6], max_length=length, **settings)
+    past = DynamicCache()
+    model(IDS[:, :4], past_key_values=past)
+    with pytest.raises(ValueError, match=r"DynamicCache cannot be continued .* a ChatGLMCache"):
+        model.generate(IDS[:, :6], max_length=length, past_key_values=past)
     cache = ChatGLMCache()  # continued: positions go on after the prefix
     model.generate(half[:, :6], max_length=10, past_key_values=cache)
     assert model.generate(half, max_length=length, past_key_values=cache).tolist() == golden
@@ -352,14 +362,44 @@ def test_save_and_reload(tmp_path):
     assert model.float().half().bfloat16().dtype == torch.bfloat16
 
 
+def test_loading_arguments_that_are_none(tmp_path):
+    create_model().save_pretrained(tmp_path)
+    names = "subfolder", "variant", "config", "device_map", "quantization_config"
+    model = ChatGLMForConditionalGeneration.from_pretrained(
+        tmp_path, device="meta", **dict.fromkeys(names)
+    )
+    assert model.device.type == "meta"
+    (tmp_path / "model.safetensors").write_bytes(b"truncated")
+    with pytest.raises(OSError, match="truncated or damaged"):
+        ChatGLMForConditionalGeneration.from_pretrained(tmp_path, variant=None)
+
+
+@pytest.mark.parametrize("num_rows", [150, 250])
+@pytest.mark.parametrize(
+    "model_class", [ChatGLMForConditionalGeneration, ChatGLMForSequenceClassification]
+)
+@torch.no_grad()
+def test_resizing_also_resizes_the_output_layer(model_class, num_rows, tmp_path):
+    model = model_class(ChatGLMConfig(**CONFIG)).eval()
+    model.resize_token_embeddings(num_rows)
+    assert model.base_model.output_layer.weight.shape[0] == num_rows
+    model.save_pretrained(tmp_path)
+    loaded = model_class.from_pretrained(tmp_path)
+    assert torch.equal(loaded(IDS % 150)[0], model(IDS % 150)[0])
+
+
 def test_empty_init_and_device():
     config = ChatGLMConfig(**CONFIG)
     meta = ChatGLMForConditionalGeneration(config, device="meta")
     assert {p.device.type for p in meta.parameters()} == {"meta"}
-    model = ChatGLMForConditionalGeneration(config, empty_init=False)
-    assert 0.015 < model.transformer.embedding.word_embeddings.weight.std() < 0.025
-    assert model.transformer.encoder.layers[0].mlp.dense_4h_to_h.weight.std() > 0
-    assert ChatGLMModel(config, empty_init=False)(IDS).last_hidden_state.std() > 0
+    empty = ChatGLMForConditionalGeneration(config, empty_init=True)
+    assert empty.state_dict().keys() == meta.state_dict().keys()
+    classes = ChatGLMForConditionalGeneration, ChatGLMModel, ChatGLMForSequenceClassification
+    for create in (AutoModel.from_config, AutoModelForCausalLM.from_config, *classes):
+        model = create(config)
+        for part in (model.base_model.embedding, model.base_model.encoder.layers[0].mlp):
+            assert all(0.015 < weight.std() < 0.025 for weight in part.parameters())
+        assert model(IDS)[0].isfinite().all()
 
 
 def test_tied_embeddings_if_the_config_says_so():
