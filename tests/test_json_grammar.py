@@ -78,6 +78,22 @@ def test_a_schema_that_turns_out_to_be_too_large_fails_and_does_not_end_the_answ
             processor(torch.tensor([ids[:i]], dtype=torch.long), scores)
 
 
+def test_the_character_that_stands_for_a_space_in_tokens(any_tokenizer):
+    """An answer has U+2581 as three tokens of bytes."""
+    schema = make_object(**{"a▁b": {"enum": ["▁", "x▁▁ y"]}})
+    matcher = JsonGrammar(any_tokenizer, 65024).compile(json.dumps(schema))
+    processor, ids = JsonProcessor(matcher, 0), []
+    while True:
+        scores = processor(torch.tensor([ids], dtype=torch.long), torch.zeros(1, 65024))[0]
+        allowed = scores.isfinite().nonzero().flatten().tolist()
+        if allowed == [any_tokenizer.eos_token_id]:
+            break
+        ids.append(allowed[-1])
+    text = any_tokenizer.decode(ids)
+    validate(json.loads(text), schema)
+    assert "a▁b" in text
+
+
 def test_one_slow_token_ends_an_answer_with_the_reason(grammar, monkeypatch):
     monkeypatch.setattr(json_grammar, "STEP_TIMEOUT_S", 0.05)
     processor, end = JsonProcessor(grammar.compile("{}"), 0), threading.Event()

@@ -16,6 +16,7 @@ from transformers import LogitsProcessor
 
 from .batching import InvalidRequest, Unavailable
 
+SPACE = "▁"  # U+2581, which pieces have for a space
 # If spaces were allowed wherever JSON allows them, a model could write them for ever.
 SEPARATORS = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 MAX_SCHEMA_LENGTH = 2**16  # characters
@@ -37,7 +38,7 @@ def read_bytes(tokenizer, token_id: int) -> bytes:
     piece = tokenizer.convert_ids_to_tokens(token_id)
     if match := re.fullmatch(r"<0x([0-9A-F]{2})>", piece):
         return bytes([int(match[1], 16)])
-    return piece.replace("▁", " ").encode()
+    return piece.replace(SPACE, " ").encode()
 
 
 def refuse(reason: str) -> InvalidRequest:
@@ -66,8 +67,18 @@ class Vocabulary:
             self.tokens[i] = b"\xff[%d]" % i  # no UTF-8 text has the byte ff
 
     def __call__(self, data: bytes) -> list[int]:
+        ids = []
+        for part in re.split(f"({SPACE})", data.decode()):
+            if part == SPACE:  # only the tokens of its bytes have this character as text
+                pieces = [f"<0x{byte:02X}>" for byte in part.encode()]
+                ids += self.tokenizer.convert_tokens_to_ids(pieces)
+            else:
+                ids += self.encode(part)
+        return ids
+
+    def encode(self, text: str) -> list[int]:
         # SentencePiece puts a space before a text, but not after a line feed.
-        texts = ["\n", "\n" + data.decode()]
+        texts = ["\n", "\n" + text]
         prefix, ids = (self.tokenizer.encode(text, add_special_tokens=False) for text in texts)
         return ids[len(prefix) :]
 
