@@ -6,6 +6,9 @@ A stored byte holds `8 / BITS` levels, the first in its high bits: column c of a
 `c % (8 / BITS)` of byte `c // (8 / BITS)`. With one scale for each row, GROUP_SIZE is the number of
 columns. Levels are exact in any float type, sums are float32, and scales multiply the sums.
 
+GPUs multiply tiles of 16-bit numbers only. So in tiles a float32 value is a sum of three bfloat16
+pieces, each of which holds the next eight bits of it: no bit is lost.
+
 TRITON_INTERPRET=1, set before the first import of triton, runs this file on a CPU, for tests.
 """
 
@@ -20,14 +23,14 @@ from chatglm2.quantization import QuantizedLinear
 from . import Backend
 
 MAX_MATVEC_ROWS = 8  # more rows are computed in tiles, which load each weight once for all of them
-BLOCK_IN = 128  # columns at a time, which share a scale
+BLOCK_BYTES = 64  # of a stored row at a time; their columns share a scale
 BLOCK_OUT = 64
 BLOCK_ROWS = 32
 OLDEST_GPU = (8, 0)  # compute capability
-DOT_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
-if triton.knobs.runtime.interpret:
-    # The interpreter's dot reads the bits of bfloat16 as integers.
-    DOT_DTYPES[torch.bfloat16] = tl.float32
+PIECE_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.bfloat16}
+NUM_PIECES = {torch.float16: 1, torch.bfloat16: 1, torch.float32: 3}
+# The interpreter's dot reads the bits of bfloat16 as integers.
+IS_DOT_WIDE = triton.knobs.runtime.interpret
 
 
 @triton.jit
@@ -78,11 +81,13 @@ def matvec_kernel(
 @triton.jit
 def tile_kernel(
     x, weight, weight_scale, y, num_rows, in_features, out_features,
-    GROUP_SIZE: tl.constexpr, BITS: tl.constexpr, DOT_DTYPE: tl.constexpr,
+    GROUP_SIZE: tl.constexpr, BITS: tl.constexpr,
+    PIECE_DTYPE: tl.constexpr, NUM_PIECES: tl.constexpr, IS_DOT_WIDE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
 ):  # fmt: skip
     """y = x @ W.T for many rows; a program for a tile [BLOCK_ROWS, BLOCK_OUT] of y."""
     PARTS: tl.constexpr = 8 // BITS
+    DOT_DTYPE: tl.constexpr = tl.float32 if IS_DOT_WIDE else PIECE_DTYPE
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     out = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     is_row, is_out = row < num_rows, out < out_features
@@ -99,11 +104,28 @@ def tile_kernel(
             value = tl.load(x_rows[:, None] + column[None, :], inside, other=0)
             level = load_levels(weight_rows, byte, is_out, in_features // PARTS, part, BITS)
             level = tl.trans(level.to(DOT_DTYPE))
-            products = tl.dot(value.to(DOT_DTYPE), level, products, input_precision="ieee")
+            for _ in tl.static_range(NUM_PIECES):
+                piece = value.to(PIECE_DTYPE)
+                products = tl.dot(piece.to(DOT_DTYPE), level, products, input_precision="ieee")
+                value = value.to(tl.float32) - piece.to(tl.float32)
         scale = tl.load(scale_rows + start // GROUP_SIZE, is_out, other=0).to(tl.float32)
         total += products * scale[None, :]
     place = find_rows(y, row, out_features)[:, None] + out[None, :]
     tl.store(place, total.to(y.dtype.element_ty), is_row[:, None] & is_out[None, :])
+
+
+def count_columns(bits: int) -> int:
+    """Return the number of columns that are computed at a time."""
+    return BLOCK_BYTES * 8 // bits
+
+
+def get_pieces(dtype: torch.dtype) -> dict:
+    """Return the options of `tile_kernel` for x of a dtype."""
+    return {
+        "PIECE_DTYPE": PIECE_DTYPES[dtype],
+        "NUM_PIECES": NUM_PIECES[dtype],
+        "IS_DOT_WIDE": IS_DOT_WIDE,
+    }
 
 
 @torch.no_grad()
@@ -115,7 +137,7 @@ def multiply(x: torch.Tensor, layer: QuantizedLinear) -> torch.Tensor:
         "GROUP_SIZE": layer.group_size or layer.in_features,
         "BITS": layer.bits,
         "BLOCK_OUT": BLOCK_OUT,
-        "BLOCK_IN": BLOCK_IN,
+        "BLOCK_IN": count_columns(layer.bits),
     }
     num_columns = triton.cdiv(layer.out_features, BLOCK_OUT)
     tensors = rows, layer.weight, layer.weight_scale, y
@@ -124,7 +146,7 @@ def multiply(x: torch.Tensor, layer: QuantizedLinear) -> torch.Tensor:
             matvec_kernel[len(rows), num_columns](*tensors, *sizes, **options)
         else:
             grid = triton.cdiv(len(rows), BLOCK_ROWS), num_columns
-            options |= {"BLOCK_ROWS": BLOCK_ROWS, "DOT_DTYPE": DOT_DTYPES[x.dtype]}
+            options |= {"BLOCK_ROWS": BLOCK_ROWS, **get_pieces(x.dtype)}
             tile_kernel[grid](*tensors, len(rows), *sizes, **options)
     return y.unflatten(0, x.shape[:-1])
 
@@ -134,12 +156,13 @@ def try_kernels(
     bits: int, group_size: int | None, device: torch.device, dtype: torch.dtype
 ) -> str | None:
     """Run both kernels once, and return what fails (there may be no compiler), or None."""
-    layer = QuantizedLinear(BLOCK_IN, BLOCK_OUT, bits, group_size, dtype=dtype, device=device)
+    size = count_columns(bits)
+    layer = QuantizedLinear(size, BLOCK_OUT, bits, group_size, dtype=dtype, device=device)
     layer.weight.zero_()
     layer.weight_scale.zero_()
     try:
         for num_rows in (1, MAX_MATVEC_ROWS + 1):
-            x = torch.zeros(num_rows, BLOCK_IN, dtype=dtype, device=device)
+            x = torch.zeros(num_rows, size, dtype=dtype, device=device)
             multiply(x, layer).sum().item()
     # Triton, the C compiler and the driver raise whatever they raise: all are reasons
     except Exception as error:
@@ -149,10 +172,10 @@ def try_kernels(
 
 class TritonBackend(Backend):
     def find_problem(self, layer, device, dtype) -> str | None:
-        if dtype not in DOT_DTYPES:
+        if dtype not in PIECE_DTYPES:
             return f"it cannot compute in {dtype}"
-        if (layer.group_size or BLOCK_IN) % BLOCK_IN:
-            return f"it needs groups of {BLOCK_IN} columns or a multiple, not {layer.group_size}"
+        if (layer.group_size or 0) % (size := count_columns(layer.bits)):
+            return f"it needs groups of {size} columns or a multiple, not {layer.group_size}"
         if device.type == "cuda" and torch.version.hip is None:
             capability = torch.cuda.get_device_capability(device)
             if capability < OLDEST_GPU:
