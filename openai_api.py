@@ -29,6 +29,7 @@ from chatglm2.serving.responses import TextCompletion, as_json
 from chatglm2.serving.responses_api import ResponsesApi
 from chatglm2.serving.responses_schema import DeletedResponse, ResponseObject
 from chatglm2.serving.server import RequestError
+from chatglm2.serving.tokens_api import DetokenizeResponse, TokenizeResponse, TokensApi
 
 COMPLETION_MAX_TOKENS = 16  # OpenAI's default
 
@@ -48,12 +49,12 @@ class Service:
             return None
         return await self.grammar.compile_in_time(json_schema)
 
-    def encode_chat(self, messages: list[schema.Message]) -> list[int]:
+    def encode_chat(self, messages: list[schema.Message], add_generation_prompt=True) -> list[int]:
         messages = [message.model_dump(include={"role", "content"}) for message in messages]
         for message in messages:
             message["role"] = message["role"].replace("developer", "system")
         return self.tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_dict=False
+            messages, add_generation_prompt=add_generation_prompt, return_dict=False
         )
 
     def encode_texts(self, texts: schema.Texts, param: str) -> list[list[int]]:
@@ -212,7 +213,7 @@ def create_app(model, tokenizer, args) -> FastAPI:
     app = server.create_app(model, tokenizer, args, title="ChatGLM2: the OpenAI API")
     name = Path(args.model).resolve().name  # resolve, because "." has no name
     service = Service(model, tokenizer, name, app.state.batcher)
-    api = ResponsesApi(service)
+    api, tokens = ResponsesApi(service), TokensApi(service)
     events = {"content": {"text/event-stream": {}}}
     for add, path, handler, response in (
         (app.post, "/v1/chat/completions", service.chat, {"model": ChatCompletion, **events}),
@@ -221,6 +222,8 @@ def create_app(model, tokenizer, args) -> FastAPI:
         (app.delete, "/v1/responses/{response_id}", api.delete, {"model": DeletedResponse}),
         (app.post, "/v1/completions", service.complete, {"model": TextCompletion, **events}),
         (app.post, "/v1/embeddings", service.embed, {"model": responses.EmbeddingList}),
+        (app.post, "/tokenize", tokens.tokenize, {"model": TokenizeResponse}),
+        (app.post, "/detokenize", tokens.detokenize, {"model": DetokenizeResponse}),
         (app.get, "/v1/models", service.list_models, {"model": responses.ModelList}),
         (app.get, "/v1/models/{name}", service.show_model, {"model": Model}),
     ):

@@ -17,10 +17,11 @@ from fastapi.exceptions import RequestValidationError
 from servers import record_requests, serve, wait_until
 
 import openai_api
-from chatglm2.serving import responses, responses_schema, schema
+from chatglm2.serving import responses, responses_schema, schema, tokens_api
 from chatglm2.serving.errors import describe_invalid
 
 CHAT, COMPLETIONS, EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
+TOKENIZE, DETOKENIZE = "/tokenize", "/detokenize"
 RESPONSES = "/v1/responses"
 JSON = {"Content-Type": "application/json"}
 GREETING = "你好👋！我是 ChatGLM2-tiny，一个小小的演示模型，很高兴见到你，欢迎和我聊聊天。"
@@ -455,11 +456,20 @@ REFUSED = {
     (EMBEDDINGS, "input"): [[], None, {}, [None], [[1] * 2000] * 9],
     (EMBEDDINGS, "encoding_format"): ["int8"],
     (EMBEDDINGS, "dimensions"): [8, 0, "256"],
+    (TOKENIZE, "prompt"): [None, 7, ["a"]],
+    (TOKENIZE, "messages"): [[], [USER], "你好"],  # VALID has a prompt
+    (TOKENIZE, "add_special_tokens"): [1],
+    (TOKENIZE, "add_generation_prompt"): [True],
+    (TOKENIZE, "continue_final_message"): [True],
+    (TOKENIZE, "chat_template"): ["{{messages}}"],
+    (TOKENIZE, "tools"): [[TOOL]],
+    (DETOKENIZE, "tokens"): [None, [], "a", ["a"], [4096], [-1], [1.5], [[5]]],
 }
 ANY_VALUES = [None, True, False, 0, 1, -1, 8.0, 1.5, 2**63, 1e308, math.nan, "", "8", "\ud83d"]
 ANY_VALUES += [[], [None], [8.0], ["a"], [[]], [[7.0]], [{}], {}, {"a": None}, {"type": "text"}]
 ANY_VALUES += [[{"role": "user", "content": None}], [{"type": "text", "text": "a"}], {"1": 1}]
 VALID = {CHAT: HELLO, COMPLETIONS: {"prompt": "a"}, EMBEDDINGS: {"input": "a"}}
+VALID |= {TOKENIZE: {"prompt": "a"}, DETOKENIZE: {"tokens": [5]}}
 VALID[RESPONSES] = {"input": "a", "max_tokens": None, "max_output_tokens": 1}
 
 
@@ -478,6 +488,8 @@ def test_wrong_values_are_refused_with_the_name_of_the_field(server, path, name)
         (COMPLETIONS, schema.CompletionRequest),
         (EMBEDDINGS, schema.EmbeddingRequest),
         (RESPONSES, responses_schema.ResponsesRequest),
+        (TOKENIZE, tokens_api.TokenizeRequest),
+        (DETOKENIZE, tokens_api.DetokenizeRequest),
     ],
 )
 def test_no_value_of_a_field_makes_the_server_fail(server, path, body_type):
@@ -565,6 +577,37 @@ def test_models(server):
     assert server.head(CHAT).status_code == 405
     error = server.get("/v1/models/other").json()["error"]
     assert error["code"] == "model_not_found" and error["param"] == "model"
+
+
+# Tokens.
+
+
+def test_tokens_of_a_text(server, tiny_tokenizer):
+    for text in ("你好，龘🤖", " a\n\tb ", ""):
+        ids = tiny_tokenizer.encode(text)
+        answer = post(server, TOKENIZE, prompt=text, return_token_strs=True)
+        assert (answer["tokens"], answer["count"]) == (ids, len(ids))
+        assert answer["max_model_len"] == 2048
+        *special, begin = answer["token_strs"][:3] if text else (*answer["token_strs"], "")
+        assert special == ["[gMASK]", "sop"] and begin.startswith(" " if text else "")
+        assert post(server, DETOKENIZE, tokens=ids) == {"prompt": text}
+        plain = post(server, TOKENIZE, prompt=text, add_special_tokens=False, model="any")
+        assert plain["tokens"] == ids[2:] and plain["token_strs"] is None
+    assert post(server, TOKENIZE, prompt="a" * 9000)["count"] > 2048  # longer than the context
+
+
+def test_tokens_of_a_conversation(server, tiny_tokenizer):
+    messages = [{"role": "developer", "content": "甲"}, USER]
+    answer = post(server, TOKENIZE, messages=messages)
+    usage = chat(server, messages=messages, max_tokens=1)["usage"]
+    assert answer["count"] == len(answer["tokens"]) == usage["prompt_tokens"]
+    text = tiny_tokenizer.decode(answer["tokens"])
+    assert post(server, DETOKENIZE, tokens=answer["tokens"]) == {"prompt": text}
+    messages.append({"role": "assistant", "content": "好"})
+    whole = post(server, TOKENIZE, messages=messages, add_generation_prompt=False)["tokens"]
+    assert whole[-1] == tiny_tokenizer.eos_token_id and whole[: answer["count"]] == answer["tokens"]
+    body = {"add_special_tokens": False, "messages": messages}
+    check_refused(server.post(TOKENIZE, json=body), "add_special_tokens")
 
 
 # Failing in mid-stream, and the schema.

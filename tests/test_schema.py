@@ -9,7 +9,7 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 
 import api
-from chatglm2.serving import responses_schema, schema, server
+from chatglm2.serving import responses_schema, schema, server, tokens_api
 from chatglm2.serving.batching import Request
 from chatglm2.serving.errors import describe_invalid
 
@@ -19,6 +19,8 @@ BODIES = [
     ("openai_api.py", schema.ChatRequest, CHAT),
     ("openai_api.py", schema.CompletionRequest, {"prompt": "a"}),
     ("openai_api.py", schema.EmbeddingRequest, {"input": "a"}),
+    ("chatglm2/serving/tokens_api.py", tokens_api.TokenizeRequest, {"prompt": "a"}),
+    ("chatglm2/serving/tokens_api.py", tokens_api.DetokenizeRequest, {"tokens": [5]}),
     (RESPONSES, responses_schema.ResponsesRequest, {"input": "a"}),
     ("api.py", api.Question, {"prompt": "a"}),
 ]

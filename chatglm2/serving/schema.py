@@ -250,11 +250,12 @@ class Message(StrictTypes):
         return self
 
 
+Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
 Tools = Annotated[list[dict], Field(max_length=MAX_TOOLS, fail_fast=True)]
 
 
 class ChatRequest(SamplingRequest):
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+    messages: Messages
     logprobs: bool | None = None
     top_logprobs: integer(0, MAX_LOGPROBS) | None = None
     tools: Tools | None = None
