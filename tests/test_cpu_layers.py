@@ -230,14 +230,28 @@ def test_prompt_after_a_kept_cache(taken):
 @pytest.mark.parametrize("is_prompt", [False, True])
 @pytest.mark.parametrize(("length", "piece"), [(12, 1), (700, 300)])
 def test_pieces_give_the_same_as_the_whole(length, piece, is_prompt, taken):
-    model, whole, cache = create(), ChatGLMCache(), ChatGLMCache()
-    ids = draw_ids(model, length)
+    check_pieces(create(), length, piece, is_prompt, torch.float32)
+    assert all(taken)
+
+
+@pytest.mark.parametrize("dtype", cpu_layers.CACHE_TYPES)
+@pytest.mark.parametrize("num_heads", [6, 34], ids="{} heads".format)
+def test_tokens_alone_give_the_same_as_a_prompt(isa, num_heads, dtype, taken):
+    """Over several blocks of keys, and with bundles of heads that are filled in part."""
+    model = create(num_attention_heads=num_heads, num_layers=1)
+    check_pieces(model, 530, 1, False, dtype)
+    check_pieces(model, 1100, 37, False, dtype)
+    assert all(taken)
+
+
+def check_pieces(model, length, piece, is_prompt, dtype):
+    model.transformer.cache_dtype = dtype
+    whole, cache, ids = ChatGLMCache(), ChatGLMCache(), draw_ids(model, length)
     expected = compute(model, ids, whole, is_prompt)
     pieces = [compute(model, part, cache, is_prompt) for part in ids.split(piece, dim=1)]
     assert torch.equal(torch.cat(pieces, dim=1), expected)
     for layer, other in zip(cache.layers, whole.layers, strict=True):
         assert torch.equal(layer.keys, other.keys) and torch.equal(layer.values, other.values)
-    assert all(taken)
 
 
 def test_memory_of_a_long_prompt(monkeypatch):

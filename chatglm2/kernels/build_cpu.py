@@ -29,7 +29,8 @@ from .cache import CACHE_VARIABLE, get_cache_folder
 
 logger = logging.get_logger(__name__)
 
-SOURCES = [Path(__file__).with_name(name) for name in ("cpu.c", "layer.c", "cpu.h")]
+SOURCE_NAMES = ("attention.c", "cpu.c", "layer.c", "cpu.h", "layer.h")
+SOURCES = [Path(__file__).with_name(name) for name in SOURCE_NAMES]
 COMPILERS = ("cc", "gcc", "clang")
 ZIG = [sys.executable, "-m", "ziglang", "cc"]
 FLAGS = ["-std=gnu11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-Wno-psabi"]
@@ -126,7 +127,7 @@ def compile_into(folder: Path, name: str, command: list[str]) -> Path:
     library = folder / name
     if not library.exists():
         programs = [str(source) for source in SOURCES if source.suffix == ".c"]
-        names = " and ".join(Path(program).name for program in programs)
+        names = ", ".join(Path(program).name for program in programs)
         compiler = name_compiler(command)
         logger.warning_once(f"Compiling {names} with {compiler}, once on this machine")
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -176,7 +177,7 @@ class Linear(ctypes.Structure):
 
 
 class Layer(ctypes.Structure):
-    """A transformer layer; see layer.c."""
+    """A transformer layer; see layer.h."""
 
     _fields_ = [
         *list_fields(Linear, "qkv", "dense", "h_to_4h", "h4_to_h"),
@@ -188,7 +189,7 @@ class Layer(ctypes.Structure):
 
 
 class Conversation(ctypes.Structure):
-    """The cache of a layer for one conversation; see layer.c."""
+    """The cache of a layer for one conversation; see layer.h."""
 
     _fields_ = list_fields(ctypes.c_void_p, "keys", "values")
     _fields_ += list_fields(ctypes.c_int64, "length", "capacity")

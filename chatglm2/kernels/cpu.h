@@ -79,8 +79,15 @@ INLINE Floats multiply_add(Floats a, Floats b, Floats sum) {
 // Each lane is a where `where` is -1, and b where it is 0.
 INLINE Ints choose(Ints where, Ints a, Ints b) { return (where & a) | (~where & b); }
 
+// Each lane is a if it is greater, else b; so b if one of them is NaN.
 INLINE Floats max_of(Floats a, Floats b) {
+#ifdef AVX512
+    return _mm512_max_ps(a, b);
+#elif defined(AVX2)
+    return _mm256_max_ps(a, b);
+#else
     return (Floats)choose((Ints)(a > b), (Ints)a, (Ints)b);
+#endif
 }
 
 // Rounds to the nearest integer, halves away from 0.

@@ -22,7 +22,7 @@ from chatglm2.quantization import QuantizedLinear
 from . import cpu_backend
 from .build_cpu import Conversation, Layer, get_library
 
-CACHE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # as in layer.c
+CACHE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # as in layer.h
 MAX_HEAD_DIM = 256
 ATTENTION_IMPLEMENTATIONS = ("sdpa", "eager")
 ARGUMENTS = {  # of `GLMTransformer.forward`, that C honours; all others must be None or False
@@ -176,7 +176,7 @@ def are_sizes_plain(layer: GLMBlock, config) -> bool:
 
 
 def find_linears(layer: GLMBlock) -> tuple:
-    """Return the linear layers in the order of layer.c."""
+    """Return the linear layers in the order of layer.h."""
     attention, mlp = layer.self_attention, layer.mlp
     return attention.query_key_value, attention.dense, mlp.dense_h_to_4h, mlp.dense_4h_to_h
 
