@@ -16,6 +16,8 @@ import torch
 from memory import create_sparse
 from quantized_layers import compute_error, create_layer
 
+from chatglm2.quantization import QuantizedLinear
+
 ROOT = Path(__file__).parent.parent
 pytest.importorskip("triton", reason="needs Triton: pip install triton")
 
@@ -104,7 +106,7 @@ def test_kernels_compile_for_gpus(capability, dtype, way, name, tmp_path, monkey
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     bits, group_size, _ = WAYS[way]
-    constants = {"GROUP_SIZE": group_size or 4096, "BITS": bits}
+    constants = {"GROUP_SIZE": group_size or 0, "BITS": bits}
     constants |= {x: getattr(triton_backend, x) for x in ("BLOCK_ROWS", "BLOCK_OUT")}
     constants |= {"BLOCK_IN": triton_backend.count_columns(bits)}
     constants |= triton_backend.get_pieces(DTYPES[dtype])
@@ -141,6 +143,52 @@ def test_layers_that_it_cannot_serve(monkeypatch):
     monkeypatch.setattr(triton_backend, "multiply", fail)
     problem = triton_backend.try_kernels.__wrapped__(4, 128, cpu, torch.float16)
     assert problem == "a trial failed: RuntimeError: Failed to find C compiler."
+
+
+@pytest.mark.parametrize("sizes", [(4096, 4608), (13696, 4096), (200, 70)], ids=str)
+@pytest.mark.parametrize("way", WAYS)
+def test_trial_compiles_the_kernels_of_the_layers(way, sizes, monkeypatch):
+    """All that Triton compiles for: the options, and which sizes are multiples of 16."""
+    from chatglm2.kernels import triton_backend
+
+    bits, group_size, _ = WAYS[way]
+    if group_size and sizes[0] % group_size:
+        sizes = 256, sizes[1]
+    compiled = set()
+
+    class Recorder:
+        def __init__(self, name):
+            kernel = getattr(triton_backend, name)
+            self.name, self.arguments = name, kernel.arg_names
+            self.fixed = kernel.do_not_specialize or []
+
+        def __getitem__(self, grid):
+            return self.launch
+
+        def launch(self, *args, **options):
+            named = dict(zip(self.arguments, args, strict=False))
+            tensors = [x.dtype for x in args if isinstance(x, torch.Tensor)]
+            numbers = {x: n % 16 == 0 for x, n in named.items() if isinstance(n, int)}
+            numbers = {x: is_multiple for x, is_multiple in numbers.items() if x not in self.fixed}
+            compiled.add(str((self.name, tensors, numbers, options)))
+
+    for name in KERNELS:
+        monkeypatch.setattr(triton_backend, name, Recorder(name))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    run_trial, gpu = triton_backend.try_kernels.__wrapped__, torch.device("cuda", 0)
+
+    def try_on_the_cpu(bits, group_size, device, *args):
+        return run_trial(bits, group_size, torch.device("cpu"), *args)
+
+    monkeypatch.setattr(triton_backend, "try_kernels", try_on_the_cpu)
+    layer = QuantizedLinear(*sizes, bits, group_size, dtype=torch.float16)
+    backend = triton_backend.TritonBackend()
+    assert backend.find_problem(layer, gpu, torch.float16) is None
+    tried = set(compiled)
+    assert len(tried) == len(KERNELS)
+    for num_rows in (1, 2, 9, 16, 17, 32):
+        backend.matmul(torch.zeros(num_rows, sizes[0]).half(), layer)
+    assert compiled == tried
 
 
 if __name__ == "__main__":

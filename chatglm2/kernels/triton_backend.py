@@ -3,10 +3,10 @@
     y[row, out] = sum over c of x[row, c] * level(out, c) * scale[out, c // GROUP_SIZE]
 
 A stored byte holds `8 / BITS` levels, the first in its high bits: column c of a row is part
-`c % (8 / BITS)` of byte `c // (8 / BITS)`. With one scale for each row, GROUP_SIZE is the number of
-columns. Levels are exact in any float type, sums are float32, and scales multiply the sums.
+`c % (8 / BITS)` of byte `c // (8 / BITS)`. With one scale for each row, GROUP_SIZE is 0. Levels are
+exact in any float type, sums are float32, and scales multiply the sums.
 
-GPUs multiply tiles of 16-bit numbers only. So in tiles a float32 value is a sum of three bfloat16
+Tensor cores are used for 16-bit numbers. So in tiles a float32 value is a sum of three bfloat16
 pieces, each of which holds the next eight bits of it: no bit is lost.
 
 TRITON_INTERPRET=1, set before the first import of triton, runs this file on a CPU, for tests.
@@ -62,7 +62,7 @@ def matvec_kernel(
     is_out = out < out_features
     x_row = find_rows(x, row, in_features)
     weight_rows = find_rows(weight, out, in_features // PARTS)
-    scale_rows = find_rows(weight_scale, out, tl.cdiv(in_features, GROUP_SIZE))
+    scale_rows = find_rows(weight_scale, out, in_features // GROUP_SIZE if GROUP_SIZE else 1)
     total = tl.zeros((BLOCK_OUT,), tl.float32)
     for start in range(0, in_features, BLOCK_IN):
         byte = start // PARTS + tl.arange(0, BLOCK_IN // PARTS)
@@ -72,13 +72,14 @@ def matvec_kernel(
             value = tl.load(x_row + column, column < in_features, other=0)
             level = load_levels(weight_rows, byte, is_out, in_features // PARTS, part, BITS)
             products += level.to(tl.float32) * value.to(tl.float32)[None, :]
-        scale = tl.load(scale_rows + start // GROUP_SIZE, is_out, other=0).to(tl.float32)
+        group = start // GROUP_SIZE if GROUP_SIZE else 0
+        scale = tl.load(scale_rows + group, is_out, other=0).to(tl.float32)
         total += tl.sum(products, 1) * scale
     y_row = find_rows(y, row, out_features)
     tl.store(y_row + out, total.to(y.dtype.element_ty), is_out)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])  # else some numbers would compile another kernel
 def tile_kernel(
     x, weight, weight_scale, y, num_rows, in_features, out_features,
     GROUP_SIZE: tl.constexpr, BITS: tl.constexpr,
@@ -93,7 +94,7 @@ def tile_kernel(
     is_row, is_out = row < num_rows, out < out_features
     x_rows = find_rows(x, row, in_features)
     weight_rows = find_rows(weight, out, in_features // PARTS)
-    scale_rows = find_rows(weight_scale, out, tl.cdiv(in_features, GROUP_SIZE))
+    scale_rows = find_rows(weight_scale, out, in_features // GROUP_SIZE if GROUP_SIZE else 1)
     total = tl.zeros((BLOCK_ROWS, BLOCK_OUT), tl.float32)
     for start in range(0, in_features, BLOCK_IN):
         byte = start // PARTS + tl.arange(0, BLOCK_IN // PARTS)
@@ -108,7 +109,8 @@ def tile_kernel(
                 piece = value.to(PIECE_DTYPE)
                 products = tl.dot(piece.to(DOT_DTYPE), level, products, input_precision="ieee")
                 value = value.to(tl.float32) - piece.to(tl.float32)
-        scale = tl.load(scale_rows + start // GROUP_SIZE, is_out, other=0).to(tl.float32)
+        group = start // GROUP_SIZE if GROUP_SIZE else 0
+        scale = tl.load(scale_rows + group, is_out, other=0).to(tl.float32)
         total += products * scale[None, :]
     place = find_rows(y, row, out_features)[:, None] + out[None, :]
     tl.store(place, total.to(y.dtype.element_ty), is_row[:, None] & is_out[None, :])
@@ -134,7 +136,7 @@ def multiply(x: torch.Tensor, layer: QuantizedLinear) -> torch.Tensor:
     y = x.new_empty(len(rows), layer.out_features)
     sizes = layer.in_features, layer.out_features
     options = {
-        "GROUP_SIZE": layer.group_size or layer.in_features,
+        "GROUP_SIZE": layer.group_size or 0,
         "BITS": layer.bits,
         "BLOCK_OUT": BLOCK_OUT,
         "BLOCK_IN": count_columns(layer.bits),
@@ -153,11 +155,23 @@ def multiply(x: torch.Tensor, layer: QuantizedLinear) -> torch.Tensor:
 
 @cache
 def try_kernels(
-    bits: int, group_size: int | None, device: torch.device, dtype: torch.dtype
+    bits: int,
+    group_size: int | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    in_remainder: int = 0,
+    out_remainder: int = 0,
 ) -> str | None:
-    """Run both kernels once, and return what fails (there may be no compiler), or None."""
-    size = count_columns(bits)
-    layer = QuantizedLinear(size, BLOCK_OUT, bits, group_size, dtype=dtype, device=device)
+    """Run both kernels once, and return what fails (there may be no compiler), or None.
+
+    Args:
+        in_remainder: The number of inputs modulo 16: Triton compiles other kernels for multiples.
+        out_remainder: The number of outputs modulo 16.
+    """
+    size = count_columns(bits) + in_remainder
+    layer = QuantizedLinear(
+        size, BLOCK_OUT + out_remainder, bits, group_size, dtype=dtype, device=device
+    )
     layer.weight.zero_()
     layer.weight_scale.zero_()
     try:
@@ -184,7 +198,8 @@ class TritonBackend(Backend):
                 )
         elif device.type != "cuda" and not triton.knobs.runtime.interpret:
             return "it needs a GPU (on a CPU, for tests: TRITON_INTERPRET=1)"
-        return try_kernels(layer.bits, layer.group_size, device, dtype)
+        remainders = layer.in_features % 16, layer.out_features % 16
+        return try_kernels(layer.bits, layer.group_size, device, dtype, *remainders)
 
     def matmul(self, x: torch.Tensor, layer: QuantizedLinear) -> torch.Tensor:
         return multiply(x, layer)
