@@ -24,10 +24,12 @@ from transformers.generation.streamers import BaseStreamer
 
 from .sampling_chatglm import (
     CHAT_DEFAULTS,
+    PLAIN_SAMPLING,
     SAMPLING_ONLY,
     InvalidScoreLogitsProcessor,
     VocabularyLogitsProcessor,
     as_ids,
+    create_sampler,
     find_end,
     find_end_ids,
     own_settings,
@@ -404,9 +406,13 @@ class ChatGLMGenerationMixin(GenerationMixin):
             tokenizer: With it, only ids of the tokenizer are generated: the output matrix has more
                 rows. It is also asked for the end of an answer, and needed for `stop_strings`.
 
+<<<<<<< HEAD
         Raises:
             ValueError: A cache in use is no `ChatGLMCache`, and the model has a P-Tuning v2 prefix,
                 which transformers would count as tokens.
+=======
+        With the common settings `SamplingLogitsProcessor` samples, see `create_sampler`.
+>>>>>>> ed0237d (Sample among the candidates, in generate as in the servers)
         """
         cache = pick_cache(past_key_values, cache)
         has_prefix = self.config.pre_seq_len is not None
@@ -423,18 +429,25 @@ class ChatGLMGenerationMixin(GenerationMixin):
             cache = ChatGLMCache()
         if cache is not None:
             kwargs[CACHE_NAME] = cache
+        given = {} if generation_config is None else read_fields(generation_config)
+        fields = read_fields(self.generation_config) | given | kwargs
+        processors, changed = [*(logits_processor or [])], {}
         if "eos_token_id" not in kwargs:
-            end_ids = self.find_end_ids(tokenizer, generation_config)
-            if generation_config is None:
-                kwargs["eos_token_id"] = end_ids
-            else:  # transformers warns of both, a generation_config and its fields
-                generation_config = copy.copy(generation_config)
-                generation_config.eos_token_id = end_ids
+            changed["eos_token_id"] = self.find_end_ids(tokenizer, generation_config)
         if tokenizer is not None:
-            vocabulary = VocabularyLogitsProcessor(len(tokenizer))
-            logits_processor = LogitsProcessorList([vocabulary, *(logits_processor or [])])
+            processors.insert(0, VocabularyLogitsProcessor(len(tokenizer)))
             kwargs["tokenizer"] = tokenizer
-        return super().generate(inputs, generation_config, logits_processor, *args, **kwargs)
+        if not args and (sampler := create_sampler(fields)):
+            processors.append(sampler)
+            changed |= PLAIN_SAMPLING | {"do_sample": False}
+            kwargs = {k: v for k, v in kwargs.items() if k not in changed}
+        if generation_config is None:
+            kwargs |= changed
+        elif changed:  # transformers warns of both, a generation_config and its fields
+            generation_config = copy.copy(generation_config)
+            generation_config.update(**changed)
+        processors = LogitsProcessorList(processors) if processors else None
+        return super().generate(inputs, generation_config, processors, *args, **kwargs)
 
     def find_end_ids(self, tokenizer=None, generation_config=None) -> list[int]:
         """Return the ids that end an answer.

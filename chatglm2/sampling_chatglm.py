@@ -5,7 +5,14 @@ This file is also Hugging Face remote code.
 
 import torch
 import torch.nn.functional as F
-from transformers import GenerationConfig, LogitsProcessor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
@@ -33,6 +40,11 @@ PLAIN_FIELDS = {
     "early_stopping": False,
     "min_length": 0,
 }
+
+# Defaults of transformers.
+PLAIN_SAMPLING = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": None}
+# If `generate` has no other fields than these, `SamplingLogitsProcessor` samples.
+SAMPLER_FIELDS = CHECKPOINT_FIELDS | SPECIAL_IDS | {"max_length", "max_new_tokens"}
 
 
 def read_fields(generation_config: GenerationConfig) -> dict:
@@ -140,3 +152,62 @@ class InvalidScoreLogitsProcessor(LogitsProcessor):
         forced = torch.zeros_like(scores)
         forced[..., 5] = 5e4
         return torch.where(is_whole, scores, forced)
+
+
+class SamplingLogitsProcessor(LogitsProcessor):
+    """Samples the next id and bans all others, so that greedy `generate` returns it.
+
+    transformers itself sorts all scores for `top_p` and draws a random number for each id. Here
+    this is done for the `top_k` candidates alone. There are exactly `top_k`, even if other ids have
+    the same score as the last one.
+
+    The arguments are those of `generate`; `None` has no effect.
+    """
+
+    def __init__(self, temperature=None, top_k=None, top_p=None, min_p=None):
+        self.top_k = TopKLogitsWarper(top_k).top_k if top_k else None
+        self.warpers = []
+        if temperature not in (None, 1):
+            self.warpers.append(TemperatureLogitsWarper(temperature))
+        if top_p is not None and top_p < 1:
+            self.warpers.append(TopPLogitsWarper(top_p))
+        if min_p:
+            self.warpers.append(MinPLogitsWarper(min_p))
+
+    def find_candidates(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the candidates' ids and probabilities, both [b, k]; scores are [b, V].
+
+        They are ordered by id, because rounding can swap two scores, and with them the random
+        numbers of their ids.
+        """
+        num_ids = scores.shape[1]
+        if self.top_k is None or self.top_k >= num_ids:
+            ids = torch.arange(num_ids, device=scores.device).expand_as(scores)
+        else:
+            ids = scores.topk(self.top_k).indices.sort(-1).values
+            scores = scores.gather(1, ids)
+        for warper in self.warpers:
+            scores = warper(None, scores)
+        return ids, scores.softmax(-1)
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        ids, probabilities = self.find_candidates(scores)
+        sampled = ids.gather(1, torch.multinomial(probabilities, 1))
+        return torch.full_like(scores, -torch.inf).scatter_(1, sampled, 0.0)
+
+
+def create_sampler(fields: dict) -> SamplingLogitsProcessor | None:
+    """Return the sampler for a call of `generate`.
+
+    It is `None` if the call is greedy, or if it has a field that could act after the sampler or
+    read its scores; then transformers does it all.
+
+    Args:
+        fields: The fields of generation_config and the arguments that replace them.
+    """
+    known = vars(GenerationConfig()).keys() | {"assistant_model", "custom_generate"}
+    others = (known & fields.keys()) - SAMPLER_FIELDS
+    is_unusual = any(fields[k] not in (None, False, PLAIN_FIELDS.get(k)) for k in others)
+    if is_unusual or not fields.get("do_sample"):
+        return None
+    return SamplingLogitsProcessor(**{k: fields.get(k, v) for k, v in PLAIN_SAMPLING.items()})

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import shutil
 from types import SimpleNamespace
 
@@ -10,7 +11,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from servers import gather_answers
-from transformers import AutoModel, GenerationConfig
+from transformers import (
+    AutoModel,
+    GenerationConfig,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+from transformers.generation import configuration_utils
 
 from chatglm2 import CHAT_DEFAULTS
 from chatglm2.chat.conversation import Conversation
@@ -18,9 +27,12 @@ from chatglm2.chat.shared_model import sampling_sliders
 from chatglm2.sampling_chatglm import (
     CHECKPOINT_FIELDS,
     PLAIN_FIELDS,
+    SAMPLER_FIELDS,
     SPECIAL_IDS,
     InvalidScoreLogitsProcessor,
+    SamplingLogitsProcessor,
     VocabularyLogitsProcessor,
+    create_sampler,
     find_end_ids,
     own_settings,
     read_sampling,
@@ -127,6 +139,155 @@ def test_processors_of_a_request_that_leave_no_score(configure, tiny_model, tiny
     settings = {"processors": [ban_all], "max_new_tokens": 2}
     settings["processors"] = type(Request([1]).processors)(settings["processors"])
     assert ask_batcher(tiny_model, tiny_tokenizer, **settings) == "\x02\x02"
+
+
+# Sampling
+
+NUM_IDS = 1000
+RANDOM = torch.randn(4, NUM_IDS, generator=torch.Generator().manual_seed(0)) * 3
+ROWS = {
+    "random": RANDOM,
+    "flat": RANDOM / 1000,
+    "peaked": RANDOM * 100,
+    "few": torch.full((4, NUM_IDS), -INF).scatter(1, RANDOM.topk(7).indices, RANDOM[:, :7]),
+    "one": torch.full((4, NUM_IDS), -INF).index_fill(1, torch.tensor(77), 1.0),
+    "forced": torch.zeros(4, NUM_IDS).index_fill(1, torch.tensor(5), 5e4),
+    "ties": RANDOM.round(),
+}
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p", "min_p"),
+    [
+        (0.8, 50, 0.8, None),
+        (None, None, None, None),
+        (1.0, 0, 1.0, 0.0),
+        (3.0, 0, 0.9, None),
+        (0.1, 0, 0.9, None),
+        (1.5, NUM_IDS - 1, 0.999, None),
+        (1.5, NUM_IDS, 0.5, None),
+        (1.5, 10 * NUM_IDS, 0.5, None),
+        (1.0, 1, 1.0, None),
+        (1.0, 50, 1e-6, None),
+        (1.0, 50, 0.0, None),
+        (2.0, 50, 0.95, 0.1),
+    ],
+)
+def test_candidates_are_those_of_transformers(rows, temperature, top_k, top_p, min_p):
+    scores = expected = ROWS[rows]
+    if temperature:
+        expected = TemperatureLogitsWarper(temperature)(None, expected)
+    if top_k:
+        expected = TopKLogitsWarper(top_k)(None, expected)
+    num_tied = (expected > -INF).sum(-1).max()  # transformers keeps more than top_k
+    for warper, value in ((TopPLogitsWarper, top_p), (MinPLogitsWarper, min_p)):
+        if value is not None:
+            expected = warper(value)(None, expected)
+    expected = expected.softmax(-1)
+    ids, found = SamplingLogitsProcessor(temperature, top_k, top_p, min_p).find_candidates(scores)
+    assert (ids.diff() > 0).all()
+    if top_k and num_tied > top_k:
+        assert rows in ("ties", "forced") and ids.shape[1] == top_k
+        cut = scores.gather(1, ids).amin(-1, keepdim=True)
+        assert all(
+            set(above.nonzero()[:, 0].tolist()) <= set(kept.tolist())
+            for above, kept in zip(scores > cut, ids, strict=True)
+        )
+        return
+    found = torch.zeros(scores.shape).scatter(1, ids, found)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-4)
+    assert torch.equal(found > 0, expected > 0)
+
+
+def test_samples_have_the_probabilities_of_the_candidates():
+    scores = RANDOM[:1].expand(20000, -1)
+    sampler = SamplingLogitsProcessor(1.5, 12, 0.9)
+    torch.manual_seed(0)
+    sampled = sampler(None, scores)
+    assert sampled.isfinite().sum(-1).eq(1).all()
+    counts = sampled.argmax(-1).bincount(minlength=NUM_IDS)
+    ids, probabilities = sampler.find_candidates(scores[:1])
+    assert counts.sum() == counts[ids].sum() == 20000
+    torch.testing.assert_close(counts[ids] / 20000, probabilities, atol=0.015, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error"),
+    [({"temperature": 0.0}, "temperature"), ({"top_k": -1}, "top_k"), ({"top_p": -1.0}, "top_p")],
+)
+def test_wrong_sampling_is_refused_as_transformers_does(tiny_model, settings, error):
+    with pytest.raises(ValueError, match=error):
+        tiny_model.generate(torch.tensor([[5]]), do_sample=True, max_new_tokens=1, **settings)
+
+
+@pytest.mark.parametrize("ask", [ask_chat, ask_stream, ask_conversation])
+def test_a_seed_gives_the_same_answer_on_all_paths(configure, ask, tiny_model, tiny_tokenizer):
+    settings = {"temperature": 5.0, "top_k": 30, "top_p": 0.95, "max_new_tokens": 20}
+    configure(do_sample=True)
+    answers = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        answers.append(ask(tiny_model, tiny_tokenizer, **settings))
+        assert answers[-1] == ask_batcher(tiny_model, tiny_tokenizer, seed=seed, **settings)
+    assert len(set(answers)) == 3
+
+
+@pytest.fixture
+def widths(monkeypatch):
+    """The numbers of probabilities from which `torch.multinomial` has sampled."""
+    found, multinomial = set(), torch.multinomial
+
+    def spy(probabilities, *args, **settings):
+        found.add(probabilities.shape[-1])
+        return multinomial(probabilities, *args, **settings)
+
+    monkeypatch.setattr(torch, "multinomial", spy)
+    return found
+
+
+@pytest.mark.parametrize("given", ["arguments", "generation_config", "checkpoint", "both"])
+@pytest.mark.parametrize(
+    ("settings", "width"),
+    [
+        ({}, 50),
+        ({"top_k": 7, "top_p": 0.9, "temperature": 0.7}, 7),
+        ({"top_k": 7, "repetition_penalty": 1.1, "num_return_sequences": 1}, 7),
+        ({"top_k": 7, "num_return_sequences": 2}, 4096),
+        ({"top_k": 7, "typical_p": 0.9}, 4096),
+        ({"top_k": 7, "output_scores": True, "return_dict_in_generate": True}, 4096),
+        ({"top_k": 7, "num_beams": 2}, 2 * 4096),
+    ],
+)
+def test_generate_samples_among_few_if_the_settings_allow_it(
+    configure, tiny_model, widths, monkeypatch, caplog, given, settings, width
+):
+    monkeypatch.setattr(configuration_utils.logger, "parent", logging.getLogger())
+    configuration_utils.logger.warning_once.cache_clear()
+    settings = {"do_sample": True, "max_new_tokens": 3, "pad_token_id": 0, **settings}
+    configure(**{"do_sample": None} | (settings if given in ("checkpoint", "both") else {}))
+    arguments = settings if given == "arguments" else {}
+    if given in ("generation_config", "both"):
+        config = GenerationConfig(**settings if given != "both" else {"max_new_tokens": 2})
+        arguments, before = {"generation_config": config}, config.to_dict()
+    tiny_model.generate(torch.tensor([[64, 65, 5]]), **arguments)
+    assert widths == {width}
+    assert "not valid" not in caplog.text
+    if "generation_config" in arguments:
+        assert config.to_dict() == before
+
+
+def test_other_fields_leave_sampling_to_transformers():
+    """A new field of transformers, too."""
+    names = {name for name in vars(GenerationConfig()) if not name.startswith("_")}
+    for name in names | {"assistant_model", "custom_generate"}:
+        sampler = create_sampler(
+            {"do_sample": True, name: 7.0} | dict.fromkeys(CHECKPOINT_FIELDS, 1.0) | {"top_k": 5}
+        )
+        assert (sampler is not None) == (name in SAMPLER_FIELDS), name
+    assert create_sampler({}) is create_sampler({"do_sample": False}) is None
+    assert create_sampler({"do_sample": True, "use_cache": True, "min_length": 0}).top_k == 50
+    assert create_sampler({"do_sample": True, "top_k": None}).top_k is None
 
 
 # Ids

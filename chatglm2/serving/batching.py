@@ -22,18 +22,12 @@ from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
-from transformers import (
-    LogitsProcessor,
-    LogitsProcessorList,
-    MinPLogitsWarper,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import LogitsProcessor, LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
 from chatglm2.generation_chatglm import CACHE_BLOCK, AnswerDecoder, ChatGLMCache, RaggedCache
 from chatglm2.sampling_chatglm import (
     InvalidScoreLogitsProcessor,
+    SamplingLogitsProcessor,
     VocabularyLogitsProcessor,
     find_end,
     read_sampling,
@@ -306,25 +300,18 @@ def sample(rows: dict[Generation, torch.Tensor]) -> dict[Generation, int]:
         request = generation.request
         settings = request.temperature, request.top_k, request.top_p, request.min_p
         groups[settings].append(generation)
-    for (temperature, top_k, top_p, min_p), group in groups.items():
+    for (temperature, *filters), group in groups.items():
         scores = torch.cat([rows[generation] for generation in group])
         if not temperature:
             chosen.update(zip(group, scores.argmax(-1).tolist(), strict=True))
             continue
-        size = min(top_k or scores.shape[1], scores.shape[1])
-        # By id, not by score: rounding can swap two scores, and with them their random numbers.
-        candidates = scores.topk(size).indices.sort(-1).values
-        scores = scores.gather(1, candidates)
-        scores = TemperatureLogitsWarper(temperature)(None, scores)
-        if top_p < 1:
-            scores = TopPLogitsWarper(top_p)(None, scores)
-        if min_p:
-            scores = MinPLogitsWarper(min_p)(None, scores)
-        # Among exponential waiting times with rates p_i, the i-th is the shortest with
-        # probability p_i.
-        waits = [torch.empty(size).exponential_(generator=g.generator) for g in group]
-        index = (F.softmax(scores, dim=-1) / torch.stack(waits)).argmax(-1, keepdim=True)
-        chosen.update(zip(group, candidates.gather(1, index)[:, 0].tolist(), strict=True))
+        sampler = SamplingLogitsProcessor(temperature, *filters)
+        ids, probabilities = sampler.find_candidates(scores)
+        sampled = [
+            torch.multinomial(row, 1, generator=generation.generator)
+            for row, generation in zip(probabilities, group, strict=True)
+        ]
+        chosen.update(zip(group, ids.gather(1, torch.stack(sampled))[:, 0].tolist(), strict=True))
     return chosen
 
 
