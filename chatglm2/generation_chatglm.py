@@ -406,13 +406,11 @@ class ChatGLMGenerationMixin(GenerationMixin):
             tokenizer: With it, only ids of the tokenizer are generated: the output matrix has more
                 rows. It is also asked for the end of an answer, and needed for `stop_strings`.
 
-<<<<<<< HEAD
+        With the common settings `SamplingLogitsProcessor` samples, see `create_sampler`.
+
         Raises:
             ValueError: A cache in use is no `ChatGLMCache`, and the model has a P-Tuning v2 prefix,
                 which transformers would count as tokens.
-=======
-        With the common settings `SamplingLogitsProcessor` samples, see `create_sampler`.
->>>>>>> ed0237d (Sample among the candidates, in generate as in the servers)
         """
         cache = pick_cache(past_key_values, cache)
         has_prefix = self.config.pre_seq_len is not None
