@@ -196,12 +196,19 @@ def need_zig():
 
 
 @pytest.mark.slow  # compiles
-def test_zig(tmp_path, monkeypatch, need_zig):
-    """Zig compiles where nothing else does, and the kernels compute what plain PyTorch computes."""
-    monkeypatch.setenv("PATH", str(tmp_path))
+@pytest.mark.parametrize("isa", ["avx512", "avx2", "portable"])
+def test_zig(isa, tmp_path, monkeypatch, need_zig):
+    """Zig compiles where nothing else does, without a home folder, and as requested."""
+    for name in ("PATH", "HOME"):
+        monkeypatch.setenv(name, str(tmp_path / "none"))
     monkeypatch.setenv("CHATGLM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("CHATGLM_CPU_ISA", isa)
     library, problem = build_cpu.get_library()
+    if problem and "this CPU lacks" in problem:
+        pytest.skip(problem)
     assert problem is None and Path(library._name).parent == tmp_path / "cache"
+    assert [path.name for path in tmp_path.iterdir()] == ["cache"]
+    assert library.chatglm_isa().decode() == isa
     layer, x = create_exact_layer(4, 128, torch.float32), torch.eye(256)
     assert torch.equal(CPUBackend().matmul(x, layer), torch_matmul(x, layer))
 

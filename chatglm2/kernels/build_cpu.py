@@ -32,7 +32,7 @@ logger = logging.get_logger(__name__)
 SOURCE_NAMES = ("attention.c", "cpu.c", "layer.c", "cpu.h", "layer.h")
 SOURCES = [Path(__file__).with_name(name) for name in SOURCE_NAMES]
 COMPILERS = ("cc", "gcc", "clang")
-ZIG = [sys.executable, "-m", "ziglang", "cc"]
+ZIG = [sys.executable, "-m", "ziglang", "cc", "-mcpu=baseline"]  # a later -march adds to it
 FLAGS = ["-std=gnu11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-Wno-psabi"]
 FLAGS += ["-shared", "-fPIC", "-pthread"]
 SYSTEM_COMPILERS = {"linux": "apt install gcc", "darwin": "xcode-select --install"}
@@ -56,9 +56,16 @@ def run(command: list[str]) -> str:
         RuntimeError: The command failed; the error has its last message.
     """
     try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, errors="replace", timeout=TIMEOUT_S
-        )
+        with tempfile.TemporaryDirectory() as cache:  # else zig keeps 50 MB in the home folder
+            folders = {"ZIG_GLOBAL_CACHE_DIR": cache, "ZIG_LOCAL_CACHE_DIR": cache}
+            done = subprocess.run(
+                command,
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=TIMEOUT_S,
+                env=os.environ | folders,
+            )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise RuntimeError(f"{name_compiler(command)} cannot run: {error}") from None
     if done.returncode:
