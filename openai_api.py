@@ -154,7 +154,7 @@ class Service:
         yield server.event("[DONE]")
 
     async def chat(self, body: schema.ChatRequest, request: HTTPRequest):
-        """Answer a conversation."""
+        """Answer a conversation, in chunks with "stream": true."""
         matcher = await self.compile_schema(body)
         requests = await run_in_threadpool(self.build_chat, body, matcher)
         form = responses.ChatCompletions(self.tokenizer, body.model)
@@ -179,7 +179,7 @@ class Service:
             raise RequestError(400, message, "input", "context_length_exceeded")
 
     async def embed(self, body: schema.EmbeddingRequest, request: HTTPRequest):
-        """Return the mean of the last hidden states of each text, scaled to length 1."""
+        """Return a vector for each text: the mean of its last hidden states, of length 1."""
         if body.dimensions not in (None, size := self.model.config.hidden_size):
             message = f"dimensions: {body.dimensions} is not the {size} of the model: leave it out."
             raise RequestError(400, message, "dimensions")

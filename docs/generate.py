@@ -1,12 +1,13 @@
-"""Write the tables of flags and of request fields into the documentation.
+"""Write the tables of flags, of routes and of request fields into the documentation.
 
     python docs/generate.py            # write them
     python docs/generate.py --check    # exit with 1 if a page is stale
 
 It imports every script, so it needs requirements-dev.txt.
 
-A table stands between `<!-- flags SCRIPT -->` or `<!-- fields MODULE.CLASS -->` and `<!-- end -->`.
-After `SCRIPT - OTHER` it has only the rows that the table of OTHER lacks.
+A table stands between `<!-- flags SCRIPT -->`, `<!-- routes SCRIPT -->` or
+`<!-- fields MODULE.CLASS -->` and `<!-- end -->`. After `SCRIPT - OTHER` it has only the rows that
+the table of OTHER lacks.
 """
 
 import argparse
@@ -21,10 +22,13 @@ from unittest.mock import patch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import utils  # noqa: E402
 from chatglm2.serving import pages  # noqa: E402
 
 PAGES = [*sorted(ROOT.glob("docs/*.md")), ROOT / "evaluation" / "README.md"]
-MARKED = re.compile(r"(<!-- (flags|fields) (\S+)(?: - (\S+))? -->\n).*?(<!-- end -->)", re.DOTALL)
+MARKED = re.compile(
+    r"(<!-- (flags|routes|fields) (\S+)(?: - (\S+))? -->\n).*?(<!-- end -->)", re.DOTALL
+)
 UNTITLED = ("positional arguments", "options")  # argparse's own groups
 
 
@@ -53,6 +57,22 @@ def list_flags(script: str) -> dict[str, list[str]]:
     return groups
 
 
+def list_routes(script: str) -> dict[str, list[str]]:
+    """Return a row for each route of a server, with the text of its handler."""
+    flags = ["--model", str(ROOT / "resources" / "chatglm2-tiny")]
+    args = utils.parse_args("", utils.add_server_arguments, flags)
+    tokenizer, model = utils.load_model(args)
+    app = import_module(Path(script).stem).create_app(model, tokenizer, args)
+    app.state.batcher.end()
+    rows = [
+        f"| `{method} {route.path}` | {route.endpoint.__doc__} |"
+        for route in sorted(app.routes, key=lambda route: not route.path.startswith("/v1/"))
+        if route.endpoint.__doc__
+        for method in route.methods
+    ]
+    return {UNTITLED[0]: rows}
+
+
 def list_fields(path: str) -> dict[str, list[str]]:
     """Return a row for each field of a request, the required ones first."""
     module, _, name = path.rpartition(".")
@@ -63,7 +83,11 @@ def list_fields(path: str) -> dict[str, list[str]]:
 
 def make_table(found: re.Match) -> str:
     begin, kind, name, other, end = found.groups()
-    list_rows, column = {"flags": (list_flags, "meaning"), "fields": (list_fields, "value")}[kind]
+    list_rows, column = {
+        "flags": (list_flags, "meaning"),
+        "routes": (list_routes, "description"),
+        "fields": (list_fields, "value"),
+    }[kind]
     known = {row for rows in list_rows(other).values() for row in rows} if other else set()
     parts = [begin]
     for title, rows in list_rows(name).items():

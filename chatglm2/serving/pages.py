@@ -90,7 +90,7 @@ def add_pages(app: FastAPI, args, path: str, body: dict):
 
     @app.get("/", include_in_schema=False)
     async def show_start(request: HTTPRequest):
-        """Show how to ask a question; without the key only that one is needed."""
+        """Show a page with an example for curl; needs no key."""
         base = str(request.base_url).rstrip("/")
         key = ' -H "Authorization: Bearer KEY"' if args.api_key else ""
         command = f"curl {base}{path}{key} \\\n    -H 'Content-Type: application/json' \\\n"
@@ -106,6 +106,7 @@ def add_pages(app: FastAPI, args, path: str, body: dict):
 
     @app.get("/docs", include_in_schema=False)
     async def show_docs():
+        """Show all routes and fields; /openapi.json has them as JSON."""
         document = app.openapi()
         definitions = document["components"]["schemas"]
         routes = [

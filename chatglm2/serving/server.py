@@ -201,6 +201,7 @@ def create_app(model, tokenizer, args, title: str, invalid_status=400, **options
 
     @app.get("/health", responses={503: ERROR_RESPONSES[503]})
     async def health():
+        """Return status 200 while the server works; needs no key."""
         if batcher.deadline is not None:
             raise Unavailable("The server is shutting down.")
         if not batcher.thread.is_alive():
@@ -213,6 +214,7 @@ def create_app(model, tokenizer, args, title: str, invalid_status=400, **options
 
     @app.get("/metrics", response_class=PlainTextResponse, responses=errors)
     async def report_metrics():
+        """Return counts and times for Prometheus."""
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     return app
