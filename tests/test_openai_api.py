@@ -19,6 +19,7 @@ from servers import record_requests, serve, wait_until
 import openai_api
 from chatglm2.serving import responses, responses_schema, schema, tokens_api
 from chatglm2.serving.errors import describe_invalid
+from chatglm2.serving.json_grammar import read_bytes
 
 CHAT, COMPLETIONS, EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
 TOKENIZE, DETOKENIZE = "/tokenize", "/detokenize"
@@ -299,6 +300,18 @@ def test_offsets_of_an_answer_at_the_start_of_a_text(server, tiny_tokenizer):
         assert choice["text"] == (" a a a" if prompt == "问：" else "a a a")
         offsets = [0, 2, 4] if prompt == "问：" else [0, 1, 3]
         assert choice["logprobs"]["text_offset"] == offsets
+
+
+@pytest.mark.parametrize(
+    "text", ["你好，龘ꙮ🤖", "  a\n\t🤖b é ", "\n好", "▁ \u3000Ａ①\x00", "[gMASK]</s>"]
+)
+def test_text_offsets_are_the_lengths_of_decoded_beginnings(any_tokenizer, text):
+    ids = any_tokenizer.encode(text)
+    offsets = responses.TextOffsets(drops_space=True)
+    for i, token_id in enumerate(ids):
+        begin = any_tokenizer.decode(ids[:i]).rstrip("\ufffd")  # half a character
+        assert offsets.add(read_bytes(any_tokenizer, token_id)) == len(begin)
+    assert offsets.add(b"") == len(text)
 
 
 def test_text_offsets_of_bytes_that_are_no_text():
