@@ -232,7 +232,10 @@ def choose_device_and_dtype(
 def has_bfloat16(device: torch.device) -> bool:
     if device.type == "mps":
         return torch.backends.mps.is_macos_or_newer(14, 0)
-    return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cuda":
+        return True
+    with torch.cuda.device(device):  # a machine can have GPUs of several kinds
+        return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def choose_device(device: str) -> tuple[torch.device, str]:

@@ -5,6 +5,7 @@ import re
 import shutil
 import sys
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -189,12 +190,13 @@ def test_quantized_weights_whose_config_does_not_say_so(int4_checkpoint, tmp_pat
 
 # Device and dtype.
 
-MACHINES = {  # number of GPUs, whether they have bfloat16, version of macOS
-    "PC": (0, False, 0),
-    "two GPUs": (2, True, 0),
-    "old GPU": (1, False, 0),
-    "Mac 13": (0, False, 13),
-    "Mac 14": (0, False, 14),
+MACHINES = {  # number of GPUs, how many of the first have bfloat16, version of macOS
+    "PC": (0, 0, 0),
+    "two GPUs": (2, 2, 0),
+    "an older GPU": (2, 1, 0),
+    "old GPU": (1, 0, 0),
+    "Mac 13": (0, 0, 13),
+    "Mac 14": (0, 0, 14),
 }
 NO_BFLOAT16 = "does not support it: use --dtype float16"
 
@@ -218,6 +220,8 @@ NO_BFLOAT16 = "does not support it: use --dtype float16"
         ("two GPUs", "gpu", "auto", F16, "--device gpu: allowed are auto, cpu, cuda, cuda:N and"),
         ("two GPUs", "cuda:x", "auto", F16, "--device cuda:x: allowed are"),
         ("two GPUs", "cpu:1", "auto", F16, "--device cpu:1: allowed are"),
+        ("an older GPU", "cuda:0", "auto", BF16, "cuda:0, torch.bfloat16: "),
+        ("an older GPU", "cuda:1", "auto", BF16, "cuda:1, torch.float16: "),
         ("old GPU", "auto", "auto", BF16, "cuda:0, torch.float16: "),
         ("old GPU", "auto", "bfloat16", F16, f"--dtype bfloat16: cuda:0 {NO_BFLOAT16}"),
         ("Mac 13", "auto", "auto", F16, "mps, torch.float16: "),
@@ -229,13 +233,15 @@ NO_BFLOAT16 = "does not support it: use --dtype float16"
     ],
 )
 def test_device_and_dtype(monkeypatch, machine, device, dtype, own_dtype, expected):
-    num_gpus, has_bfloat16, macos = MACHINES[machine]
+    num_gpus, num_bfloat16, macos = MACHINES[machine]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: num_gpus > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
 
     def is_supported(including_emulation=True):
-        return has_bfloat16 or including_emulation
+        return used[-1].index < num_bfloat16 or including_emulation
 
+    used = []
+    monkeypatch.setattr(torch.cuda, "device", lambda gpu: nullcontext(used.append(gpu)))
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_supported)
     mps = SimpleNamespace(is_available=lambda: macos > 0)
     mps.is_macos_or_newer = lambda major, minor: major <= macos
