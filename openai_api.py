@@ -110,11 +110,12 @@ class Service:
     ) -> list[Request]:
         if body.max_tokens is None and not (body.max_completion_tokens or body.max_length):
             body.max_tokens = COMPLETION_MAX_TOKENS
-        requests = []
-        for ids in self.encode_texts(body.prompt, "prompt"):
+        requests, n, prompts = [], body.n or 1, self.encode_texts(body.prompt, "prompt")
+        if body.echo:
+            self.check_lengths(prompts * n, "prompt")
+        for ids in prompts:
             echo_text = self.tokenizer.decode(ids) if body.echo else None
             settings = {"num_logprobs": body.logprobs, "echo_text": echo_text}
-            n = body.n or 1
             requests += [self.build_request(body, matcher, ids, i, **settings) for i in range(n)]
         return requests
 
@@ -127,7 +128,8 @@ class Service:
         wholes = await answers.collect()
         num_tokens = sum(len(whole.token_ids) for whole in wholes)
         usage = responses.count_usage(answers.generations, num_tokens, body.n or 1)
-        return as_json(form.respond(wholes, usage))
+        # In a thread, because the log-probabilities of long prompts take time.
+        return await run_in_threadpool(lambda: as_json(form.respond(wholes, usage)))
 
     async def events(self, form: responses.Completions, body, answers: server.Answers):
         def event(choices: list, **fields) -> str:
@@ -167,16 +169,16 @@ class Service:
         form = responses.Completions(self.tokenizer, body.model, requests)
         return await self.answer(form, body, request, requests)
 
-    def check_lengths(self, prompts: list[list[int]]):
-        """Refuse inputs for embeddings that are too long, before the first one is computed."""
+    def check_lengths(self, prompts: list[list[int]], param: str):
+        """Refuse texts that are too long, before the first one is computed."""
         batcher = self.batcher
         limit, num_tokens = batcher.context * batcher.max_batch, sum(map(len, prompts))
         if num_tokens > limit:
-            message = f"input: {num_tokens} tokens in one request; at most {limit} are allowed."
-            raise RequestError(400, message, "input")
+            message = f"{param}: {num_tokens} tokens in one request; at most {limit} are allowed."
+            raise RequestError(400, message, param)
         if (longest := max(map(len, prompts))) > batcher.context:
-            message = f"input: a text has {longest} tokens, the context {batcher.context}."
-            raise RequestError(400, message, "input", "context_length_exceeded")
+            message = f"{param}: a text has {longest} tokens, the context {batcher.context}."
+            raise RequestError(400, message, param, "context_length_exceeded")
 
     async def embed(self, body: schema.EmbeddingRequest, request: HTTPRequest):
         """Return a vector for each text: the mean of its last hidden states, of length 1."""
@@ -184,7 +186,7 @@ class Service:
             message = f"dimensions: {body.dimensions} is not the {size} of the model: leave it out."
             raise RequestError(400, message, "dimensions")
         prompts = await run_in_threadpool(self.encode_texts, body.input, "input")
-        self.check_lengths(prompts)
+        self.check_lengths(prompts, "input")
         size, vectors = self.batcher.max_batch, []
         for first in range(0, len(prompts), size):  # so that a long list needs no long queue
             requests = [Request(ids, is_embedding=True) for ids in prompts[first : first + size]]

@@ -291,6 +291,17 @@ def test_echo_has_the_prompt_with_its_logprobs(server, tiny_tokenizer, prompt):
     assert not any("logprobs" in choice for choice in plain)
 
 
+def test_the_tokens_of_an_echo_are_limited(server):
+    body = {"echo": True, "logprobs": 20, "max_tokens": 0}
+    for prompt, n, limit in (
+        ([[5] * 2048] * 9, 1, "at most 16384"),
+        ([5] * 2048, 9, "at most 16384"),
+        ([5] * 2049, 1, "the context 2048"),
+    ):
+        response = server.post(COMPLETIONS, json=body | {"prompt": prompt, "n": n})
+        assert limit in check_refused(response, "prompt")
+
+
 def test_offsets_of_an_answer_at_the_start_of_a_text(server, tiny_tokenizer):
     """SentencePiece drops a space there, and keeps it behind other text."""
     for prompt in ("", "问：", [[tiny_tokenizer.get_command("sop")]]):

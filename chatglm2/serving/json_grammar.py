@@ -21,6 +21,7 @@ SPACE = "▁"  # U+2581, which pieces have for a space
 SEPARATORS = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 MAX_SCHEMA_LENGTH = 2**16  # characters
 MAX_CACHED = 4  # compiled schemas
+MAX_TOKENS = 2**17  # of which the bytes are kept
 COMPILE_TIMEOUT_S = 5
 STEP_TIMEOUT_S = 0.5  # the other answers wait for that long, once
 LIMITS = LLParserLimits(
@@ -31,6 +32,7 @@ LIMITS = LLParserLimits(
 )
 
 
+@lru_cache(MAX_TOKENS)
 def read_bytes(tokenizer, token_id: int) -> bytes:
     """Return the bytes of a token; none for a token without text, such as a special token."""
     if token_id >= tokenizer.vocab_size:  # rows that pad the model's vocabulary
