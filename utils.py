@@ -123,12 +123,6 @@ def add_model_arguments(parser: argparse.ArgumentParser):
         help="round the output layer of a quantized model to INT8 (default: as in the checkpoint; "
         "float16 in the official ones)",
     )
-    advanced.add_argument(
-        "--exact-prefill",
-        action="store_true",
-        help="compute prompts as exactly as answers (default: the C kernels for quantized models "
-        "on a CPU round the activations of a prompt to int8)",
-    )
     return advanced
 
 

@@ -360,11 +360,10 @@ class ChatGLMGenerationMixin(GenerationMixin):
         cache: Cache | None = None,
         **kwargs,
     ) -> dict:
-        """Prepare a step like `GenerationMixin`, and mark prompts for quantized layers.
+        """Prepare a step like `GenerationMixin`.
 
-        Without a cache the prompt is computed at every step; it is then computed exactly. With
-        assisted generation (prompt lookup) transformers passes all ids again, also those that a
-        kept cache holds; they are cut off here.
+        With assisted generation (prompt lookup) transformers passes all ids again, also those that
+        a kept cache holds; they are cut off here.
         """
         kwargs.pop("tokenizer", None)  # transformers gives the model this argument of generate
         cache = pick_cache(past_key_values, cache)
@@ -382,8 +381,6 @@ class ChatGLMGenerationMixin(GenerationMixin):
         inputs = super().prepare_inputs_for_generation(
             input_ids, next_sequence_length, *states, **kwargs
         )
-        if is_first_iteration and cache is not None:
-            inputs["is_prompt"] = True
         # PEFT's prefix tuning looks for the cache under this name, and puts its prefix there.
         inputs["past_key_values"] = inputs.pop(CACHE_NAME, None)
         return inputs

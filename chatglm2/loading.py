@@ -79,7 +79,6 @@ def load_model(args: argparse.Namespace):
             generation_config=generation_config,
             **placement,
         )
-    model.base_model.exact_prefill = args.exact_prefill
     model.base_model.cache_dtype = DTYPES.get(args.kv_cache_dtype)
     return tokenizer, model
 

@@ -454,13 +454,10 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
 
     Attributes:
         cache_dtype: The dtype of cached keys and values; `None` for the dtype they have.
-        exact_prefill: Compute prompts with the product of answers. Otherwise the quantized layers
-            may round the activations of prompts.
         backend: The `ModelBackend` of the quantized layers; `None` if there are none.
     """
 
     cache_dtype: torch.dtype | None = None
-    exact_prefill = False
     backend = None
 
     def __init__(self, config: ChatGLMConfig, empty_init=False, device=None):
@@ -524,12 +521,6 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         if isinstance(cache, ChatGLMCache):
             cache.prefix_length = self.config.pre_seq_len
         return prefix, mask_cache
-
-    def computing_prompt(self, num_prompt_tokens: int):
-        """Return a context in which quantized layers may round the first tokens, of the prompt."""
-        if not num_prompt_tokens or self.exact_prefill or self.backend is None:
-            return nullcontext()
-        return self.backend.computing_prompt(num_prompt_tokens)
 
     def create_mask(self, inputs_embeds, attention_mask, cache, position_ids):
         """Return the mask in the form that the attention implementation takes, or `None`."""
@@ -602,7 +593,6 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         *,
-        num_prompt_tokens: int = 0,
         cache: Cache | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
@@ -610,8 +600,6 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
 
         Args:
             attention_mask: [b, k], 0 for padding, or [b, 1, s, k].
-            num_prompt_tokens: How many tokens, from the first on, belong to a prompt. A quantized
-                model may use the faster, rounded product for them, unless `exact_prefill` is set.
             cache: The name of `past_key_values` since transformers 5.24.
 
         Raises:
@@ -626,10 +614,9 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
                 kwargs[name] = getattr(self.config, name)
         inputs_embeds = self.embed(input_ids, inputs_embeds)
         cache, use_cache = self.choose_cache(cache, use_cache)
-        with self.computing_prompt(num_prompt_tokens):
-            hidden_states, all_hidden_states, attentions = self.encode(
-                inputs_embeds, attention_mask, position_ids, cache, **kwargs
-            )
+        hidden_states, all_hidden_states, attentions = self.encode(
+            inputs_embeds, attention_mask, position_ids, cache, **kwargs
+        )
         return BaseModelOutputWithPast(
             last_hidden_state=hidden_states,
             hidden_states=all_hidden_states,
@@ -665,7 +652,6 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, ChatGLMGenerationM
         *,
         return_last_logit: bool = False,
         logits_to_keep: int | torch.Tensor = 0,
-        is_prompt: bool = False,
         cache: Cache | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
@@ -675,15 +661,8 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, ChatGLMGenerationM
             logits_to_keep: Compute only the last n positions, or the positions in an index tensor;
                 0 for all.
             return_last_logit: The original's name for `logits_to_keep=1`.
-            is_prompt: The input is a prompt, so a quantized model may use the faster, rounded
-                product. With assisted generation the last `logits_to_keep - 1` tokens are draft
-                tokens and are computed exactly.
             cache: The name of `past_key_values` since transformers 5.24.
         """
-        if is_prompt:
-            length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
-            kept_length = logits_to_keep if isinstance(logits_to_keep, int) else 0
-            kwargs["num_prompt_tokens"] = length - max(kept_length - 1, 0)
         outputs = self.transformer(
             input_ids,
             position_ids,

@@ -165,31 +165,16 @@ def pick_backend(layers, device: torch.device, dtype: torch.dtype):
     return kernels and kernels.pick_backend(layers, device, dtype)
 
 
-class Role(threading.local):
-    """What the current thread computes; other threads and copies start at 0.
-
-    Attributes:
-        num_prompt_tokens: The number of tokens of the current forward, counted from the first,
-            that belong to the prompt.
-    """
-
-    num_prompt_tokens = 0
-
-    def __reduce__(self):
-        return Role, ()
-
-
 class ModelBackend:
     """What the quantized layers of a model share: a backend for each device and dtype.
 
     Attributes:
         kinds: A layer without data for each size of layer in the model.
         picked: The backend for each device and dtype, or None for plain PyTorch.
-        role: The tokens of the prompt. All other tokens are multiplied exactly, however many.
     """
 
     def __init__(self):
-        self.kinds, self.picked, self.role = {}, {}, Role()
+        self.kinds, self.picked = {}, {}
 
     def add(self, layer: "QuantizedLinear"):
         sizes = layer.in_features, layer.out_features, layer.bits, layer.group_size
@@ -204,27 +189,10 @@ class ModelBackend:
             self.picked[device, dtype] = pick_backend(self.kinds.values(), device, dtype)
         return self.picked[device, dtype]
 
-    @contextmanager
-    def computing_prompt(self, num_tokens: int):
-        """Within, the first `num_tokens` tokens that this thread computes belong to a prompt."""
-        outer, self.role.num_prompt_tokens = self.role.num_prompt_tokens, num_tokens
-        try:
-            yield
-        finally:
-            self.role.num_prompt_tokens = outer
-
     def multiply(self, x: torch.Tensor, layer: "QuantizedLinear") -> torch.Tensor:
-        """Return x @ W.T for x [..., tokens, in], each token by the product for its role."""
+        """Return x @ W.T for x [..., in]."""
         backend = self.get(x.device, x.dtype)
-        if backend is None:
-            return torch_matmul(x, layer)
-        length = self.role.num_prompt_tokens
-        if not length:
-            return backend.matmul(x, layer)
-        if length >= x.shape[-2]:
-            return backend.prompt_matmul(x, layer)
-        prompt, rest = x[..., :length, :], x[..., length:, :]
-        return torch.cat((backend.prompt_matmul(prompt, layer), backend.matmul(rest, layer)), -2)
+        return torch_matmul(x, layer) if backend is None else backend.matmul(x, layer)
 
     def encode(self, transformer: nn.Module, inputs: dict) -> torch.Tensor | None:
         """Return the hidden states after the last layer, or None to call the modules.
@@ -235,7 +203,7 @@ class ModelBackend:
         """
         states = inputs["hidden_states"]
         backend = self.get(states.device, states.dtype)
-        return backend and backend.encode(transformer, inputs, self.role.num_prompt_tokens)
+        return backend and backend.encode(transformer, inputs)
 
 
 PACKING = threading.RLock()  # threads may share a model

@@ -408,7 +408,7 @@ def parse_args(argv=None) -> argparse.Namespace:
         nargs="+",
         default=[],
         metavar="ENGINE",
-        help=f"{', '.join(OWN_ENGINES)}, also with flags in quotes ('int4 --exact-prefill'); "
+        help=f"{', '.join(OWN_ENGINES)}, also with flags in quotes ('int4 --quantize-output'); "
         f"{', '.join(LLAMA_ENGINES)} (weights, output layer)",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the report as JSON")

@@ -167,8 +167,6 @@ class Worker:
         else:
             self.tokenizer, self.model = utils.load_model(args)
         description = f"{self.model.device}, {loading.name_precision(self.model)}"
-        if args.exact_prefill:
-            description += ", exact prefill"
         if args.kv_cache_dtype != "auto":
             description += f", cache {args.kv_cache_dtype}"
         quantization = get_quantization(self.model.config)
@@ -188,7 +186,6 @@ class Worker:
         device, dtype, _ = loading.choose_device_and_dtype(args.device, args.dtype, own)
         loading.check_memory("this shape", config, device, dtype, quantization)
         model = create_random_model(config, device, dtype, quantization)
-        model.base_model.exact_prefill = args.exact_prefill
         model.base_model.cache_dtype = loading.DTYPES.get(args.kv_cache_dtype)
         return model
 

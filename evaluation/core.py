@@ -314,7 +314,6 @@ def describe_run(benchmark: str, all_items: list[Item], model, args: argparse.Na
         "revision": args.revision,
         "adapter": args.adapter,
         "precision": name_precision(model),
-        "exact_prefill": args.exact_prefill,
         "kv_cache_dtype": args.kv_cache_dtype,
         "weights": weights.hexdigest()[:16],  # of the first values of each floating-point tensor
         "data": data.hexdigest()[:16],

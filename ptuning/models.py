@@ -174,7 +174,7 @@ def prepare_model(
     device = training_args.device
     name = str(device) if device.type == "cuda" else device.type  # torchrun numbers CPUs too
     options = {"device": name, "dtype": dtype, "kv_cache_dtype": "auto"}
-    options |= {"num_gpus": 1, "offload_folder": None, "threads": None, "exact_prefill": True}
+    options |= {"num_gpus": 1, "offload_folder": None, "threads": None}
     tokenizer, model = load_model(
         Namespace(
             model=model_args.model_name_or_path,

@@ -18,9 +18,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from chatglm2 import ChatGLMForConditionalGeneration, quantization
-from chatglm2.kernels import Backend
-from chatglm2.quantization import torch_matmul
+from chatglm2 import ChatGLMForConditionalGeneration
 from chatglm2.serving.batching import (
     PROMPT_SEGMENT,
     AnswerText,
@@ -97,30 +95,6 @@ def test_greedy_is_the_same_alone_in_a_batch_and_in_chat(
     requests = [ask(p, max_new_tokens=24, process_text=model.process_response) for p in prompts]
     assert [run(batcher, request)[0].text for request in requests] == expected
     assert [whole.text for whole in run(batcher, *requests)] == expected
-
-
-def test_prompts_and_embeddings_are_rounded_and_answers_exact(
-    make_batcher, ask, tiny_checkpoint, monkeypatch
-):
-    products = set()
-
-    class Recorder(Backend):
-        def matmul(self, x, layer):
-            products.add(("exact", x.shape[1]))
-            return torch_matmul(x, layer)
-
-        def prompt_matmul(self, x, layer):
-            products.add(("rounded", x.shape[1]))
-            return torch_matmul(x, layer)
-
-    monkeypatch.setattr(quantization, "pick_backend", lambda *_: Recorder())
-    batcher = make_batcher(load(tiny_checkpoint).quantize(4).float(), kept_tokens=0)
-    for request in (ask(LONG, max_new_tokens=3), ask(LONG, is_embedding=True)):
-        rest = len(request.input_ids) % PROMPT_SEGMENT
-        run(batcher, request)
-        answer = set() if request.is_embedding else {("exact", 1)}
-        assert products == {("rounded", PROMPT_SEGMENT), ("rounded", rest)} | answer
-        products.clear()
 
 
 def test_the_others_may_join_and_leave(make_batcher, ask):

@@ -64,13 +64,13 @@ def test_random_weights_are_quantized_as_requested_and_stay_finite(flags):
 
 
 def test_flags_of_a_quantized_model():
-    flags = ["--quantize", "4", "--quantize-output", "--exact-prefill"]
+    flags = ["--quantize", "4", "--quantize-output"]
     worker = load(*RANDOM, *flags, "--kv-cache-dtype", "float16")
-    assert worker.model.get_output_embeddings().bits == 8 and worker.model.base_model.exact_prefill
+    assert worker.model.get_output_embeddings().bits == 8
     figures = worker.measure(prompt_tokens=30, new_tokens=3)
     assert figures["cache_bytes"] == 2 * 4 * 2 * 32 * 2  # keys, values; layers, heads, size, bytes
     assert worker.loaded["description"] == (
-        "cpu, float32 with INT4 weights, INT8 output layer, exact prefill, cache float16"
+        "cpu, float32 with INT4 weights, INT8 output layer, cache float16"
     )
     official = load(*RANDOM, "--quantize", "4")
     less = 4096 * 256 - 4096 * 4  # a byte of each weight, but a scale for each row

@@ -29,7 +29,6 @@ pytestmark = pytest.mark.usefixtures("need_library")
 CPU = torch.device("cpu")
 BACKEND = CPUBackend()
 matmul, stored_matmul = BACKEND.matmul, BACKEND.stored_matmul
-prompt_matmul = BACKEND.prompt_matmul
 SIZES = [(384, 80), (2, 1), (6, 5), (130, 33), (1000, 100), (256, 17)]  # in, out
 LAYERS = [(bits, None, *sizes) for bits in (8, 4) for sizes in SIZES]
 LAYERS += [(4, 128, 384, 80), (4, 128, 256, 17), (8, None, 7, 20), (8, None, 131, 33)]
@@ -74,34 +73,42 @@ def test_product_is_that_of_plain_torch(isa, layer):
     expected = torch_matmul(x.double(), layer)
     y = matmul(x, layer)
     assert y.shape == expected.shape and y.dtype == torch.float32
-    assert compute_error(y, expected) < 1e-6
-    assert compute_error(prompt_matmul(x, layer), expected) < 0.01
+    assert compute_error(y, expected) < 5e-5
+
+
+@each_layer
+def test_row_is_the_same_alone_and_in_a_batch(isa, layer):
+    layer = create_layer(*layer)
+    x = torch.randn(21, layer.in_features)
+    expected = matmul(x, layer)
+    for num_rows in (1, 2, 3, 5, 8, 16):
+        assert torch.equal(matmul(x[2 : 2 + num_rows], layer), expected[2 : 2 + num_rows])
 
 
 @each_way
 def test_every_level_and_negative_scales(isa, bits, group_size):
     layer = create_exact_layer(bits, group_size)
     expected = torch_matmul(torch.eye(256), layer)
-    assert torch.equal(matmul(torch.eye(256), layer), expected)
-    assert torch.equal(prompt_matmul(127 * torch.eye(256), layer), 127 * expected)
+    torch.testing.assert_close(matmul(torch.eye(256), layer), expected, rtol=1e-6, atol=0)
 
 
 @each_way
-def test_formula_of_int8_activations(isa, bits, group_size):
+def test_formula(isa, bits, group_size):
     layer = create_layer(bits, group_size, in_features=384)
     x = torch.randn(5, 384) * torch.logspace(-30, 30, 5)[:, None]
     x[4, 128:256] = 0
     groups = x.unflatten(1, (3, 128))
-    scale = groups.abs().amax(-1, keepdim=True) / 127
-    rounded = (groups.double() / scale).nan_to_num().round() * scale.double()
+    scale = groups.abs().amax(-1, keepdim=True) / 32639
+    rounded = (groups * (1 / scale)).nan_to_num().round().double() * scale.double()
     expected = torch_matmul(rounded.flatten(1), layer)
-    torch.testing.assert_close(prompt_matmul(x, layer).double(), expected, rtol=2e-3, atol=0)
+    for y, row in zip(matmul(x, layer).double(), expected, strict=True):
+        assert compute_error(y, row) < 1e-5
 
 
-@pytest.mark.parametrize(("factor", "bound"), [(1, 1), (20, 2.5), (1000, 2.5)])
+@pytest.mark.parametrize("factor", [1, 20, 1000])
 @each_way
-def test_products_are_as_exact_as_those_of_float32(isa, bits, group_size, factor, bound):
-    """Nearly so with large columns: the others of a group are rounded as these, to 23 bits."""
+def test_products_are_more_exact_than_those_of_float16(isa, bits, group_size, factor):
+    """Also with large columns: the others of a group are rounded as these."""
     torch.manual_seed(0)
     layer = create_layer(bits, group_size, 1024, 256)
     x = torch.randn(32, 1024)
@@ -109,33 +116,34 @@ def test_products_are_as_exact_as_those_of_float32(isa, bits, group_size, factor
     weight = dequantize(layer.weight, layer.weight_scale, bits, torch.float64)
     expected = x.double() @ weight.T
     error = (matmul(x, layer) - expected).norm()
-    assert error <= bound * (F.linear(x, weight.float()) - expected).norm()
+    float16 = (x.half().double() @ weight.half().double().T).half()  # sums without any error
+    assert 2 * error < (float16 - expected).norm()
 
 
-@pytest.mark.parametrize("multiply", [matmul, prompt_matmul], ids=["exact", "int8"])
-def test_nans_stay_in_their_row(isa, multiply):
+def test_nans_stay_in_their_row(isa):
     layer, x = create_layer(4, 128, 512, 200), torch.randn(9, 512)
-    expected = multiply(x, layer)
+    expected = matmul(x, layer)
     x[1, 5] = float("nan")
     x[2, 300] = float("inf")
     x[3] = 1e30
-    y = multiply(x, layer)
+    y = matmul(x, layer)
     assert y[1:3].isnan().all() and torch.equal(y[[0, *range(4, 9)]], expected[[0, *range(4, 9)]])
 
 
-def test_int8_activations_of_extreme_sizes(isa):
+def test_activations_of_extreme_sizes(isa):
     layer = create_layer(8, None, in_features=256)
     x = torch.zeros(3, 256)
     x[1] = 1.4e-45
     x[2, :128] = 2e-43
-    assert (prompt_matmul(x, layer).abs() < 1e-37).all()
-    # Sums of the largest levels and activations of one sign do not saturate.
+    assert (matmul(x, layer).abs() < 1e-37).all()
+    # Sums of the largest levels and activations of one sign do not overflow.
     layer = QuantizedLinear(512, 32, 8)
     layer.weight.data = torch.full((32, 512), -128, dtype=torch.int8)
     layer.weight.data[16:] = 127
     layer.weight_scale.data = torch.ones(32)
     x = torch.tensor([[1.0], [-1.0]]).expand(2, 512)
-    assert torch.equal(prompt_matmul(127 * x, layer), torch_matmul(127 * x, layer))
+    expected = torch_matmul(x, layer)
+    torch.testing.assert_close(matmul(x, layer), expected, rtol=1e-6, atol=0)
 
 
 @each_dtype
@@ -160,8 +168,7 @@ def test_weights_of_more_than_2_to_31_bytes(bits, group_size):
     large = QuantizedLinear(in_features, out_features, bits, group_size, device="meta")
     large.packed = PackedWeight(weight, scale, large.weight.shape, bits)
     x = torch.randn(1, in_features)
-    for multiply in (matmul, prompt_matmul):
-        assert torch.equal(multiply(x, large)[:, -16:], multiply(x, layer))
+    assert torch.equal(matmul(x, large)[:, -16:], matmul(x, layer))
 
 
 @each_dtype
@@ -218,11 +225,8 @@ def test_weights_that_c_cannot_read(name, change):
 def test_inputs_that_c_cannot_read():
     layer, stored = create_layer(4, 128), torch.ones(8, 384)
     for x in (torch.ones(2, 192), torch.ones(2, 768)):  # as many numbers as whole rows have
-        for multiply in (matmul, prompt_matmul):
-            with pytest.raises(
-                RuntimeError, match=r"give a contiguous one of .* \[2, 384\] on cpu"
-            ):
-                multiply(x, layer)
+        with pytest.raises(RuntimeError, match=r"give a contiguous one of .* \[2, 384\] on cpu"):
+            matmul(x, layer)
         with pytest.raises(RuntimeError):
             stored_matmul(x, stored.half())
     for weight in (stored.short(), stored.half().to("meta")):
@@ -311,7 +315,7 @@ def test_gradients_and_products_in_turn():
         layer.state_dict()
     with_grad = layer(x.clone().requires_grad_())
     with_grad.sum().backward()
-    torch.testing.assert_close(with_grad, y)
+    torch.testing.assert_close(with_grad, y, rtol=0, atol=1e-4 * y.abs().max())
     assert torch.equal(layer(x), y)
 
 

@@ -45,10 +45,7 @@ def create(bits=4, group_size=None, **fields):
 
 @pytest.fixture(scope="module")
 def bundled(tiny_checkpoint):
-    """In INT4, and exact for prompts, so that ids can be compared."""
-    model = load(tiny_checkpoint, dtype=torch.float32).eval().quantize(4)
-    model.transformer.exact_prefill = True
-    return model
+    return load(tiny_checkpoint, dtype=torch.float32).eval().quantize(4)
 
 
 @pytest.fixture
@@ -96,8 +93,8 @@ def take_steps(model, cache, batch=1, count=3, first=0) -> torch.Tensor:
 
 
 @torch.no_grad()
-def compute(model, ids, cache, is_prompt=False) -> torch.Tensor:
-    return model(ids, past_key_values=cache, is_prompt=is_prompt).logits
+def compute(model, ids, cache) -> torch.Tensor:
+    return model(ids, past_key_values=cache).logits
 
 
 def draw_ids(model, length, batch=1) -> torch.Tensor:
@@ -106,8 +103,11 @@ def draw_ids(model, length, batch=1) -> torch.Tensor:
 
 
 def assert_close(actual, expected, dtype=torch.float32):
-    """Up to a part of the greatest number; a cache's dtype may round a close number otherwise."""
-    tolerance = 1e-5 if dtype == torch.float32 else torch.finfo(dtype).eps
+    """Up to a part of the greatest number; a close number may be rounded otherwise.
+
+    Activations are rounded to 16 bits, and keys and values to the dtype of the cache.
+    """
+    tolerance = 2e-4 if dtype == torch.float32 else torch.finfo(dtype).eps
     atol = tolerance * expected.abs().max().item()
     torch.testing.assert_close(actual.float(), expected.float(), rtol=0, atol=atol)
 
@@ -139,23 +139,6 @@ def check_steps(model, taken, length=9, batch=1, dtype=torch.float32):
 
 def check_prompt(model, taken, ids, make_cache=ChatGLMCache):
     compare(taken, partial(compute, model, ids), make_cache)
-
-
-def check_int8_prompt(taken, length, batch=1, num_held=0, **fields):
-    """As `check_prompt`, with activations of 8 bits.
-
-    An activation that differs by rounding seldom becomes another of the 255 levels. The model has
-    one layer, since each layer makes differences greater.
-    """
-    taken.clear()
-    model = create(**{"num_layers": 1, **fields})
-    ids = draw_ids(model, length, batch)
-    exact, rounded = (compute(model, ids, fill(model, num_held, batch), i) for i in (False, True))
-    assert taken == [True, True]
-    with calling_modules():
-        expected = compute(model, ids, fill(model, num_held, batch), True)
-    error, effect = (rounded - expected).abs(), (rounded - exact).abs()
-    assert error.median() < 0.01 * effect.median() and error.norm() < 0.3 * effect.norm()
 
 
 # Equal to the modules
@@ -199,7 +182,6 @@ def test_formats_and_sizes(isa, fields, taken):
     model = create(**fields)
     check_steps(model, taken, batch=2)
     check_prompt(model, taken, draw_ids(model, 40, 2))
-    check_int8_prompt(taken, 40, 2, **fields)
 
 
 @pytest.mark.parametrize("length", [1, 33, 256, 512, 700])  # layer.c computes 256 rows at a time
@@ -207,7 +189,6 @@ def test_contexts_and_prompts(length, taken):
     model = create(num_attention_heads=6)
     check_steps(model, taken, length, batch=3)
     check_prompt(model, taken, draw_ids(model, length))
-    check_int8_prompt(taken, length, num_attention_heads=6)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -223,14 +204,11 @@ def test_prompt_after_a_kept_cache(taken):
     model = create(num_attention_heads=6)
     check_prompt(model, taken, draw_ids(model, 300), lambda: fill(model, 1100))
     check_prompt(model, taken, draw_ids(model, 100, 3), lambda: fill(model, 1100, 3))
-    check_int8_prompt(taken, 300, num_held=1100)
-    check_int8_prompt(taken, 100, 3)
 
 
-@pytest.mark.parametrize("is_prompt", [False, True])
 @pytest.mark.parametrize(("length", "piece"), [(12, 1), (700, 300)])
-def test_pieces_give_the_same_as_the_whole(length, piece, is_prompt, taken):
-    check_pieces(create(), length, piece, is_prompt, torch.float32)
+def test_pieces_give_the_same_as_the_whole(length, piece, taken):
+    check_pieces(create(), length, piece, torch.float32)
     assert all(taken)
 
 
@@ -239,16 +217,16 @@ def test_pieces_give_the_same_as_the_whole(length, piece, is_prompt, taken):
 def test_tokens_alone_give_the_same_as_a_prompt(isa, num_heads, dtype, taken):
     """Over several blocks of keys, and with bundles of heads that are filled in part."""
     model = create(num_attention_heads=num_heads, num_layers=1)
-    check_pieces(model, 530, 1, False, dtype)
-    check_pieces(model, 1100, 37, False, dtype)
+    check_pieces(model, 530, 1, dtype)
+    check_pieces(model, 1100, 37, dtype)
     assert all(taken)
 
 
-def check_pieces(model, length, piece, is_prompt, dtype):
+def check_pieces(model, length, piece, dtype):
     model.transformer.cache_dtype = dtype
     whole, cache, ids = ChatGLMCache(), ChatGLMCache(), draw_ids(model, length)
-    expected = compute(model, ids, whole, is_prompt)
-    pieces = [compute(model, part, cache, is_prompt) for part in ids.split(piece, dim=1)]
+    expected = compute(model, ids, whole)
+    pieces = [compute(model, part, cache) for part in ids.split(piece, dim=1)]
     assert torch.equal(torch.cat(pieces, dim=1), expected)
     for layer, other in zip(cache.layers, whole.layers, strict=True):
         assert torch.equal(layer.keys, other.keys) and torch.equal(layer.values, other.values)
@@ -261,7 +239,7 @@ def test_memory_of_a_long_prompt(monkeypatch):
     compute(model, draw_ids(model, 1), ChatGLMCache())  # packs the weights
     monkeypatch.setattr(cpu_backend, "allocate", lambda n: sizes.append(n) or allocate(n))
     for length in (256, 2000):
-        compute(model, draw_ids(model, length), ChatGLMCache(), is_prompt=True)
+        compute(model, draw_ids(model, length), ChatGLMCache())
     rows = 256 * 4 * (512 + 128 + 64 + 2048 + 1024)
     assert len(sizes) == 2 and rows < sizes[0] <= sizes[1] < 1.3 * sizes[0]
 
@@ -294,12 +272,30 @@ def test_row_depends_on_no_other_row(isa, taken):
 def test_prompt_depends_on_no_other_prompt(isa, taken):
     model = create()
     ids = draw_ids(model, 150, 5)
-    for is_prompt in (False, True):
-        expected = compute(model, ids, ChatGLMCache(), is_prompt)
-        for first, count in ((0, 1), (4, 1), (1, 3)):
-            logits = compute(model, ids[first : first + count], ChatGLMCache(), is_prompt)
-            assert torch.equal(logits, expected[first : first + count])
-    assert taken == 8 * [True]
+    expected = compute(model, ids, ChatGLMCache())
+    for first, count in ((0, 1), (4, 1), (1, 3)):
+        logits = compute(model, ids[first : first + count], ChatGLMCache())
+        assert torch.equal(logits, expected[first : first + count])
+    assert taken == 4 * [True]
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float16])
+@pytest.mark.parametrize(
+    "way", [{"bits": 8}, {"bits": 4}, {"bits": 4, "group_size": 128}, {"bits": 4, "output_bits": 8}]
+)
+def test_token_is_the_same_kept_recomputed_batched_and_alone(
+    way, dtype, tiny_checkpoint, tiny_tokenizer, taken
+):
+    model = load(tiny_checkpoint, dtype=torch.float32).eval().quantize(**way)
+    model.base_model.cache_dtype = dtype
+    ids = torch.tensor([tiny_tokenizer.encode("[Round 1]\n\n问：你好\n\n答：你好！我是谁？")])
+    others = (ids + torch.arange(4)[:, None] * 7) % 1000 + 300
+    recomputed = compute(model, ids, ChatGLMCache())
+    batched = compute(model, torch.cat((others, ids)), ChatGLMCache())[4:]
+    kept = ChatGLMCache()
+    alone = torch.cat([compute(model, token, kept) for token in ids.split(1, dim=1)], dim=1)
+    assert torch.equal(batched, recomputed) and torch.equal(alone, recomputed)
+    assert all(taken)
 
 
 @pytest.mark.parametrize("with_openmp", [True, pytest.param(False, marks=pytest.mark.slow)])
@@ -308,7 +304,7 @@ def test_threads_change_nothing(with_openmp, tmp_path, monkeypatch, taken):
         model = create(hidden_size=1040, ffn_hidden_size=1100)
         monkeypatch.setattr(torch, "get_num_threads", lambda: num_threads)
         logits = take_steps(model, RaggedCache([fill(model, n) for n in (3, 1100, 700)]), batch=3)
-        prompt = compute(model, draw_ids(model, 300), ChatGLMCache(), is_prompt=True)
+        prompt = compute(model, draw_ids(model, 300), ChatGLMCache())
         return torch.cat((logits.flatten(0, 1), prompt[0]))
 
     expected = compute_with_threads(1)
@@ -441,7 +437,6 @@ def test_other_inputs(taken):
         {"input_ids": IDS, "output_hidden_states": True},
         {"input_ids": IDS, "output_attentions": True},
         {"input_ids": two, "position_ids": torch.tensor([[5, 7]])},
-        {"input_ids": two, "is_prompt": True, "logits_to_keep": 2},
     ):
         assert not is_taken(model, taken, **kwargs)
     assert is_taken(model, taken, input_ids=two)
@@ -670,8 +665,8 @@ def test_compiled_code_calls_the_modules():
     inputs |= {"hidden_states": torch.zeros(1, 1, 64), "rotary": [torch.zeros(1)]}
     compiled = torch.compile(cpu_layers.are_inputs_plain, backend="eager", fullgraph=True)
     with torch.no_grad():
-        assert cpu_layers.are_inputs_plain(inputs, 0)
-        assert not compiled(inputs, 0)
+        assert cpu_layers.are_inputs_plain(inputs)
+        assert not compiled(inputs)
 
 
 @pytest.mark.parametrize("name", ["prefix", "prefix_proj"])
@@ -688,23 +683,6 @@ def test_prefix(name, taken):
 
 
 # Whole answers
-
-
-def test_roles(monkeypatch, taken):
-    """Only prompts are rounded, unless they are to be exact."""
-    model, calls, call = create(), [], cpu_backend.call
-
-    def record(function, *args):
-        calls.extend([args[-2]] if function == "compute_layer" else [])
-        return call(function, *args)
-
-    monkeypatch.setattr(cpu_backend, "call", record)
-    for exact_prefill in (False, True):
-        calls.clear()
-        model.transformer.exact_prefill = exact_prefill
-        model.generate(draw_ids(model, 9), max_new_tokens=3, min_new_tokens=3)
-        assert calls == 2 * [exact_prefill] + 4 * [True]
-    assert taken == 6 * [True]
 
 
 @pytest.mark.parametrize(

@@ -75,15 +75,14 @@ def test_quantize_while_loading(tiny_checkpoint, capsys, bits):
 
 
 @pytest.mark.parametrize(
-    ("flags", "expected"),
-    [([], (None, False)), (["--kv-cache-dtype", "float16", "--exact-prefill"], (F16, True))],
+    ("flags", "expected"), [([], None), (["--kv-cache-dtype", "float16"], F16)]
 )
 def test_quantized_checkpoint(int4_checkpoint, capsys, flags, expected):
     flags = ["--dtype", "bfloat16", "--quantize", 4, *flags]
     tokenizer, model = load(int4_checkpoint, *flags)
     assert "cpu, bfloat16 with INT4 weights: " in capsys.readouterr().err
     assert loading.describe("tiny", model) == "tiny, cpu, bfloat16 with INT4 weights"
-    assert (model.base_model.cache_dtype, model.base_model.exact_prefill) == expected
+    assert model.base_model.cache_dtype == expected
     assert model.chat(tokenizer, "你好", do_sample=False, max_new_tokens=4)[0]
 
 

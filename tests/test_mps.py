@@ -31,7 +31,6 @@ def models(request, tiny_checkpoint):
                 tiny_checkpoint, dtype=torch.float32
             )
             models.append(model.quantize(request.param).to(device))
-            models[-1].base_model.exact_prefill = True  # on a CPU prompts are rounded
     assert {p.device.type for p in models[1].parameters()} == {"mps"}
     assert models[1].device.type == "mps"
     return models
@@ -84,7 +83,7 @@ def test_the_servers_batches(models, tiny_tokenizer):
 
     expected, answers = (asyncio.run(ask(model)) for model in models)
     assert [text for text, _ in answers] == [text for text, _ in expected]
-    torch.testing.assert_close(answers[-1][1], expected[-1][1])
+    torch.testing.assert_close(answers[-1][1], expected[-1][1], rtol=0, atol=1e-3)
 
 
 ROPES = ({"rope_type": name, "rope_theta": 1e4, "factor": 2.0} for name in ("dynamic", "yarn"))

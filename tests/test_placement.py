@@ -234,7 +234,7 @@ def test_disk_without_a_gpu(
     assert any((tmp_path / "offload").iterdir()) == (kind == "bin")
     ids = torch.tensor([tiny_tokenizer.encode("你好")])
     with torch.no_grad():
-        torch.testing.assert_close(model(ids).logits, single(ids).logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(model(ids).logits, single(ids).logits, rtol=1e-3, atol=2e-3)
     if kind != "int4":
         assert hold_conversation(model, tiny_tokenizer) == expected
 

@@ -1,6 +1,5 @@
 """Quantization against golden data of the official code, and every way to a quantized model."""
 
-import copy
 import doctest
 import json
 import logging
@@ -8,15 +7,13 @@ import os
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 import torch.nn.functional as F
-import transformers
-from packaging.version import Version
+from conftest import require_library
 from quantized_layers import create_layer, each_way
 from safetensors.torch import load_file, save_file
 from test_modeling_chatglm import CONFIG, IDS, assert_close, padded_batch
@@ -26,7 +23,6 @@ from transformers.trainer_utils import validate_quantization_for_training
 from transformers.utils.logging import warning_once
 
 from chatglm2 import (
-    ChatGLMCache,
     ChatGLMConfig,
     ChatGLMForConditionalGeneration,
     ChatGLMForSequenceClassification,
@@ -48,6 +44,7 @@ CHECKPOINTS = {
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # golden/README.md of the tiny model; in float16 either side is up to 0.021 from the float32 logits
 TOLERANCES = {"fp32": 1e-4, "fp16": 0.025, "bf16": 0.15}
+ROUNDED = 2e-3  # the CPU kernels round activations to 16 bits
 METHOD = {"quant_method": "chatglm"}
 WAYS = [{"bits": 8}, {"bits": 4}, {"bits": 4, "group_size": 128}, {"bits": 4, "output_bits": 8}]
 LENGTH = IDS.shape[1]
@@ -146,7 +143,7 @@ def test_error_is_at_most_half_a_step(bits, group_size):
     assert is_cut.float().mean() < 0.05
     with torch.no_grad():
         x = torch.randn(2, 3, 256)
-        assert_close(layer(x), F.linear(x, weight, linear.bias), 1e-5)
+        assert_close(layer(x), F.linear(x, weight, linear.bias), 2e-4)
 
 
 # The layers
@@ -235,9 +232,14 @@ def test_resizing_a_quantized_model(num_rows, output_bits, is_tied, tmp_path):
 # Official checkpoints
 
 
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
 @pytest.mark.parametrize("suffix", ["safetensors", "bin"])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_official_checkpoint(tmp_path, bits, suffix):
+def test_official_checkpoint(tmp_path, bits, suffix, backend, monkeypatch):
+    if backend == "cpu":
+        require_library()
+    monkeypatch.setenv("CHATGLM_BACKEND", backend)
+    tolerance = ROUNDED if backend == "cpu" else TOLERANCES["fp32"]
     folder = write_official(tmp_path / "official", bits, suffix)
     model, info = load(folder, output_loading_info=True)
     assert not any(info[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
@@ -246,14 +248,15 @@ def test_official_checkpoint(tmp_path, bits, suffix):
     assert_official(model.state_dict(), bits)
 
     model = AutoModel.from_pretrained(folder).float()
-    assert_close(compute_logits(model), OUTPUTS[f"cpu_float.int{bits}.logits"], 1e-4)
+    assert_close(compute_logits(model), OUTPUTS[f"cpu_float.int{bits}.logits"], tolerance)
     inputs = padded_batch()
     with torch.no_grad():
         logits = model(**inputs).logits
     is_token = inputs["attention_mask"].bool()
-    assert_close(logits[is_token], OUTPUTS[f"cpu_float.int{bits}.batch_logits"][is_token], 1e-4)
+    assert_close(
+        logits[is_token], OUTPUTS[f"cpu_float.int{bits}.batch_logits"][is_token], tolerance
+    )
     expected = META["generate"][f"cpu_float.int{bits}"]
-    model.base_model.exact_prefill = True  # as the original
     ids = model.generate(IDS, max_length=len(expected[0]), eos_token_id=None)
     assert ids.tolist() == expected
     assert_official(model.half().state_dict(), bits)  # also after a backend has packed it
@@ -272,7 +275,7 @@ def test_saved_checkpoint_is_the_official_one(tmp_path, bits):
     again.float().save_pretrained(tmp_path / "float32")
     last = load(tmp_path / "float32")
     assert last.dtype == torch.float32
-    assert_close(compute_logits(last), OUTPUTS[f"cpu_float.int{bits}.logits"], 1e-4)
+    assert_close(compute_logits(last), OUTPUTS[f"cpu_float.int{bits}.logits"], ROUNDED)
     config = ChatGLMConfig.from_pretrained(folder, num_labels=3)
     model = ChatGLMForSequenceClassification.from_pretrained(folder, config=config).float()
     assert model(IDS).logits.shape == (1, 3)
@@ -284,7 +287,7 @@ def test_model_made_from_a_config():
         model = model_class(ChatGLMConfig(**CONFIG, quantization_bit=4), empty_init=False)
         assert torch.isfinite(model(IDS)[0]).all()
     model.half().load_state_dict({k: v for k, v in CHECKPOINTS[4].items() if "inv_freq" not in k})
-    assert_close(compute_logits(model.float()), OUTPUTS["cpu_float.int4.logits"], 1e-4)
+    assert_close(compute_logits(model.float()), OUTPUTS["cpu_float.int4.logits"], ROUNDED)
 
 
 # Quantizing
@@ -460,7 +463,7 @@ def test_conversions_in_either_order(tmp_path, is_loaded, dtype):
         kept = torch.int8 if is_packed else torch.float16 if is_stored else DTYPES[dtype]
         assert parameter.dtype == kept, name
     logits, reference = compute_logits(model), OUTPUTS["cpu_float.int4.logits"]
-    assert_close(logits, reference, {"fp32": 1e-4, "fp16": 0.05, "bf16": 1.5}[dtype])
+    assert_close(logits, reference, {"fp32": ROUNDED, "fp16": 0.05, "bf16": 1.5}[dtype])
     if dtype != "bf16":
         assert_official(model.half().state_dict(), 4)
     other = create_model(DTYPES[dtype]).quantize(4)
@@ -515,7 +518,7 @@ def test_training_on_a_quantized_model(tmp_path):
 
 
 class FakeBackend(Backend):
-    """Notes (is of a prompt, tokens) of each product; those of prompts are 1 % too large."""
+    """Notes the number of tokens of each product."""
 
     def __init__(self, problem=None):
         self.problem, self.products, self.asked = problem, [], []
@@ -525,12 +528,8 @@ class FakeBackend(Backend):
         return self.problem
 
     def matmul(self, x, layer):
-        self.products.append((False, x.shape[-2]))
+        self.products.append(x.shape[-2])
         return torch_matmul(x, layer)
-
-    def prompt_matmul(self, x, layer):
-        self.products.append((True, x.shape[-2]))
-        return 1.01 * torch_matmul(x, layer)
 
 
 @pytest.fixture
@@ -590,7 +589,7 @@ def test_backend_that_overrides_nothing_else(monkeypatch):
         monkeypatch.setattr(quantization, "pick_backend", lambda *_, found=backend: found)
         model = create_model(torch.float32).quantize(4)
         quantization.prepare_layers(model)
-        logits += [model(IDS).logits, model(IDS, is_prompt=True).logits]
+        logits.append(model(IDS).logits)
     assert all(torch.equal(x, logits[0]) for x in logits)
 
 
@@ -623,93 +622,22 @@ print(quantization.__file__, ids.shape)
     assert "CHATGLM_BACKEND is 'cpu', which is not here" in run(CHATGLM_BACKEND="cpu").stderr
 
 
-# Roles: a prompt's tokens may be multiplied less exactly
-
-
 @pytest.fixture
 def products(monkeypatch):
-    """The products of all quantized layers, as `FakeBackend` notes them."""
+    """The numbers of tokens in the products of all quantized layers."""
     backend = FakeBackend()
     monkeypatch.setattr(quantization, "pick_backend", lambda *_: backend)
     return backend.products
 
 
-def generate(model, ids=IDS, num_tokens=3, **kwargs):
-    settings = {"min_new_tokens": num_tokens, "max_new_tokens": num_tokens, "eos_token_id": None}
-    return model.generate(ids, **settings, **kwargs)
-
-
-@pytest.mark.parametrize(
-    ("settings", "expected"),
-    [
-        ({}, [(True, LENGTH), (False, 1), (False, 1)]),
-        ({"ids": IDS[:, :1]}, [(True, 1), (False, 1), (False, 1)]),  # the role, not the number
-        ({"num_beams": 2}, [(True, LENGTH), (False, 1), (False, 1)]),
-        ({"num_tokens": 2, "use_cache": False}, [(False, LENGTH), (False, LENGTH + 1)]),
-        pytest.param(
-            {"num_tokens": 1, "prefill_chunk_size": LENGTH - 1, "past_key_values": ChatGLMCache()},
-            [(True, LENGTH - 1), (True, 1)],
-            marks=pytest.mark.skipif(
-                Version(transformers.__version__).release < (5, 23),
-                reason="before 5.23 transformers does not mark the chunks of a prompt",
-            ),
-        ),
-    ],
-)
-def test_generate_tells_prompts_from_answers(settings, expected, products):
-    generate(create_model(torch.float32).quantize(4), **settings)
-    assert products == [role for role in expected for _ in range(NUM_PRODUCTS)]
-
-
 @torch.no_grad()
-def test_candidates_belong_to_the_answer(products):
+def test_candidates_are_multiplied_together(products):
     model = create_model(torch.float32).quantize(4)
-    settings = {"return_dict_in_generate": True, "output_logits": True}
-    expected = generate(model, IDS.repeat(1, 2), 8, **settings)
+    settings = {"min_new_tokens": 8, "max_new_tokens": 8, "eos_token_id": None}
+    settings |= {"return_dict_in_generate": True, "output_logits": True}
+    expected = model.generate(IDS.repeat(1, 2), **settings)
     products.clear()
-    found = generate(model, IDS.repeat(1, 2), 8, prompt_lookup_num_tokens=3, **settings)
-    assert products[:2] == [(True, 2 * LENGTH), (False, 3)]
-    assert products.count((True, 2 * LENGTH)) == sum(is_prompt for is_prompt, _ in products)
-    assert max(n for is_prompt, n in products if not is_prompt) <= 4
+    found = model.generate(IDS.repeat(1, 2), prompt_lookup_num_tokens=3, **settings)
+    assert products[0] == 2 * LENGTH + 3 and max(products[NUM_PRODUCTS:]) > 1
     assert torch.equal(found.sequences, expected.sequences)
     assert_close(torch.cat(found.logits), torch.cat(expected.logits), 1e-4)
-
-
-@torch.no_grad()
-def test_each_token_by_the_product_of_its_role(products):
-    model = create_model(torch.float32).quantize(8)
-    exact, rounded = model(IDS), model(IDS, is_prompt=True)
-    mixed = model(IDS, is_prompt=True, logits_to_keep=3)  # the last two are candidates
-    assert_close(rounded.logits[:, -3], mixed.logits[:, 0], 1e-5)
-    assert (rounded.logits - exact.logits).abs().max() > 1e-2
-    assert (rounded.logits[:, -1] - mixed.logits[:, -1]).abs().max() > 1e-3
-    model.base_model.exact_prefill = True
-    assert torch.equal(model(IDS, is_prompt=True).logits, exact.logits)
-
-
-def test_role_is_of_one_thread_and_ends_with_an_error(products):
-    layer = create_model(torch.float32).quantize(4).base_model.encoder.layers[0].mlp.dense_4h_to_h
-    x = torch.randn(1, 5, layer.in_features)
-    with pytest.raises(KeyError), layer.backend.computing_prompt(5):
-        with layer.backend.computing_prompt(2):
-            twin = copy.deepcopy(layer)
-        with ThreadPoolExecutor(1) as pool:
-            pool.submit(layer, x).result()
-        twin(x)
-        layer(x)
-        raise KeyError
-    layer(x)
-    assert products == [(False, 5), (False, 5), (True, 5), (False, 5)]
-
-
-def test_prompts_of_a_conversation(products, tiny_checkpoint, tiny_tokenizer):
-    model = load(tiny_checkpoint).quantize(4).float()
-    settings = {"do_sample": False, "max_new_tokens": 4, "return_past_key_values": True}
-    cache, history = ChatGLMCache(), []
-    for query in ("你好", "讲个笑话"):
-        ids, num_kept = cache.continue_with(tiny_tokenizer, query, history)
-        assert bool(num_kept) == bool(history)
-        steps = model.stream_chat(tiny_tokenizer, query, history, cache, **settings)
-        *_, (_, history, cache) = steps
-        assert set(products) == {(True, len(ids) - num_kept), (False, 1)}
-        products.clear()

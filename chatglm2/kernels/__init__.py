@@ -56,10 +56,6 @@ class Backend:
         """
         raise NotImplementedError
 
-    def prompt_matmul(self, x: torch.Tensor, layer: QuantizedLinear) -> torch.Tensor:
-        """Return the product for tokens of a prompt, which may be faster and less exact."""
-        return self.matmul(x, layer)
-
     def stored_matmul(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """Return x @ weight.T in the dtype of x, for a float16 or bfloat16 weight [out, in]."""
         return torch_stored_matmul(x, weight)
@@ -74,17 +70,13 @@ class Backend:
     def release_pages(self, parameters):
         """Free memory that is no longer needed after all layers are prepared."""
 
-    def encode(
-        self, transformer: nn.Module, inputs: dict, num_prompt_tokens: int
-    ) -> torch.Tensor | None:
+    def encode(self, transformer: nn.Module, inputs: dict) -> torch.Tensor | None:
         """Return the hidden states after the last layer, or None to call the modules.
 
         Args:
             transformer: A `ChatGLMModel`.
             inputs: The arguments of `GLMTransformer.forward`, but with the `attention_mask` and
                 `position_ids` that the model was called with.
-            num_prompt_tokens: The number of tokens, counted from the first, that belong to the
-                prompt.
         """
         return None
 

@@ -216,10 +216,10 @@ def load(library: Path) -> ctypes.CDLL:
     for name in ("pack", "restore"):
         function = getattr(loaded, f"chatglm_{name}")
         function.argtypes, function.restype = [*2 * [pointer], *2 * [size], *2 * [number]], None
-    loaded.chatglm_multiply.argtypes = [*3 * [pointer], size, *2 * [number]]
+    loaded.chatglm_multiply.argtypes = [*3 * [pointer], size, number]
     loaded.chatglm_size_layer.argtypes = [*2 * [pointer], *2 * [size]]
     loaded.chatglm_size_layer.restype = size
-    types = [*5 * [pointer], *2 * [size], *2 * [number], pointer, number]
+    types = [*5 * [pointer], *2 * [size], number, pointer, number]
     loaded.chatglm_compute_layer.argtypes = types
     loaded.chatglm_multiply_stored.argtypes = [*3 * [pointer], *3 * [size], *2 * [number]]
     return loaded

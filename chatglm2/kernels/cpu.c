@@ -27,51 +27,48 @@
 #define PARTS (BLOCK / LANES)   // vectors of a block
 #define UNIT (4 * PARTS)        // vectors that a thread takes at a time
 #define GROUP 128               // columns of x that share a scale
+#define PANEL 512               // columns whose unpacked levels are kept in the first cache
+#define LARGEST 32639           // 127 * 256 + 127: both digits are signed bytes
 #define TINY 1e-30f             // a group of smaller numbers becomes zeros
 #define STORED_UNIT 32          // outputs that a thread takes at a time
+#define STORED_PANEL 1024       // columns of a row of x that stay in the first cache
 #define PREFETCH 2048           // bytes ahead
 
-// Rows and vectors of outputs of a tile, whose sums fill most of the registers.
-#if LANES == 16
-#define EXACT_ROWS 8
-#define EXACT_VECTORS(rows) ((rows) <= 2 ? 4 : 8 / (rows))
-#define INT8_ROWS 8
+// A tile is some rows of x times some vectors of outputs. Its sums are in registers.
+#if defined(AVX512) || defined(NEON)  // 32 registers
+#define ROWS 8
 #else
-#define EXACT_ROWS 4
-#define EXACT_VECTORS(rows) ((rows) <= 2 ? 2 : 1)
-#define INT8_ROWS 4
+#define ROWS 4
 #endif
-#define INT8_VECTORS 2
-#define PANEL 1024  // columns whose levels are unpacked into the first cache
+#define VECTORS 2
+#define MAX_SUMS 8  // of the tile of a product with few rows
+
+// Each four columns of a row of x are two words of 32 bits; see "Products" below.
+#if defined(AVX512) || defined(NEON)
+#define DIGITS        // a word has one digit of each column
+#define WORD_LEVELS 1 // vectors of unpacked levels for the two words
+#else
+#define WORD_LEVELS 2
+#endif
 
 typedef int8_t Bytes __attribute__((vector_size(LANES)));
-typedef int16_t Shorts __attribute__((vector_size(4 * LANES)));
 
-// Adds to each lane its four unsigned bytes times the four signed bytes of x. Nothing saturates.
-INLINE Ints add_dot4(Ints sum, Bits v, int32_t x, int bits) {
-    (void)bits;
+// Adds to each lane its levels times the numbers of a word of x: four bytes each, or two of 16 bits.
+INLINE Ints add_products(Ints sum, Bits levels, int32_t x) {
 #ifdef AVX512
     // Assembly keeps the instructions in order: as gcc 12 orders them, they run at half the speed.
-    __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(v), "v"(spread_int(x)));
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(levels), "v"(spread_int(x)));
     return sum;
+#elif defined(NEON)
+    return (Ints)vdotq_s32((int32x4_t)sum, (int8x16_t)levels, (int8x16_t)spread_int(x));
+#elif defined(__AVXVNNI__)
+    return (Ints)_mm256_dpwssd_avx_epi32((__m256i)sum, (__m256i)levels, _mm256_set1_epi32(x));
 #elif defined(AVX2)
-    const __m256i all = _mm256_set1_epi32(x), bytes = (__m256i)v;
-    if (bits == 4)  // sums of two products fit 16 bits
-        return sum + (Ints)_mm256_madd_epi16(_mm256_maddubs_epi16(bytes, all),
-                                             _mm256_set1_epi16(1));
-    const __m256i x_even = _mm256_srai_epi16(_mm256_slli_epi16(all, 8), 8);
-    const __m256i x_odd = _mm256_srai_epi16(all, 8);
-    const __m256i even = _mm256_and_si256(bytes, _mm256_set1_epi16(255));
-    const __m256i odd = _mm256_srli_epi16(bytes, 8);
-    return sum + (Ints)_mm256_madd_epi16(even, x_even) + (Ints)_mm256_madd_epi16(odd, x_odd);
-#else  // each half of a lane holds a product
-    const Shorts all = (Shorts)spread_int(x);
-    const Shorts even = (Shorts)(v & 0x00ff00ffu) * (all << 8 >> 8);
-    const Shorts odd = (Shorts)(v >> 8 & 0x00ff00ffu) * (all >> 8);
-    const Shorts both = even + odd;  // 16 bits hold it if the levels have 4 bits
-    if (bits == 4) return sum + ((Ints)both << 16 >> 16) + ((Ints)both >> 16);
-    return sum + ((Ints)even << 16 >> 16) + ((Ints)even >> 16) + ((Ints)odd << 16 >> 16) +
-           ((Ints)odd >> 16);
+    return sum + (Ints)_mm256_madd_epi16((__m256i)levels, _mm256_set1_epi32(x));
+#elif defined(__SSE2__) && LANES == 4
+    return sum + (Ints)_mm_madd_epi16((__m128i)levels, _mm_set1_epi32(x));
+#else
+    return sum + (Ints)(levels & 0xffff) * (int16_t)x + (Ints)(levels >> 16) * (x >> 16);
 #endif
 }
 
@@ -138,53 +135,65 @@ static void restore_block(const void *task, int64_t block) {
     }
 }
 
-// Products with INT8 and INT4 weights. Each group of GROUP columns of x is converted to integers
-// that share a scale, of one signed byte or of three (digits of base 256):
+// Products with INT8 and INT4 weights. Each group of GROUP columns of x is converted to integers of
+// 16 bits that share a scale, largest |x| / LARGEST. Products and sums of integers are exact:
 //
-//   1 digit   scale = largest |x| / 127
-//   3 digits  scale = the power of 2 for which the largest integer is 2^22 to 2^23. These integers
-//             have as many bits as float32, and their products and sums are exact, hence "exact" in
-//             the names below. The error of the result is 0.64 to 0.76 times that of float32
-//             arithmetic. If some columns are 20 to 1000 times larger than the others, which then
-//             lose their last bits, it is 1.0 to 2.3 times that, at most 6e-7 of the result (norms
-//             of the vectors of outputs).
+//   y[r, o] = sum over groups of scale[o, group] * x_scale[r, group] *
+//             (sum over c of integer[r, c] * (level(o, c) + offset) - offset * sum of integer[r, c])
 //
-// The digits are stored in tiles of rows: [column / 4][digit, lowest first][row of the tile]
-// [column % 4], so that one instruction multiplies four columns of a lane by four bytes of a row.
+// The error of a result is less than that of float16 arithmetic, also with columns that are 1000
+// times as large as the others.
+//
+// Each four columns of a row of x are two words of 32 bits:
+//
+//   DIGITS  word 1 has the high digits, word 0 the low ones, integer = 256 * high + low; one
+//           instruction multiplies four bytes of a lane. The sum for word 1 is multiplied by 256.
+//   else    word 0 has the integers of columns 0 and 2, word 1 those of columns 1 and 3; levels are
+//           widened to 16 bits.
+//
+// In memory, x is [group][tile of rows][word][column / 4][row of the tile]. Unpacked levels are
+// [group][word, unless DIGITS][column / 4][vector][lane].
 
 typedef struct {
     const Linear *linear;
     const float *x;
     float *y;
-    int64_t num_rows, tile_rows;
-    int digits;
+    int64_t num_rows;
     // The caller leaves the rest empty.
-    int64_t columns;  // `in`, rounded up to whole lanes
+    int64_t filled_rows;  // `num_rows`, rounded up to whole tiles
+    int64_t columns;      // `in`, rounded up to whole lanes
     int64_t groups, x_groups;
-    int32_t *tiles;
-    float *x_scale;  // [tile][group][row]
-    int32_t *x_start;  // [tile][group][digit][row]: makes up for the 8 or 128 added to each level
+    int32_t *x_words;
+    float *x_scale;    // [group][row]
+    int32_t *x_start;  // [group][row]: -offset * sum of integers
 } Product;
 
+// Returns what `unpack_group` gives for level 0.
+static int find_offset(int bits) {
+#ifdef NEON
+    if (bits == 8) return 0;  // bytes are signed
+#endif
+    return bits == 4 ? 8 : 128;
+}
+
 // Returns the rows of a tile, 1, 2, 4 or 8. Zeros fill up the last tile.
-static int64_t fill_tile(int64_t rows_left) {
+static int64_t count_tile_rows(int64_t rows_left) {
     int64_t rows = 1;
-    while (rows < rows_left && rows < EXACT_ROWS) rows *= 2;
+    while (rows < rows_left && rows < ROWS) rows *= 2;
     return rows;
 }
 
 static int64_t count_vectors(int64_t out) { return divide_up(out, BLOCK) * PARTS; }
 
-// The last tile of `multiply_int8` may have more vectors than are left. They are computed from the
-// last vector and not written.
+// Vector v of the outputs is part v % PARTS of block v / PARTS. The last tile may have more vectors
+// than are left: they are computed from the last vector and not written.
 INLINE int64_t clamp_vector(const Product *t, int64_t v) {
     return smaller(v, count_vectors(t->linear->out) - 1);
 }
 
-// Vector v of the outputs is part v % PARTS of block v / PARTS.
-INLINE const uint8_t *find_weight(const Product *t, int64_t v) {
+INLINE const uint8_t *find_weight(const Product *t, int64_t v, int64_t column, int bits) {
     v = clamp_vector(t, v);
-    return t->linear->weight + v / PARTS * BLOCK * t->columns * t->linear->bits / 8 +
+    return t->linear->weight + (v / PARTS * t->columns + column) * BLOCK * bits / 8 +
            v % PARTS * 4 * LANES;
 }
 
@@ -193,8 +202,10 @@ INLINE Floats find_scale(const Product *t, int64_t v, int64_t group) {
     return load(t->linear->scale + (v / PARTS * t->groups + group) * BLOCK + v % PARTS * LANES);
 }
 
-static int64_t count_tile_rows(const Product *t, int64_t first) {
-    return t->digits == 1 ? INT8_ROWS : fill_tile(t->num_rows - first);
+// Returns the scale of a group of columns, or 1 if each row of W has a single scale, which
+// `write_total` applies.
+INLINE Floats find_group_scale(const Product *t, int64_t v, int64_t group) {
+    return t->groups == 1 ? spread(1) : find_scale(t, v, group);
 }
 
 // Reads vector v of the outputs; the last one may have fewer than LANES.
@@ -210,12 +221,6 @@ INLINE void write_outputs(float *to, int64_t v, int64_t out, Floats value) {
     const int64_t left = out - v * LANES;
     if (left >= LANES) store(to + v * LANES, value);
     else if (left > 0) memcpy(to + v * LANES, &value, 4 * left);
-}
-
-// Returns the scale of a group of columns, or 1 if each row of W has a single scale, which
-// `write_total` applies.
-INLINE Floats find_group_scale(const Product *t, int64_t v, int64_t group) {
-    return t->groups == 1 ? spread(1) : find_scale(t, v, group);
 }
 
 // Returns the sum over the columns before `column`, which the previous panel has left in y.
@@ -236,8 +241,8 @@ INLINE void write_total(const Product *t, int64_t row, int64_t v, int64_t column
 }
 
 // Returns NaN for a group with infinities or NaNs, so that its results are NaN, and 0 for a group
-// of tiny numbers, which have fewer bits. The digits of both groups are zeros.
-static float choose_scale(const float *x, int digits) {
+// of tiny numbers, which have fewer bits. The integers of both groups are zeros.
+static float choose_scale(const float *x) {
     Ints largest = {0};  // float32 numbers without sign can be compared as integers
     for (int c = 0; c < GROUP; c += LANES) {
         const Ints size = (Ints)(load_bits(x + c) & 0x7fffffffu);
@@ -248,214 +253,233 @@ static float choose_scale(const float *x, int digits) {
     float max;
     memcpy(&max, &bits, 4);
     if (!(max <= FLT_MAX)) return NAN;
-    if (max < TINY) return 0;
-    if (digits == 1) return max / 127;
-    const int32_t power = ((bits + 0x10200) & 0x7f800000) - (22 << 23);
-    memcpy(&max, &power, 4);
-    return max;
+    return max < TINY ? 0 : max / LARGEST;
 }
 
-// Converts a group of a row of x to digits, which become row `row` of a tile.
-INLINE void quantize_group(const Product *t, int64_t tile, int64_t group, int64_t row, int64_t rows,
-                           const int digits) {
-    const int64_t first = group * GROUP, width = smaller(GROUP, t->linear->in - first);
-    const int64_t place = tile * t->tile_rows * t->x_groups + group * rows;
-    const int64_t x_row = tile * t->tile_rows + row;
-    float x[GROUP] = {0};
-    int8_t bytes[3][GROUP];
-    Ints sum[3] = {{0}};
-    if (x_row < t->num_rows) memcpy(x, t->x + x_row * t->linear->in + first, 4 * width);
-    const float scale = choose_scale(x, digits), inverse = scale > 0 ? 1 / scale : 0;
-    if (inverse == 0) memset(x, 0, sizeof x);
-    for (int c = 0; c < GROUP; c += LANES) {
-        Ints value = round_to_ints(load(x + c) * inverse);
-        UNROLL for (int d = 0; d < digits; d++) {
-            const Ints digit = d + 1 < digits ? (Ints)((Bits)value << 24) >> 24 : value;
-            const Bytes stored = __builtin_convertvector(digit, Bytes);
-            memcpy(bytes[d] + c, &stored, LANES);
-            sum[d] += digit;
-            value = (value - digit) >> 8;
-        }
+static int32_t make_word(const int32_t *integer, int word) {
+#ifdef DIGITS
+    uint32_t bytes = 0;
+    for (int c = 0; c < 4; c++) {
+        const int32_t low = (int8_t)integer[c];
+        bytes |= (uint32_t)(uint8_t)(word ? (integer[c] - low) >> 8 : low) << 8 * c;
     }
-    t->x_scale[place + row] = scale;
-    int32_t *to = t->tiles + (tile * t->tile_rows * t->columns + first * rows) / 4 * digits + row;
-    for (int d = 0; d < digits; d++) {
-        int32_t all = 0;
-        for (int i = 0; i < LANES; i++) all += sum[d][i];
-        t->x_start[place * digits + d * rows + row] = -all * (t->linear->bits == 4 ? 8 : 128);
-        for (int64_t c = 0; c < smaller(GROUP, t->columns - first); c += 4)
-            memcpy(to + (c / 4 * digits + d) * rows, bytes[d] + c, 4);
-    }
-}
-
-// A unit is a group of columns of a tile.
-static void quantize_x(const void *task, int64_t unit) {
-    const Product *t = task;
-    const int64_t tile = unit / t->x_groups, group = unit % t->x_groups;
-    const int64_t rows = count_tile_rows(t, tile * t->tile_rows);
-    for (int64_t row = 0; row < rows; row++)
-        if (t->digits == 1) quantize_group(t, tile, group, row, rows, 1);
-        else quantize_group(t, tile, group, row, rows, 3);
-}
-
-// Multiplies the columns from `column` to `end`. `vectors` and `rows` are constants after inlining,
-// so that the sums are in registers.
-INLINE void multiply_exact_tile(const Product *t, int64_t first, int64_t row, int64_t column,
-                                int64_t end, int bits, const int vectors, const int rows) {
-    const int32_t *x = t->tiles + (row * t->columns + column * rows) / 4 * 3;
-    const uint8_t *w[8];
-    Floats total[8];
-    UNROLL for (int v = 0; v < vectors; v++) {
-        w[v] = find_weight(t, first + v) + column * BLOCK * bits / 8;
-        UNROLL for (int r = 0; r < rows; r++)
-            total[v * rows + r] = read_total(t, row + r, first + v, column);
-    }
-    for (int64_t group = column / GROUP; group * GROUP < end; group++) {
-        const int64_t place = row * t->x_groups + group * rows;
-        const int64_t width = smaller(GROUP, end - group * GROUP);
-        Ints sum[24];
-        UNROLL for (int v = 0; v < vectors; v++)
-            UNROLL for (int i = 0; i < 3 * rows; i++)
-                sum[v * 3 * rows + i] = spread_int(t->x_start[place * 3 + i]);
-        for (const int32_t *x_end = x + width / 4 * 3 * rows; x < x_end;) {
-            Bits lanes[8], levels[8];
-            UNROLL for (int v = 0; v < vectors; v++) {
-                lanes[v] = load_bits(w[v]);
-                __builtin_prefetch(w[v] + PREFETCH);
-                w[v] += BLOCK_STEP;
-            }
-            UNROLL for (int half = 0; half < 8 / bits; half++, x += 3 * rows) {
-                UNROLL for (int v = 0; v < vectors; v++)
-                    levels[v] = bits == 8 ? lanes[v] : lanes[v] >> 4 * half & 0x0f0f0f0fu;
-                UNROLL for (int i = 0; i < 3 * rows; i++)
-                    UNROLL for (int v = 0; v < vectors; v++) {
-                        Ints *s = &sum[v * 3 * rows + i];
-                        *s = add_dot4(*s, levels[v], x[i], bits);
-                    }
-            }
-        }
-        UNROLL for (int v = 0; v < vectors; v++) {
-            const Floats scale = find_group_scale(t, first + v, group);
-            UNROLL for (int r = 0; r < rows; r++) {
-                const Ints *s = &sum[v * 3 * rows + r];
-                const Floats high = to_floats(s[rows] + (s[2 * rows] << 8));
-                const Floats all = multiply_add(high, spread(256), to_floats(s[0]));
-                Floats *to = &total[v * rows + r];
-                *to = multiply_add(all, scale * t->x_scale[place + r], *to);
-            }
-        }
-    }
-    UNROLL for (int v = 0; v < vectors; v++)
-        UNROLL for (int r = 0; r < rows; r++)
-            write_total(t, row + r, first + v, end, total[v * rows + r]);
-}
-
-// Multiplies in panels of columns, whose x stays in the first cache.
-INLINE void multiply_exact_rows(const Product *t, int64_t first, int64_t last, int64_t row,
-                                int bits, const int rows) {
-    const int64_t panel = 8 * PANEL / rows;
-    for (int64_t column = 0; column < t->columns; column += panel) {
-        const int64_t end = smaller(column + panel, t->columns);
-        int64_t v = first;
-        for (; v + EXACT_VECTORS(rows) <= last; v += EXACT_VECTORS(rows))
-            multiply_exact_tile(t, v, row, column, end, bits, EXACT_VECTORS(rows), rows);
-        for (; v < last; v++) multiply_exact_tile(t, v, row, column, end, bits, 1, rows);
-    }
-}
-
-INLINE void multiply_exact_unit(const Product *t, int64_t unit, int bits) {
-    const int64_t first = unit * UNIT, last = smaller(first + UNIT, count_vectors(t->linear->out));
-    for (int64_t row = 0; row < t->num_rows; row += EXACT_ROWS)
-        switch (count_tile_rows(t, row)) {
-            case 1: multiply_exact_rows(t, first, last, row, bits, 1); break;
-            case 2: multiply_exact_rows(t, first, last, row, bits, 2); break;
-            case 4: multiply_exact_rows(t, first, last, row, bits, 4); break;
-#if EXACT_ROWS == 8
-            case 8: multiply_exact_rows(t, first, last, row, bits, 8); break;
+    return bytes;
+#else
+    return (uint16_t)integer[word] | (uint32_t)integer[word + 2] << 16;
 #endif
+}
+
+// Converts a group of a row of x to words, which are stored `rows` words apart.
+static void quantize_group(const float *x, float scale, int64_t width, int64_t rows, int32_t *words,
+                           int32_t *sum) {
+    const float inverse = scale > 0 ? 1 / scale : 0;
+    int32_t integer[GROUP] = {0};
+    Ints sums = {0};
+    if (inverse > 0)
+        for (int c = 0; c < GROUP; c += LANES) {
+            const Ints rounded = round_to_ints(load(x + c) * inverse);
+            memcpy(integer + c, &rounded, sizeof rounded);
+            sums += rounded;
         }
+    for (int word = 0; word < 2; word++)
+        for (int64_t c = 0; c < width; c += 4, words += rows) *words = make_word(integer + c, word);
+    *sum = 0;
+    for (int i = 0; i < LANES; i++) *sum += sums[i];
 }
 
-static void multiply_exact(const void *task, int64_t unit) {
+// Returns the words of a group of columns of the tile that begins with a row.
+INLINE int32_t *find_words(const Product *t, int64_t row, int64_t group) {
+    const int64_t width = smaller(GROUP, t->columns - group * GROUP);
+    return t->x_words + (group * GROUP * t->filled_rows + row * width) / 2;
+}
+
+// Converts a group of the rows of a tile.
+static void quantize_tile(const void *task, int64_t unit) {
     const Product *t = task;
-    if (t->linear->bits == 4) multiply_exact_unit(t, unit, 4);
-    else multiply_exact_unit(t, unit, 8);
+    const int64_t first_row = unit / t->x_groups * ROWS, group = unit % t->x_groups;
+    const int64_t rows = count_tile_rows(t->num_rows - first_row), first = group * GROUP;
+    for (int64_t r = 0; r < rows; r++) {
+        float x[GROUP] = {0};
+        if (first_row + r < t->num_rows)
+            memcpy(x, t->x + (first_row + r) * t->linear->in + first,
+                   4 * smaller(GROUP, t->linear->in - first));
+        const int64_t place = group * t->filled_rows + first_row + r;
+        t->x_scale[place] = choose_scale(x);
+        quantize_group(x, t->x_scale[place], smaller(GROUP, t->columns - first), rows,
+                       find_words(t, first_row, group) + r, &t->x_start[place]);
+        t->x_start[place] *= -find_offset(t->linear->bits);
+    }
 }
 
-// Unpacks the levels of a panel of columns: [column / 4][vector][lane][column % 4]. Meanwhile the
-// weights of the next panel, which begins at `next_first` and `next_column`, are prefetched.
-INLINE void unpack_panel(const Product *t, int64_t first, int64_t column, int64_t width,
-                         int64_t next_first, int64_t next_column, int bits, uint8_t *levels) {
-    UNROLL for (int v = 0; v < INT8_VECTORS; v++) {
-        const uint8_t *w = find_weight(t, first + v) + column * BLOCK * bits / 8;
-        const uint8_t *next = find_weight(t, next_first + v) + next_column * BLOCK * bits / 8;
-        for (int64_t c = 0; c < width; c += 32 / bits, w += BLOCK_STEP, next += BLOCK_STEP) {
-            const Bits lanes = load_bits(w);
-            __builtin_prefetch(next, 0, 2);
-            UNROLL for (int half = 0; half < 8 / bits; half++) {
-                const Bits unpacked = bits == 8 ? lanes : lanes >> 4 * half & 0x0f0f0f0fu;
-                memcpy(levels + ((c / 4 + half) * INT8_VECTORS + v) * 4 * LANES, &unpacked,
-                       4 * LANES);
-            }
+// Returns the levels of LANES outputs that belong to a word of x.
+INLINE Bits unpack(Bits packed, int half, int word, int bits) {
+    uint32_t mask = bits == 4 ? 0x0f0f0f0fu : 0xffffffffu;
+#ifdef NEON
+    if (bits == 8) packed ^= 0x80808080u;
+#endif
+#ifndef DIGITS
+    mask &= 0x00ff00ffu;
+    packed >>= 8 * word;
+#endif
+    return packed >> 4 * half & mask;
+}
+
+// Unpacks the levels of a group of columns.
+INLINE void unpack_group(const Product *t, int64_t first, int64_t column, int64_t width, int bits,
+                         uint8_t *levels) {
+    UNROLL for (int v = 0; v < VECTORS; v++) {
+        const uint8_t *w = find_weight(t, first + v, column, bits);
+        for (int64_t c = 0; c < width; c += 32 / bits, w += BLOCK_STEP) {
+            const Bits packed = load_bits(w);
+            __builtin_prefetch(w + PREFETCH);
+            UNROLL for (int half = 0; half < 8 / bits; half++)
+                UNROLL for (int word = 0; word < WORD_LEVELS; word++) {
+                    const Bits unpacked = unpack(packed, half, word, bits);
+                    memcpy(levels + (((word * width + c) / 4 + half) * VECTORS + v) * 4 * LANES,
+                           &unpacked, sizeof unpacked);
+                }
         }
     }
 }
 
-// Multiplies the columns from `column` to `end`, whose unpacked levels are given.
-INLINE void multiply_int8_tile(const Product *t, int64_t first, int64_t row, int64_t column,
-                               int64_t end, int bits, const uint8_t *levels) {
-    const int rows = INT8_ROWS, vectors = INT8_VECTORS;
-    const int32_t *x = t->tiles + (row * t->columns + column * rows) / 4;
-    Floats total[INT8_ROWS][INT8_VECTORS];
-    for (int r = 0; r < rows; r++)
-        UNROLL for (int v = 0; v < vectors; v++)
-            total[r][v] = read_total(t, row + r, first + v, column);
-    for (int64_t group = column / GROUP; group * GROUP < end; group++) {
-        const int64_t place = row * t->x_groups + group * rows;
-        const int64_t width = smaller(GROUP, end - group * GROUP);
-        Ints sum[INT8_ROWS][INT8_VECTORS];
+// Sums of a tile over a group of columns. `vectors` and `rows` are constants after inlining, so
+// that the sums are in registers.
+
+INLINE void multiply_unpacked(const uint8_t *levels, const int32_t *x, int64_t width,
+                              const int rows, Ints *total) {
+    const int64_t size = width * VECTORS * LANES;  // bytes of the levels for a word
+    Ints sum[ROWS * VECTORS] = {{0}};
+    for (int word = 1; word >= 0; word--) {
+        const uint8_t *from = levels;
+        const int32_t *words = x + word * width / 4 * rows;
+#ifdef DIGITS
+        UNROLL for (int i = 0; i < VECTORS * rows; i++) sum[i] <<= 8;
+#else
+        from += word * size;
+#endif
+        for (const uint8_t *end = from + size; from < end; words += rows) {
+            Bits lanes[VECTORS];
+            UNROLL for (int v = 0; v < VECTORS; v++, from += 4 * LANES) lanes[v] = load_bits(from);
+            UNROLL for (int r = 0; r < rows; r++)
+                UNROLL for (int v = 0; v < VECTORS; v++) {
+                    Ints *to = &sum[r * VECTORS + v];
+                    *to = add_products(*to, lanes[v], words[r]);
+                }
+        }
+    }
+    UNROLL for (int i = 0; i < VECTORS * rows; i++) total[i] = sum[i];
+}
+
+INLINE void multiply_packed(const uint8_t **w, const int32_t *x, int64_t width, int bits,
+                            const int vectors, const int rows, Ints *total) {
+    Ints sum[2][MAX_SUMS] = {{{0}}};  // one of them, unless DIGITS
+    const int64_t size = width / 4 * rows;  // words of a kind
+    for (const int32_t *end = x + size; x < end; x += 8 / bits * rows)
+        UNROLL for (int v = 0; v < vectors; v++, w[v - 1] += BLOCK_STEP) {
+            const Bits packed = load_bits(w[v]);
+            __builtin_prefetch(w[v] + PREFETCH);
+            UNROLL for (int half = 0; half < 8 / bits; half++)
+                UNROLL for (int word = 0; word < 2; word++)
+                    UNROLL for (int r = 0; r < rows; r++) {
+                        Ints *to = &sum[word / WORD_LEVELS][r * vectors + v];
+                        *to = add_products(*to, unpack(packed, half, word, bits),
+                                           x[word * size + half * rows + r]);
+                    }
+        }
+    UNROLL for (int i = 0; i < vectors * rows; i++) total[i] = sum[0][i] + (sum[1][i] << 8);
+}
+
+// Adds the sums of a group to the totals of a tile.
+INLINE void add_group(const Product *t, int64_t first, int64_t row, int64_t group,
+                      const int vectors, const int rows, const Ints *sum, Floats *total) {
+    const int64_t place = group * t->filled_rows + row;
+    UNROLL for (int v = 0; v < vectors; v++) {
+        const Floats scale = find_group_scale(t, first + v, group);
+        UNROLL for (int r = 0; r < rows; r++) {
+            const int i = r * vectors + v;
+            const Floats s = to_floats(sum[i] + spread_int(t->x_start[place + r]));
+            total[i] = multiply_add(s, scale * t->x_scale[place + r], total[i]);
+        }
+    }
+}
+
+// Multiplies a panel, whose unpacked levels are given.
+INLINE void multiply_panel(const Product *t, int64_t first, int64_t row, int64_t column,
+                           int64_t end, const uint8_t *levels, const int rows) {
+    Floats total[ROWS * VECTORS];
+    UNROLL for (int r = 0; r < rows; r++)
+        UNROLL for (int v = 0; v < VECTORS; v++)
+            total[r * VECTORS + v] = read_total(t, row + r, first + v, column);
+    for (; column < end; column += GROUP) {
+        const int64_t width = smaller(GROUP, end - column), group = column / GROUP;
+        Ints sum[ROWS * VECTORS];
+        multiply_unpacked(levels, find_words(t, row, group), width, rows, sum);
+        levels += width * VECTORS * LANES * WORD_LEVELS;
+        add_group(t, first, row, group, VECTORS, rows, sum, total);
+    }
+    UNROLL for (int r = 0; r < rows; r++)
+        UNROLL for (int v = 0; v < VECTORS; v++)
+            write_total(t, row + r, first + v, end, total[r * VECTORS + v]);
+}
+
+// Multiplies a single tile of rows. The weights are read once, from the first column to the last.
+INLINE void multiply_few(const Product *t, int64_t begin, int64_t last, int bits,
+                         const int vectors, const int rows) {
+    for (int64_t first = begin; first < last; first += vectors) {
+        const uint8_t *w[4];
+        UNROLL for (int v = 0; v < vectors; v++) w[v] = find_weight(t, first + v, 0, bits);
+        Floats total[MAX_SUMS] = {{0}};
+        for (int64_t group = 0; group < t->x_groups; group++) {
+            Ints sum[MAX_SUMS];
+            const int64_t width = smaller(GROUP, t->columns - group * GROUP);
+            multiply_packed(w, find_words(t, 0, group), width, bits, vectors, rows, sum);
+            add_group(t, first, 0, group, vectors, rows, sum, total);
+        }
         UNROLL for (int r = 0; r < rows; r++)
             UNROLL for (int v = 0; v < vectors; v++)
-                sum[r][v] = spread_int(t->x_start[place + r]);
-        for (const int32_t *x_end = x + width / 4 * rows; x < x_end; x += rows) {
-            Bits lanes[INT8_VECTORS];
-            UNROLL for (int v = 0; v < vectors; v++, levels += 4 * LANES)
-                lanes[v] = load_bits(levels);
-            UNROLL for (int r = 0; r < rows; r++)
-                UNROLL for (int v = 0; v < vectors; v++)
-                    sum[r][v] = add_dot4(sum[r][v], lanes[v], x[r], bits);
-        }
-        UNROLL for (int v = 0; v < vectors; v++) {
-            const Floats scale = find_group_scale(t, first + v, group);
-            UNROLL for (int r = 0; r < rows; r++)
-                total[r][v] = multiply_add(to_floats(sum[r][v]), scale * t->x_scale[place + r],
-                                           total[r][v]);
-        }
+                write_total(t, r, first + v, t->columns, total[r * vectors + v]);
     }
-    for (int r = 0; r < rows; r++)
-        UNROLL for (int v = 0; v < vectors; v++)
-            write_total(t, row + r, first + v, end, total[r][v]);
 }
 
-INLINE void multiply_int8_unit(const Product *t, int64_t unit, int bits) {
-    const int64_t begin = unit * UNIT, last = smaller(begin + UNIT, count_vectors(t->linear->out));
-    uint8_t levels[PANEL * INT8_VECTORS * LANES] __attribute__((aligned(ALIGNMENT)));
+// Multiplies many rows. All of them use the levels of a panel of columns, unpacked once.
+INLINE void multiply_many(const Product *t, int64_t begin, int64_t last, int bits) {
+    uint8_t levels[PANEL * VECTORS * LANES * WORD_LEVELS] __attribute__((aligned(ALIGNMENT)));
     for (int64_t column = 0; column < t->columns; column += PANEL) {
         const int64_t end = smaller(column + PANEL, t->columns);
-        for (int64_t first = begin; first < last; first += INT8_VECTORS) {
-            const int is_last = first + INT8_VECTORS >= last;
-            unpack_panel(t, first, column, end - column, is_last ? begin : first + INT8_VECTORS,
-                         is_last ? end : column, bits, levels);
-            for (int64_t row = 0; row < t->num_rows; row += INT8_ROWS)
-                multiply_int8_tile(t, first, row, column, end, bits, levels);
+        for (int64_t first = begin; first < last; first += VECTORS) {
+            for (int64_t c = column; c < end; c += GROUP)
+                unpack_group(t, first, c, smaller(GROUP, end - c), bits,
+                             levels + (c - column) * VECTORS * LANES * WORD_LEVELS);
+            for (int64_t row = 0; row < t->num_rows; row += ROWS)
+                switch (count_tile_rows(t->num_rows - row)) {
+                    case 1: multiply_panel(t, first, row, column, end, levels, 1); break;
+                    case 2: multiply_panel(t, first, row, column, end, levels, 2); break;
+                    case 4: multiply_panel(t, first, row, column, end, levels, 4); break;
+#if ROWS == 8
+                    case 8: multiply_panel(t, first, row, column, end, levels, 8); break;
+#endif
+                }
         }
     }
 }
 
-static void multiply_int8(const void *task, int64_t unit) {
+INLINE void multiply_outputs(const Product *t, int64_t unit, int bits) {
+    const int64_t first = unit * UNIT, last = smaller(first + UNIT, count_vectors(t->linear->out));
+    switch (t->filled_rows) {
+        case 1: multiply_few(t, first, last, bits, 4, 1); break;
+        case 2: multiply_few(t, first, last, bits, 4, 2); break;
+        case 4: multiply_few(t, first, last, bits, 2, 4); break;
+#if ROWS == 8
+        case 8: multiply_few(t, first, last, bits, 1, 8); break;
+#endif
+        default: multiply_many(t, first, last, bits);
+    }
+}
+
+static void multiply_unit(const void *task, int64_t unit) {
     const Product *t = task;
-    if (t->linear->bits == 4) multiply_int8_unit(t, unit, 4);
-    else multiply_int8_unit(t, unit, 8);
+    if (t->linear->bits == 4) multiply_outputs(t, unit, 4);
+    else multiply_outputs(t, unit, 8);
 }
 
 // Products with weights of 16 bits, which are read as they are stored, [out, in]. The lanes of a
@@ -473,7 +497,7 @@ typedef struct {
 INLINE void add_columns(const StoredProduct *t, const uint16_t *const *w, const float *x,
                         const int is_bfloat16, const int outputs, const int rows, int64_t c,
                         const int is_last, Floats *sum) {
-    Floats columns[EXACT_ROWS];
+    Floats columns[ROWS];
     UNROLL for (int r = 0; r < rows; r++) columns[r] = load(x + r * t->columns + c);
     UNROLL for (int o = 0; o < outputs; o++) {
         const uint16_t *from = w[o] + c;
@@ -505,8 +529,8 @@ INLINE void multiply_stored_tile(const StoredProduct *t, int64_t output, int64_t
 // Multiplies in panels of columns, whose x stays in the first cache.
 INLINE void multiply_stored_rows(const StoredProduct *t, int64_t first, int64_t last, int64_t row,
                                  const int is_bfloat16, const int outputs, const int rows) {
-    Floats sum[STORED_UNIT * EXACT_ROWS] = {{0}};
-    const int64_t panel = 4 * PANEL / rows;
+    Floats sum[STORED_UNIT * ROWS] = {{0}};
+    const int64_t panel = 4 * STORED_PANEL / rows;
     for (int64_t column = 0; column < t->in; column += panel) {
         const int64_t end = smaller(column + panel, t->in);
         int64_t o = first;
@@ -524,12 +548,12 @@ INLINE void multiply_stored_rows(const StoredProduct *t, int64_t first, int64_t 
 
 INLINE void multiply_stored_unit(const StoredProduct *t, int64_t unit, const int is_bfloat16) {
     const int64_t first = unit * STORED_UNIT, last = smaller(first + STORED_UNIT, t->out);
-    for (int64_t row = 0; row < t->num_rows; row += EXACT_ROWS)
-        switch (fill_tile(t->num_rows - row)) {
+    for (int64_t row = 0; row < t->num_rows; row += ROWS)
+        switch (count_tile_rows(t->num_rows - row)) {
             case 1: multiply_stored_rows(t, first, last, row, is_bfloat16, 4, 1); break;
             case 2: multiply_stored_rows(t, first, last, row, is_bfloat16, 4, 2); break;
             case 4: multiply_stored_rows(t, first, last, row, is_bfloat16, 4 / PARTS, 4); break;
-#if EXACT_ROWS == 8
+#if ROWS == 8
             case 8: multiply_stored_rows(t, first, last, row, is_bfloat16, 2, 8); break;
 #endif
         }
@@ -577,32 +601,28 @@ void chatglm_restore(const uint8_t *packed, uint8_t *restored, int64_t out, int6
     run(restore_block, &task, divide_up(out, BLOCK), num_threads);
 }
 
-int chatglm_multiply(const Linear *linear, const float *x, float *y, int64_t num_rows, int is_exact,
+int chatglm_multiply(const Linear *linear, const float *x, float *y, int64_t num_rows,
                      int num_threads) {
     Product task = {linear, x, y, num_rows};
-    task.digits = is_exact ? 3 : 1;
-    task.tile_rows = is_exact ? EXACT_ROWS : INT8_ROWS;
     task.columns = divide_up(linear->in, 32 / linear->bits) * (32 / linear->bits);
     task.groups = linear->in / linear->group_size;
     task.x_groups = divide_up(linear->in, GROUP);
-    const int64_t num_tiles = divide_up(num_rows, task.tile_rows);
-    const int64_t filled = num_tiles * task.tile_rows;  // rows
-    task.tiles = allocate(filled * (task.digits * (task.columns + 4 * task.x_groups) +
-                                    4 * task.x_groups));
-    if (!task.tiles) return -1;
-    task.x_start = task.tiles + filled * task.columns / 4 * task.digits;
-    task.x_scale = (float *)(task.x_start + filled * task.x_groups * task.digits);
-    run(quantize_x, &task, num_tiles * task.x_groups, num_threads);
-    run(is_exact ? multiply_exact : multiply_int8, &task,
-        divide_up(count_vectors(linear->out), UNIT), num_threads);
-    release(task.tiles);
+    const int64_t num_tiles = divide_up(num_rows, ROWS), last = (num_tiles - 1) * ROWS;
+    const int64_t filled = task.filled_rows = last + count_tile_rows(num_rows - last);
+    task.x_words = allocate(filled * (2 * task.columns + 8 * task.x_groups));
+    if (!task.x_words) return -1;
+    task.x_start = task.x_words + filled * task.columns / 2;
+    task.x_scale = (float *)(task.x_start + filled * task.x_groups);
+    run(quantize_tile, &task, num_tiles * task.x_groups, num_threads);
+    run(multiply_unit, &task, divide_up(count_vectors(linear->out), UNIT), num_threads);
+    release(task.x_words);
     return 0;
 }
 
 int chatglm_multiply_stored(const uint16_t *weight, const float *x, float *y, int64_t num_rows,
                             int64_t in, int64_t out, int is_bfloat16, int num_threads) {
     const int64_t columns = divide_up(in, LANES) * LANES;
-    const int64_t size = 4 * columns * divide_up(num_rows, EXACT_ROWS) * EXACT_ROWS;
+    const int64_t size = 4 * columns * divide_up(num_rows, ROWS) * ROWS;
     float *rows = allocate(size);
     if (!rows) return -1;
     memset(rows, 0, size);

@@ -20,17 +20,27 @@
 #define AVX512
 #define LANES 16  // numbers of 32 bits in a vector
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#ifdef __AVXVNNI__
+#define ISA "avxvnni"
+#else
 #define ISA "avx2"
+#endif
 #define AVX2
 #define LANES 8
+#elif defined(__ARM_FEATURE_DOTPROD)
+#define ISA "neon"
+#define NEON
+#define LANES 4
 #else
 #define ISA "portable"
 #ifndef LANES  // the tests compile longer vectors for any CPU
 #define LANES 4
 #endif
 #endif
-#if defined(AVX512) || defined(AVX2)
+#ifdef __SSE2__
 #include <immintrin.h>
+#elif defined(NEON)
+#include <arm_neon.h>
 #endif
 
 #define ALIGNMENT 64
@@ -208,5 +218,5 @@ typedef struct {
 } Linear;
 
 // y[r, o] = sum over c of x[r, c] * W[o, c] + bias[o]. Returns 0, or -1 if there is no memory.
-int chatglm_multiply(const Linear *linear, const float *x, float *y, int64_t num_rows, int is_exact,
+int chatglm_multiply(const Linear *linear, const float *x, float *y, int64_t num_rows,
                      int num_threads);

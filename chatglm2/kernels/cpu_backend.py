@@ -1,8 +1,8 @@
 """INT8, INT4 and 16-bit weights on a CPU, by the C kernels of cpu.c, which give the formulas.
 
-Activations are converted to float32, products are summed in float32, and the result is rounded
-once, to the dtype of x. Activations of a prompt are rounded to int8 first, which is faster. The
-result of a row is the same, bit for bit, whatever other rows there are.
+Activations are converted to float32, and for INT8 and INT4 weights to 16-bit integers with a scale
+for each 128 columns. The result is rounded once, to the dtype of x. The result of a row is the
+same, bit for bit, whatever other rows there are.
 """
 
 import ctypes
@@ -125,15 +125,15 @@ def describe(layer: QuantizedLinear, packed: PackedWeight) -> Linear:
 
 
 @torch.no_grad()
-def multiply(x: torch.Tensor, layer: QuantizedLinear, is_exact: bool) -> torch.Tensor:
-    """Return x @ W.T; unless exact, x is rounded to int8 in groups of 128 columns."""
+def multiply(x: torch.Tensor, layer: QuantizedLinear) -> torch.Tensor:
+    """Return x @ W.T; x is rounded to 16 bits in groups of 128 columns."""
     packed = layer.pack(PackedWeight)
     rows = make_readable(x.reshape(-1, x.shape[-1]), torch.float32)
     y = rows.new_empty(*x.shape[:-1], layer.out_features)
     if len(rows):
         address = get_address(rows, torch.float32, len(rows), layer.in_features)
         linear = ctypes.byref(describe(layer, packed))
-        call("multiply", linear, address, y.data_ptr(), len(rows), is_exact)
+        call("multiply", linear, address, y.data_ptr(), len(rows))
     return y.to(x.dtype)
 
 
@@ -150,10 +150,7 @@ class CPUBackend(Backend):
         return get_library()[1]
 
     def matmul(self, x: torch.Tensor, layer: QuantizedLinear) -> torch.Tensor:
-        return multiply(x, layer, is_exact=True)
-
-    def prompt_matmul(self, x: torch.Tensor, layer: QuantizedLinear) -> torch.Tensor:
-        return multiply(x, layer, is_exact=False)
+        return multiply(x, layer)
 
     @torch.no_grad()
     def stored_matmul(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -196,9 +193,9 @@ class CPUBackend(Backend):
                 libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
                 libc.madvise(begin, end - begin, mmap.MADV_DONTNEED)
 
-    def encode(self, transformer, inputs: dict, num_prompt_tokens: int) -> torch.Tensor | None:
+    def encode(self, transformer, inputs: dict) -> torch.Tensor | None:
         from .cpu_layers import can_compute_layers, compute_layers  # which import the model
 
-        if not can_compute_layers(transformer, inputs, num_prompt_tokens):
+        if not can_compute_layers(transformer, inputs):
             return None
-        return compute_layers(transformer, inputs, is_exact=not num_prompt_tokens)
+        return compute_layers(transformer, inputs)

@@ -35,17 +35,17 @@ ARGUMENTS = {  # of `GLMTransformer.forward`, that C honours; all others must be
 }
 
 
-def can_compute_layers(transformer: ChatGLMModel, inputs: dict, num_prompt_tokens: int = 0) -> bool:
+def can_compute_layers(transformer: ChatGLMModel, inputs: dict) -> bool:
     """Whether C computes what the modules would; the arguments are those of `Backend.encode`."""
     return (
-        are_inputs_plain(inputs, num_prompt_tokens)
+        are_inputs_plain(inputs)
         and are_inputs_readable(inputs, transformer.config)
         and is_cache_writable(inputs, transformer.config)
         and is_model_plain(transformer)
     )
 
 
-def are_inputs_plain(inputs: dict, num_prompt_tokens: int) -> bool:
+def are_inputs_plain(inputs: dict) -> bool:
     if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
         return False
     states, mask = inputs["hidden_states"], inputs["attention_mask"]
@@ -54,7 +54,6 @@ def are_inputs_plain(inputs: dict, num_prompt_tokens: int) -> bool:
         not any(value is not None and value is not False for value in others)
         and type(states) is torch.Tensor
         and states.dtype == inputs["rotary"][0].dtype == torch.float32
-        and (num_prompt_tokens == 0 or num_prompt_tokens >= states.shape[1])  # one role for all
         and (mask is None or (mask.ndim == 2 and bool(mask.all())))
         and (states.shape[1] == 1 or bool((inputs["position_ids"].diff() == 1).all()))
     )
@@ -229,7 +228,7 @@ def reserve_cache(inputs: dict, attention: SelfAttention) -> tuple[ctypes.Array,
 
 
 @torch.no_grad()
-def compute_layers(transformer: ChatGLMModel, inputs: dict, is_exact: bool) -> torch.Tensor:
+def compute_layers(transformer: ChatGLMModel, inputs: dict) -> torch.Tensor:
     """Return the hidden states after the last layer, [b, s, h], and extend the cache."""
     states = inputs["hidden_states"].clone(memory_format=torch.contiguous_format)
     batch, num_new = states.shape[:2]
@@ -249,7 +248,7 @@ def compute_layers(transformer: ChatGLMModel, inputs: dict, is_exact: bool) -> t
         num_bytes = get_library()[0].chatglm_size_layer(described, *sizes)
         if memory is None or len(memory) < num_bytes:  # seldom more than once
             memory = cpu_backend.allocate(num_bytes)
-        types = CACHE_TYPES[dtype], is_exact, memory.data_ptr()
+        types = CACHE_TYPES[dtype], memory.data_ptr()
         cpu_backend.call("compute_layer", described, *addresses, *sizes, *types)
         for row in list_rows(inputs["kv_cache"]):  # after the call: an error leaves no garbage
             row.layers[layer.self_attention.layer_idx].extend(num_new)

@@ -54,7 +54,7 @@ static void activate(const void *task, int64_t unit) {
 
 static int multiply(const Task *t, const Linear *linear, const float *x, float *y,
                     int num_threads) {
-    return chatglm_multiply(linear, x, y, t->rows, t->is_exact, num_threads);
+    return chatglm_multiply(linear, x, y, t->rows, num_threads);
 }
 
 static void add_to_hidden(const Task *t, const float *output, int num_threads) {
@@ -119,8 +119,8 @@ int64_t chatglm_size_layer(const Layer *layer, const Conversation *conversations
 // to the caches. Returns 0, or -1 if there is no memory.
 int chatglm_compute_layer(const Layer *layer, float *hidden, const float *cos, const float *sin,
                           const Conversation *conversations, int64_t num_new, int64_t num_rows,
-                          int cache_type, int is_exact, void *memory, int num_threads) {
-    Task task = {layer, conversations, num_new, num_rows, cos, sin, hidden, cache_type, is_exact};
+                          int cache_type, void *memory, int num_threads) {
+    Task task = {layer, conversations, num_new, num_rows, cos, sin, hidden, cache_type};
     lay_out(&task, (float *)(divide_up((intptr_t)memory, ALIGNMENT) * ALIGNMENT));
     for (; task.first < num_rows; task.first += ROWS) {
         task.rows = smaller(ROWS, num_rows - task.first);

@@ -26,7 +26,7 @@ typedef struct {
     int64_t num_new, num_rows;  // new tokens of each conversation, and of all together
     const float *cos, *sin;     // [row][rotated_dim / 2]
     float *hidden;              // [row][hidden size]
-    int cache_type, is_exact;
+    int cache_type;
     // The caller leaves the rest empty. Rows are counted from row `first` of `hidden`.
     int64_t first, rows, first_query, queries, bundles, max_blocks;
     float *normed, *qkv, *attended, *inner, *activated;  // [row][...]

@@ -493,7 +493,6 @@ class Batcher:
         hidden_states = self.model.transformer(
             torch.tensor([segment], device=self.model.device),
             past_key_values=generation.cache,
-            num_prompt_tokens=len(segment),
             return_dict=True,
         ).last_hidden_state
         if generation.request.is_embedding:

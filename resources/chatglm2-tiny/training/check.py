@@ -16,6 +16,7 @@ too, which is more than a user gets. It exits with 1 if INT4 loses more than `MA
 """
 
 import argparse
+import math
 import random
 import sys
 from itertools import chain
@@ -40,11 +41,8 @@ BARS = {"learnt": 0.95, "reworded": 0.70, "other": 0.95, "mistaken": 0.05, "ende
 QUANTIZATIONS = {
     "float32": {"bits": 0},
     "INT8": {"bits": 8},
-    "INT8, prompts rounded": {"bits": 8, "exact_prefill": False},
     "INT4": {"bits": 4},
-    "INT4, prompts rounded": {"bits": 4, "exact_prefill": False},
     "INT4, groups of 128": {"bits": 4, "group_size": 128},
-    "INT4, groups of 128, prompts rounded": {"bits": 4, "group_size": 128, "exact_prefill": False},
     "INT4, output layer INT8": {"bits": 4, "output_bits": 8},
 }
 MAX_LOSS = 0.03
@@ -127,21 +125,24 @@ def check(folder: Path, tokenizer, prints_wrong: bool) -> bool:
     return has_passed
 
 
-def load_quantized(folder: Path, bits: int, exact_prefill=True, **options):
+def load_quantized(folder: Path, bits: int, without_kernels=False, **options):
     """Load a model that computes in float32, quantized from the checkpoint's own dtype."""
     model = ChatGLMForConditionalGeneration.from_pretrained(folder)
     model = model.quantize(bits, **options).float()
-    model.base_model.exact_prefill = exact_prefill
+    if without_kernels:
+        model.base_model.backend.picked[model.device, model.dtype] = None
     return model
 
 
 @torch.no_grad()
-def force_answers(model, tokenizer, pairs: Pairs) -> tuple[float, torch.Tensor]:
-    """Return the perplexity of the right answers, and the likeliest token at each position.
+def force_answers(model, reference, tokenizer, pairs: Pairs) -> tuple[float, float, float]:
+    """Give both models the right answers token by token. As in training, they end with eos.
 
-    As in training, an answer ends with eos.
+    Returns:
+        The perplexity of the answers, the mean KL divergence (in nats) of the reference's
+        probabilities from the model's, and the share of positions whose likeliest token differs.
     """
-    loss, likeliest = 0.0, []
+    loss = divergence = num_changed = num_tokens = 0
     for start in range(0, len(pairs), BATCH_SIZE):
         rows = [
             [*tokenizer.encode(prompt + expected), tokenizer.eos_token_id]
@@ -152,11 +153,15 @@ def force_answers(model, tokenizer, pairs: Pairs) -> tuple[float, torch.Tensor]:
         is_answer = torch.zeros_like(targets, dtype=torch.bool)
         for i, (row, (prompt, _)) in enumerate(zip(rows, pairs[start:], strict=False)):
             is_answer[i, len(tokenizer.encode(prompt)) - len(row) :] = True
-        logits = model(**inputs, is_prompt=True).logits[:, :-1][is_answer]
-        loss += F.cross_entropy(logits, targets[is_answer], reduction="sum").item()
-        likeliest.append(logits.argmax(-1))
-    likeliest = torch.cat(likeliest)
-    return torch.tensor(loss / len(likeliest)).exp().item(), likeliest
+        found, expected = (
+            m(**inputs).logits[:, :-1][is_answer].double().log_softmax(-1)
+            for m in (model, reference)
+        )
+        loss += F.nll_loss(found, targets[is_answer], reduction="sum").item()
+        divergence += F.kl_div(found, expected, reduction="sum", log_target=True).item()
+        num_changed += (found.argmax(-1) != expected.argmax(-1)).sum().item()
+        num_tokens += len(found)
+    return math.exp(loss / num_tokens), divergence / num_tokens, num_changed / num_tokens
 
 
 def draw_sets(tokenizer, size: int) -> dict[str, Pairs]:
@@ -168,13 +173,17 @@ def draw_sets(tokenizer, size: int) -> dict[str, Pairs]:
     return sets
 
 
+def format_difference(divergence: float, changed: float) -> tuple[str, str]:
+    return f"{divergence:.1e}", f"{changed:.3%}"
+
+
 def check_quantized(folder: Path, tokenizer) -> bool:
     """Print a table of the quantizations; return whether INT4 loses little."""
     sets = draw_sets(tokenizer, SAMPLE)
     all_pairs = sorted(chain(*sets.values()), key=lambda pair: len(pair[0] + pair[1]))
-    print("|", *sets, "perplexity", "agreement", sep=" | ", end=" |\n")
-    print("|---" * (len(sets) + 3), end="|\n")
-    shares, reference = {}, None
+    print("|", *sets, "perplexity", "KL", "changed", sep=" | ", end=" |\n")
+    print("|---" * (len(sets) + 4), end="|\n")
+    shares, reference = {}, load_quantized(folder, 0)
     for name, options in QUANTIZATIONS.items():
         model = load_quantized(folder, **options)
         shares[name] = []
@@ -183,12 +192,15 @@ def check_quantized(folder: Path, tokenizer) -> bool:
             expected = [text for _, text in pairs]
             right = [text == e for (text, _), e in zip(answers, expected, strict=True)]
             shares[name].append(sum(right) / len(right))
-        perplexity, likeliest = force_answers(model, tokenizer, all_pairs)
-        reference = likeliest if reference is None else reference
-        agreement = (likeliest == reference).float().mean().item()
+        perplexity, *figures = force_answers(model, reference, tokenizer, all_pairs)
         cells = [f"{share:.1%}" for share in shares[name]]
-        cells += [f"{perplexity:.4f}", f"{agreement:.2%}"]
+        cells += [f"{perplexity:.4f}", *format_difference(*figures)]
         print(f"| {name}", *cells, sep=" | ", end=" |\n", flush=True)
+    print("\nRounding of activations: the kernels against plain PyTorch with the same weights")
+    for name in list(QUANTIZATIONS)[1:]:
+        models = (load_quantized(folder, **QUANTIZATIONS[name], without_kernels=b) for b in (0, 1))
+        _, *figures = force_answers(*models, tokenizer, all_pairs)
+        print(f"| {name}", *format_difference(*figures), sep=" | ", end=" |\n", flush=True)
     losses = [a - b for a, b in zip(shares["float32"], shares["INT4"], strict=True)]
     return max(losses) <= MAX_LOSS
 
