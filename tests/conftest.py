@@ -6,6 +6,7 @@ files that the processes share; build_cpu.py creates them atomically.
 """
 
 import os
+import platform
 import shutil
 import sys
 from collections import Counter
@@ -19,6 +20,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "resources" / "chatglm2-tiny"
+X86_ISAS, ARM_ISAS = ["avx512", "avx2", "portable"], ["i8mm", "neon", "portable"]
+ISAS = ARM_ISAS if platform.machine() in ("aarch64", "arm64") else X86_ISAS  # of the C kernels
 FOLDERS = [ROOT, ROOT / "resources", TINY / "training", ROOT / "evaluation"]
 sys.path[:0] = map(str, FOLDERS)
 
@@ -100,7 +103,7 @@ def require_library() -> str:
     return library.chatglm_isa().decode()
 
 
-@pytest.fixture(params=["avx512", "avx2", "portable"])
+@pytest.fixture(params=ISAS)
 def isa(request, monkeypatch):
     """Compile for and run one of the sets of instructions."""
     from chatglm2.kernels import build_cpu

@@ -108,7 +108,8 @@ def test_command(quick, capsys, caplog, monkeypatch):
     build_cpu.get_library.cache_clear()
     with pytest.raises(SystemExit) as stop:
         build_cpu.main()
-    assert "'avx1024': give one of avx512, avx2, portable, or unset it" in stop.value.code
+    allowed = "avx512, avx2, i8mm, neon, portable"
+    assert f"'avx1024': give one of {allowed}, or unset it" in stop.value.code
 
 
 def test_compiled_once_for_what_it_depends_on(compiler, monkeypatch):
@@ -210,7 +211,8 @@ def test_zig(isa, tmp_path, monkeypatch, need_zig):
     assert [path.name for path in tmp_path.iterdir()] == ["cache"]
     assert library.chatglm_isa().decode() == isa
     layer, x = create_exact_layer(4, 128, torch.float32), torch.eye(256)
-    assert torch.equal(CPUBackend().matmul(x, layer), torch_matmul(x, layer))
+    expected = torch_matmul(x, layer)
+    torch.testing.assert_close(CPUBackend().matmul(x, layer), expected, rtol=1e-6, atol=0)
 
 
 @pytest.mark.slow  # compiles
@@ -220,18 +222,23 @@ def test_zig(isa, tmp_path, monkeypatch, need_zig):
         ("x86_64-windows-gnu", "avx512", b"MZ"),
         ("x86_64-windows-gnu", "avx2", b"MZ"),
         ("x86_64-macos", "avx2", b"\xcf\xfa\xed\xfe"),
+        ("aarch64-macos", "i8mm", b"\xcf\xfa\xed\xfe"),
+        ("aarch64-macos", "neon", b"\xcf\xfa\xed\xfe"),
         ("aarch64-macos", "portable", b"\xcf\xfa\xed\xfe"),
+        ("aarch64-linux-gnu", "i8mm", b"\x7fELF"),
+        ("aarch64-linux-gnu", "neon", b"\x7fELF"),
         ("aarch64-linux-gnu", "portable", b"\x7fELF"),
     ],
 )
-def test_other_systems(target, isa, start, tmp_path, need_zig):
+def test_other_systems(target, isa, start, tmp_path, monkeypatch, need_zig):
     """The kernels compile for systems that the tests do not run on."""
-    flags = [*build_cpu.FLAGS, *build_cpu.ISA_FLAGS[isa]]
-    command = [*build_cpu.ZIG, "-target", target, *flags]
-    library = build_cpu.compile_into(tmp_path, "library", command)
+    monkeypatch.setenv("CHATGLM_CPU_ISA", isa)
+    monkeypatch.setattr(build_cpu, "FLAGS", ["-target", target, *build_cpu.FLAGS])
+    library = build_cpu.build_with(build_cpu.ZIG, tmp_path)
     assert list(tmp_path.iterdir()) == [library]
     content = library.read_bytes()
     assert content.startswith(start) and b"chatglm_compute_layer" in content
+    assert b"%s\0" % isa.encode() in content
 
 
 def test_model_without_a_compiler(tiny_checkpoint, monkeypatch, caplog):
@@ -263,7 +270,8 @@ def test_library_for_another_cpu(monkeypatch):
     ("platform", "machine", "compiler", "flags"),
     [
         ("linux", "x86_64", ["gcc"], ["-march=native"]),
-        ("linux", "aarch64", ["clang"], []),
+        ("linux", "aarch64", ["gcc"], ["-mcpu=native"]),
+        ("linux", "aarch64", build_cpu.ZIG, ["-mcpu=native"]),
         ("darwin", "arm64", ["clang"], []),
         ("win32", "AMD64", ["gcc"], ["-static"]),
         ("win32", "AMD64", ["clang"], ["-march=native", "-static"]),
@@ -280,6 +288,16 @@ def test_flags_of_other_systems(platform, machine, compiler, flags, monkeypatch,
     folder, name, command = compile_into.call_args.args
     assert command == [*compiler, *build_cpu.FLAGS, *flags]
     assert folder == tmp_path and name.endswith(".dll" if platform == "win32" else ".so")
+
+
+@pytest.mark.parametrize("info", ["flags\t: fma {}", "Features\t: asimd {}", "CPU part\t: {}"])
+def test_native_depends_on_the_cpu(info, tmp_path, monkeypatch):
+    monkeypatch.setattr(build_cpu, "CPU_INFO", tmp_path / "cpuinfo")
+    described = set()
+    for value in ("avx2", "asimddp"):
+        (tmp_path / "cpuinfo").write_text(f"processor\t: 0\n{info.format(value)}\n")
+        described.add(build_cpu.describe_cpu())
+    assert len(described) == 2
 
 
 @pytest.mark.parametrize(

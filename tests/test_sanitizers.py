@@ -17,7 +17,7 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
+from conftest import ISAS, ROOT
 from quantized_layers import create_layer
 
 from chatglm2 import ChatGLMCache
@@ -30,9 +30,9 @@ NUM_PRODUCTS, NUM_MODELS = 60, 15
 SEED = 0
 FLAGS = ["-O1", "-g", "-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover"]
 WAYS = {  # with vectors of 8 and 16 lanes in plain C for every CPU
-    **build_cpu.ISA_FLAGS,
-    "portable with 8 lanes": ["-DLANES=8"],
-    "portable with 16 lanes": ["-DLANES=16"],
+    **{isa: build_cpu.ISA_FLAGS[isa] for isa in ISAS},
+    "portable with 8 lanes": ["-DPORTABLE", "-DLANES=8"],
+    "portable with 16 lanes": ["-DPORTABLE", "-DLANES=16"],
 }
 OPTIONS = "detect_leaks=0"  # Python frees little at its end
 CACHE_DTYPES = [torch.float32, torch.float16, torch.bfloat16]

@@ -4,8 +4,9 @@
 
 compiles now and prints the result; otherwise the first use compiles. The compiler is $CC, or else
 the first of cc, gcc, clang and zig (the Python package ziglang) that works. Environment variables:
-CHATGLM_CPU_ISA (avx512, avx2 or portable) chooses these instructions instead of all that this CPU
-has; CHATGLM_CACHE names the folder of the compiled files instead of the user's cache.
+CHATGLM_CPU_ISA (avx512, avx2, i8mm, neon or portable) chooses these instructions instead
+of all that this CPU has; CHATGLM_CACHE names the folder of the compiled files instead of the user's
+cache.
 """
 
 import ctypes
@@ -32,7 +33,8 @@ logger = logging.get_logger(__name__)
 SOURCE_NAMES = ("attention.c", "cpu.c", "layer.c", "cpu.h", "layer.h")
 SOURCES = [Path(__file__).with_name(name) for name in SOURCE_NAMES]
 COMPILERS = ("cc", "gcc", "clang")
-ZIG = [sys.executable, "-m", "ziglang", "cc", "-mcpu=baseline"]  # a later -march adds to it
+ZIG = [sys.executable, "-m", "ziglang", "cc", "-mcpu=baseline"]  # a later flag replaces it
+ZIG_ARM = ("-march=armv8.2-a", "-mcpu=generic+v8_2a")  # a flag of others, and its own for it
 FLAGS = ["-std=gnu11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-Wno-psabi"]
 FLAGS += ["-shared", "-fPIC", "-pthread"]
 SYSTEM_COMPILERS = {"linux": "apt install gcc", "darwin": "xcode-select --install"}
@@ -40,8 +42,11 @@ ISA_VARIABLE = "CHATGLM_CPU_ISA"
 ISA_FLAGS = {
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vnni", "-mfma", "-mf16c"],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
-    "portable": [],
+    "i8mm": ["-march=armv8.2-a+dotprod+i8mm"],
+    "neon": ["-march=armv8.2-a+dotprod"],
+    "portable": ["-DPORTABLE"],
 }
+CPU_INFO = Path("/proc/cpuinfo")
 TIMEOUT_S = 300
 
 
@@ -110,18 +115,20 @@ def choose_isa_flags(is_clang: bool) -> list[str]:
             allowed = ", ".join(ISA_FLAGS)
             raise RuntimeError(f"{ISA_VARIABLE} is {name!r}: give one of {allowed}, or unset it")
         return ISA_FLAGS[name]
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        return []
+    machine = platform.machine().lower()
+    if machine == "aarch64" and sys.platform == "linux":
+        return ["-mcpu=native"]
+    if machine not in ("x86_64", "amd64"):
+        return []  # clang for macOS uses what every Mac with an Apple CPU has
     if sys.platform == "win32" and not is_clang:
         return []  # gcc for Windows does not align the stack for wider vectors (its bug 54412)
     return ["-march=native"]
 
 
 def describe_cpu() -> str:
-    """Return what -march=native depends on, because several machines may share a home folder."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().split("\n") if cpuinfo.exists() else []
-    known = [line for line in lines if line.startswith(("flags", "model"))]
+    """Return what "native" depends on, because several machines may share a home folder."""
+    lines = CPU_INFO.read_text().split("\n") if CPU_INFO.exists() else []
+    known = [line for line in lines if line.startswith(("flags", "model", "Features", "CPU "))]
     return "".join(sorted(set(known))) or platform.processor()
 
 
@@ -146,7 +153,10 @@ def compile_into(folder: Path, name: str, command: list[str]) -> Path:
 
 def build_with(compiler: list[str], folder: Path) -> Path:
     version = run([*compiler, "--version"])
-    command = [*compiler, *FLAGS, *choose_isa_flags("clang" in version)]
+    isa_flags = choose_isa_flags("clang" in version)
+    if compiler == ZIG:
+        isa_flags = [flag.replace(*ZIG_ARM) for flag in isa_flags]
+    command = [*compiler, *FLAGS, *isa_flags]
     if sys.platform == "win32" and "zig" not in " ".join(compiler):
         # Windows does not search PATH for the DLLs of a DLL. With zig there are none.
         command.append("-static")

@@ -20,6 +20,10 @@
 
 #if defined(AVX512) || defined(AVX2)
 #include <cpuid.h>
+#elif defined(NEON) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(NEON) && defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 
 #define BLOCK 16                // outputs
@@ -53,22 +57,27 @@
 
 typedef int8_t Bytes __attribute__((vector_size(LANES)));
 
-// Adds to each lane its levels times the numbers of a word of x: four bytes each, or two of 16 bits.
-INLINE Ints add_products(Ints sum, Bits levels, int32_t x) {
+// Adds to each lane its levels times the numbers of x[word]: four bytes each, or two of 16 bits.
+INLINE Ints add_products(Ints sum, Bits levels, const int32_t *x, const int word) {
 #ifdef AVX512
     // Assembly keeps the instructions in order: as gcc 12 orders them, they run at half the speed.
-    __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(levels), "v"(spread_int(x)));
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(levels), "v"(spread_int(x[word])));
     return sum;
 #elif defined(NEON)
-    return (Ints)vdotq_s32((int32x4_t)sum, (int8x16_t)levels, (int8x16_t)spread_int(x));
-#elif defined(__AVXVNNI__)
-    return (Ints)_mm256_dpwssd_avx_epi32((__m256i)sum, (__m256i)levels, _mm256_set1_epi32(x));
+    // Reads four words at once, also if some are not used, because an operand can be one of four.
+    const int8x16_t words = vld1q_s8((const int8_t *)(x + word / 4 * 4)), w = (int8x16_t)levels;
+    switch (word % 4) {
+        case 0: return (Ints)vdotq_laneq_s32((int32x4_t)sum, w, words, 0);
+        case 1: return (Ints)vdotq_laneq_s32((int32x4_t)sum, w, words, 1);
+        case 2: return (Ints)vdotq_laneq_s32((int32x4_t)sum, w, words, 2);
+        default: return (Ints)vdotq_laneq_s32((int32x4_t)sum, w, words, 3);
+    }
 #elif defined(AVX2)
-    return sum + (Ints)_mm256_madd_epi16((__m256i)levels, _mm256_set1_epi32(x));
+    return sum + (Ints)_mm256_madd_epi16((__m256i)levels, _mm256_set1_epi32(x[word]));
 #elif defined(__SSE2__) && LANES == 4
-    return sum + (Ints)_mm_madd_epi16((__m128i)levels, _mm_set1_epi32(x));
+    return sum + (Ints)_mm_madd_epi16((__m128i)levels, _mm_set1_epi32(x[word]));
 #else
-    return sum + (Ints)(levels & 0xffff) * (int16_t)x + (Ints)(levels >> 16) * (x >> 16);
+    return sum + (Ints)(levels & 0xffff) * (int16_t)x[word] + (Ints)(levels >> 16) * (x[word] >> 16);
 #endif
 }
 
@@ -324,6 +333,59 @@ INLINE Bits unpack(Bits packed, int half, int word, int bits) {
     return packed >> 4 * half & mask;
 }
 
+#ifdef I8MM
+// One instruction multiplies 8 columns of two rows by 8 columns of two outputs. For this the vector
+// of four columns a0 a1 a2 a3 (32 bits for each of four outputs) and that of the next four columns,
+// b0 b1 b2 b3, become a0 b0 a1 b1 and a2 b2 a3 b3. So do the words of four rows. A group whose
+// columns are not a multiple of 8 is multiplied as without I8MM.
+
+INLINE int has_pairs(int64_t width) { return width % 8 == 0; }
+
+static void pair_levels(uint8_t *levels, int64_t width) {
+    int32_t *a = (int32_t *)levels;
+    for (int64_t c = 0; c < width; c += 8, a += VECTORS * LANES)
+        UNROLL for (int v = 0; v < VECTORS; v++, a += LANES) {
+            int32_t *b = a + VECTORS * LANES;
+            const int32x4_t first = vld1q_s32(a), second = vld1q_s32(b);
+            vst1q_s32(a, vzip1q_s32(first, second));
+            vst1q_s32(b, vzip2q_s32(first, second));
+        }
+}
+
+// Returns 8 columns of rows 2 * pair and 2 * pair + 1; if `rows` is 1, the second row is arbitrary.
+INLINE int8x16_t pair_words(const int32_t *words, const int rows, const int pair) {
+    const int32_t *a = words + pair / 2 * 4;
+    const int32x4_t first = vld1q_s32(a), second = vld1q_s32(a + rows);
+    return (int8x16_t)(pair % 2 ? vzip2q_s32(first, second) : vzip1q_s32(first, second));
+}
+
+// Does what `multiply_unpacked` does, with the result of `pair_levels`.
+INLINE void multiply_pairs(const uint8_t *levels, const int32_t *x, int64_t width, const int rows,
+                           Ints *total) {
+    const int pairs = (rows + 1) / 2, vectors = 2 * VECTORS;  // of two outputs
+    int32x4_t sum[ROWS * VECTORS] = {{0}};
+    for (int word = 1; word >= 0; word--) {
+        const int8_t *from = (const int8_t *)levels, *end = from + width * VECTORS * LANES;
+        UNROLL for (int i = 0; i < pairs * vectors; i++) sum[i] = vshlq_n_s32(sum[i], 8);
+        for (const int32_t *words = x + word * width / 4 * rows; from < end; words += 2 * rows) {
+            int8x16_t lanes[2 * VECTORS];
+            UNROLL for (int v = 0; v < vectors; v++, from += 16) lanes[v] = vld1q_s8(from);
+            UNROLL for (int p = 0; p < pairs; p++)
+                UNROLL for (int v = 0; v < vectors; v++)
+                    sum[p * vectors + v] = vmmlaq_s32(sum[p * vectors + v],
+                                                      pair_words(words, rows, p), lanes[v]);
+        }
+    }
+    UNROLL for (int r = 0; r < rows; r++)
+        UNROLL for (int v = 0; v < VECTORS; v++) {
+            const int64x2_t first = (int64x2_t)sum[r / 2 * vectors + v];
+            const int64x2_t second = (int64x2_t)sum[r / 2 * vectors + VECTORS + v];
+            total[r * VECTORS + v] =
+                (Ints)(r % 2 ? vzip2q_s64(first, second) : vzip1q_s64(first, second));
+        }
+}
+#endif
+
 // Unpacks the levels of a group of columns.
 INLINE void unpack_group(const Product *t, int64_t first, int64_t column, int64_t width, int bits,
                          uint8_t *levels) {
@@ -340,6 +402,9 @@ INLINE void unpack_group(const Product *t, int64_t first, int64_t column, int64_
                 }
         }
     }
+#ifdef I8MM
+    if (has_pairs(width)) pair_levels(levels, width);
+#endif
 }
 
 // Sums of a tile over a group of columns. `vectors` and `rows` are constants after inlining, so
@@ -347,6 +412,12 @@ INLINE void unpack_group(const Product *t, int64_t first, int64_t column, int64_
 
 INLINE void multiply_unpacked(const uint8_t *levels, const int32_t *x, int64_t width,
                               const int rows, Ints *total) {
+#ifdef I8MM
+    if (has_pairs(width)) {
+        multiply_pairs(levels, x, width, rows, total);
+        return;
+    }
+#endif
     const int64_t size = width * VECTORS * LANES;  // bytes of the levels for a word
     Ints sum[ROWS * VECTORS] = {{0}};
     for (int word = 1; word >= 0; word--) {
@@ -363,7 +434,7 @@ INLINE void multiply_unpacked(const uint8_t *levels, const int32_t *x, int64_t w
             UNROLL for (int r = 0; r < rows; r++)
                 UNROLL for (int v = 0; v < VECTORS; v++) {
                     Ints *to = &sum[r * VECTORS + v];
-                    *to = add_products(*to, lanes[v], words[r]);
+                    *to = add_products(*to, lanes[v], words, r);
                 }
         }
     }
@@ -383,7 +454,7 @@ INLINE void multiply_packed(const uint8_t **w, const int32_t *x, int64_t width, 
                     UNROLL for (int r = 0; r < rows; r++) {
                         Ints *to = &sum[word / WORD_LEVELS][r * vectors + v];
                         *to = add_products(*to, unpack(packed, half, word, bits),
-                                           x[word * size + half * rows + r]);
+                                           x + word * size + half * rows, r);
                     }
         }
     UNROLL for (int i = 0; i < vectors * rows; i++) total[i] = sum[0][i] + (sum[1][i] << 8);
@@ -583,10 +654,20 @@ int chatglm_runs_here(void) {
 #else
     const unsigned registers = 0x06, in_ebx = bit_AVX2, in_ecx = 0;
 #endif
-    return (saved & registers) == registers && (ebx & in_ebx) == in_ebx && (ecx & in_ecx) == in_ecx;
-#else
-    return 1;
+    if ((saved & registers) != registers || (ebx & in_ebx) != in_ebx || (ecx & in_ecx) != in_ecx)
+        return 0;
+#elif defined(NEON) && defined(__linux__)
+    if (!(getauxval(AT_HWCAP) & HWCAP_ASIMDDP)) return 0;
+#ifdef I8MM
+    if (!(getauxval(AT_HWCAP2) & HWCAP2_I8MM)) return 0;
 #endif
+#elif defined(I8MM) && defined(__APPLE__)  // all have the other instructions
+    int has_i8mm = 0;
+    size_t size = sizeof has_i8mm;
+    sysctlbyname("hw.optional.arm.FEAT_I8MM", &has_i8mm, &size, NULL, 0);
+    if (!has_i8mm) return 0;
+#endif
+    return 1;
 }
 
 void chatglm_pack(const uint8_t *official, uint8_t *packed, int64_t out, int64_t row_bytes,
@@ -609,7 +690,8 @@ int chatglm_multiply(const Linear *linear, const float *x, float *y, int64_t num
     task.x_groups = divide_up(linear->in, GROUP);
     const int64_t num_tiles = divide_up(num_rows, ROWS), last = (num_tiles - 1) * ROWS;
     const int64_t filled = task.filled_rows = last + count_tile_rows(num_rows - last);
-    task.x_words = allocate(filled * (2 * task.columns + 8 * task.x_groups));
+    // and four words, because NEON reads four at a time
+    task.x_words = allocate(filled * (2 * task.columns + 8 * task.x_groups) + 16);
     if (!task.x_words) return -1;
     task.x_start = task.x_words + filled * task.columns / 2;
     task.x_scale = (float *)(task.x_start + filled * task.x_groups);

@@ -4,8 +4,8 @@
 // `multiply_add` decides between one rounding and two. So a result depends neither on the number of
 // threads nor on what is computed beside it.
 //
-// The language is GNU C (gcc, clang), for little-endian machines. Only this file and `add_dot4` in
-// cpu.c differ between CPUs.
+// The language is GNU C (gcc, clang), for little-endian machines. Only this file and the macro DIGITS
+// in cpu.c differ between CPUs.
 #pragma once
 
 #include <float.h>
@@ -15,31 +15,37 @@
 #include <stdlib.h>
 #include <string.h>
 
-#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VNNI__)
+#if defined(PORTABLE)
+// by request
+#elif defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VNNI__)
 #define ISA "avx512"
 #define AVX512
 #define LANES 16  // numbers of 32 bits in a vector
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
-#ifdef __AVXVNNI__
-#define ISA "avxvnni"
-#else
 #define ISA "avx2"
-#endif
 #define AVX2
 #define LANES 8
 #elif defined(__ARM_FEATURE_DOTPROD)
-#define ISA "neon"
-#define NEON
-#define LANES 4
+#ifdef __ARM_FEATURE_MATMUL_INT8
+#define ISA "i8mm"
+#define I8MM
 #else
+#define ISA "neon"
+#endif
+#define NEON
+#endif
+#ifndef ISA
 #define ISA "portable"
+#endif
 #ifndef LANES  // the tests compile longer vectors for any CPU
 #define LANES 4
 #endif
+#if defined(__aarch64__) && LANES == 4
+#define ARM  // what each 64-bit ARM CPU has; also in "portable", so that it rounds as NEON does
 #endif
 #ifdef __SSE2__
 #include <immintrin.h>
-#elif defined(NEON)
+#elif defined(ARM)
 #include <arm_neon.h>
 #endif
 
@@ -81,6 +87,8 @@ INLINE Floats multiply_add(Floats a, Floats b, Floats sum) {
     return _mm512_fmadd_ps(a, b, sum);
 #elif defined(AVX2)
     return _mm256_fmadd_ps(a, b, sum);
+#elif defined(ARM)
+    return (Floats)vfmaq_f32((float32x4_t)sum, (float32x4_t)a, (float32x4_t)b);
 #else
     return sum + a * b;
 #endif
@@ -124,6 +132,10 @@ INLINE Floats load_stored(const uint16_t *from, int is_bfloat16) {
     const __m128i stored = _mm_loadu_si128((const void *)from);
     if (!is_bfloat16) return _mm256_cvtph_ps(stored);
     const Bits h = (Bits)_mm256_cvtepu16_epi32(stored);
+#elif defined(ARM)
+    const uint16x4_t stored = vld1_u16(from);
+    if (!is_bfloat16) return (Floats)vcvt_f32_f16(vreinterpret_f16_u16(stored));
+    const Bits h = (Bits)vmovl_u16(stored);
 #else
     Bits h = {0};
     UNROLL for (int i = 0; i < LANES; i++) h[i] = from[i];
