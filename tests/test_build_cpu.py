@@ -4,6 +4,7 @@ import ctypes
 import logging
 import multiprocessing
 import os
+import platform
 import re
 import sys
 from importlib.util import find_spec
@@ -108,7 +109,7 @@ def test_command(quick, capsys, caplog, monkeypatch):
     build_cpu.get_library.cache_clear()
     with pytest.raises(SystemExit) as stop:
         build_cpu.main()
-    allowed = "avx512, avx2, i8mm, neon, portable"
+    allowed = "avx512, avxvnni, avx2, i8mm, neon, portable"
     assert f"'avx1024': give one of {allowed}, or unset it" in stop.value.code
 
 
@@ -222,6 +223,7 @@ def test_zig(isa, tmp_path, monkeypatch, need_zig):
         ("x86_64-windows-gnu", "avx512", b"MZ"),
         ("x86_64-windows-gnu", "avx2", b"MZ"),
         ("x86_64-macos", "avx2", b"\xcf\xfa\xed\xfe"),
+        ("x86_64-linux-gnu", "avxvnni", b"\x7fELF"),
         ("aarch64-macos", "i8mm", b"\xcf\xfa\xed\xfe"),
         ("aarch64-macos", "neon", b"\xcf\xfa\xed\xfe"),
         ("aarch64-macos", "portable", b"\xcf\xfa\xed\xfe"),
@@ -239,6 +241,16 @@ def test_other_systems(target, isa, start, tmp_path, monkeypatch, need_zig):
     content = library.read_bytes()
     assert content.startswith(start) and b"chatglm_compute_layer" in content
     assert b"%s\0" % isa.encode() in content
+
+
+@pytest.mark.slow  # compiles
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="needs an x86 compiler")
+def test_avxvnni_is_used(need_compiler):
+    """The instructions are in the program, even if this CPU cannot run them."""
+    compiler, flags = build_cpu.find_compilers()[0], build_cpu.ISA_FLAGS["avxvnni"]
+    source = str(build_cpu.SOURCES[1])
+    assembly = build_cpu.run([*compiler, *build_cpu.FLAGS, *flags, "-S", source, "-o", "-"])
+    assert "vpdpwssd" in assembly and "zmm" not in assembly
 
 
 def test_model_without_a_compiler(tiny_checkpoint, monkeypatch, caplog):

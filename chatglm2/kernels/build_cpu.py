@@ -4,7 +4,7 @@
 
 compiles now and prints the result; otherwise the first use compiles. The compiler is $CC, or else
 the first of cc, gcc, clang and zig (the Python package ziglang) that works. Environment variables:
-CHATGLM_CPU_ISA (avx512, avx2, i8mm, neon or portable) chooses these instructions instead
+CHATGLM_CPU_ISA (avx512, avxvnni, avx2, i8mm, neon or portable) chooses these instructions instead
 of all that this CPU has; CHATGLM_CACHE names the folder of the compiled files instead of the user's
 cache.
 """
@@ -41,6 +41,7 @@ SYSTEM_COMPILERS = {"linux": "apt install gcc", "darwin": "xcode-select --instal
 ISA_VARIABLE = "CHATGLM_CPU_ISA"
 ISA_FLAGS = {
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vnni", "-mfma", "-mf16c"],
+    "avxvnni": ["-mavx2", "-mavxvnni", "-mfma", "-mf16c"],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "i8mm": ["-march=armv8.2-a+dotprod+i8mm"],
     "neon": ["-march=armv8.2-a+dotprod"],

@@ -72,6 +72,9 @@ INLINE Ints add_products(Ints sum, Bits levels, const int32_t *x, const int word
         case 2: return (Ints)vdotq_laneq_s32((int32x4_t)sum, w, words, 2);
         default: return (Ints)vdotq_laneq_s32((int32x4_t)sum, w, words, 3);
     }
+#elif defined(AVXVNNI)
+    return (Ints)_mm256_dpwssd_avx_epi32((__m256i)sum, (__m256i)levels,
+                                         _mm256_set1_epi32(x[word]));
 #elif defined(AVX2)
     return sum + (Ints)_mm256_madd_epi16((__m256i)levels, _mm256_set1_epi32(x[word]));
 #elif defined(__SSE2__) && LANES == 4
@@ -656,6 +659,9 @@ int chatglm_runs_here(void) {
 #endif
     if ((saved & registers) != registers || (ebx & in_ebx) != in_ebx || (ecx & in_ecx) != in_ecx)
         return 0;
+#ifdef AVXVNNI
+    if (!__get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) || !(eax & bit_AVXVNNI)) return 0;
+#endif
 #elif defined(NEON) && defined(__linux__)
     if (!(getauxval(AT_HWCAP) & HWCAP_ASIMDDP)) return 0;
 #ifdef I8MM

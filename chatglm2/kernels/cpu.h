@@ -22,7 +22,12 @@
 #define AVX512
 #define LANES 16  // numbers of 32 bits in a vector
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#ifdef __AVXVNNI__
+#define ISA "avxvnni"
+#define AVXVNNI
+#else
 #define ISA "avx2"
+#endif
 #define AVX2
 #define LANES 8
 #elif defined(__ARM_FEATURE_DOTPROD)
