@@ -4,8 +4,8 @@
 // `multiply_add` decides between one rounding and two. So a result depends neither on the number of
 // threads nor on what is computed beside it.
 //
-// The language is GNU C (gcc, clang), for little-endian machines. Only this file and the macro DIGITS
-// in cpu.c differ between CPUs.
+// The language is GNU C (gcc, clang), for little-endian machines. CPUs differ in this file; in cpu.c
+// by ROWS, DIGITS, I8MM and `add_products`; and in attention.c by TILE.
 #pragma once
 
 #include <float.h>
