@@ -36,7 +36,11 @@
 #define TINY 1e-30f             // a group of smaller numbers becomes zeros
 #define STORED_UNIT 32          // outputs that a thread takes at a time
 #define STORED_PANEL 1024       // columns of a row of x that stay in the first cache
-#define PREFETCH 2048           // bytes ahead
+#if LANES == 16
+#define PREFETCH(place) __builtin_prefetch((place) + 1024, 0, 2)  // into the second cache
+#else
+#define PREFETCH(place) __builtin_prefetch((place) + 2048)
+#endif
 
 // A tile is some rows of x times some vectors of outputs. Its sums are in registers.
 #if defined(AVX512) || defined(NEON)  // 32 registers
@@ -58,9 +62,9 @@
 typedef int8_t Bytes __attribute__((vector_size(LANES)));
 
 // Adds to each lane its levels times the numbers of x[word]: four bytes each, or two of 16 bits.
+// Assembly keeps the instructions in order; gcc 12 orders them so that sums leave the registers.
 INLINE Ints add_products(Ints sum, Bits levels, const int32_t *x, const int word) {
 #ifdef AVX512
-    // Assembly keeps the instructions in order: as gcc 12 orders them, they run at half the speed.
     __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(levels), "v"(spread_int(x[word])));
     return sum;
 #elif defined(NEON)
@@ -76,7 +80,9 @@ INLINE Ints add_products(Ints sum, Bits levels, const int32_t *x, const int word
     return (Ints)_mm256_dpwssd_avx_epi32((__m256i)sum, (__m256i)levels,
                                          _mm256_set1_epi32(x[word]));
 #elif defined(AVX2)
-    return sum + (Ints)_mm256_madd_epi16((__m256i)levels, _mm256_set1_epi32(x[word]));
+    sum += (Ints)_mm256_madd_epi16((__m256i)levels, _mm256_set1_epi32(x[word]));
+    __asm__("" : "+x"(sum));
+    return sum;
 #elif defined(__SSE2__) && LANES == 4
     return sum + (Ints)_mm_madd_epi16((__m128i)levels, _mm_set1_epi32(x[word]));
 #else
@@ -396,7 +402,7 @@ INLINE void unpack_group(const Product *t, int64_t first, int64_t column, int64_
         const uint8_t *w = find_weight(t, first + v, column, bits);
         for (int64_t c = 0; c < width; c += 32 / bits, w += BLOCK_STEP) {
             const Bits packed = load_bits(w);
-            __builtin_prefetch(w + PREFETCH);
+            PREFETCH(w);
             UNROLL for (int half = 0; half < 8 / bits; half++)
                 UNROLL for (int word = 0; word < WORD_LEVELS; word++) {
                     const Bits unpacked = unpack(packed, half, word, bits);
@@ -448,18 +454,22 @@ INLINE void multiply_packed(const uint8_t **w, const int32_t *x, int64_t width, 
                             const int vectors, const int rows, Ints *total) {
     Ints sum[2][MAX_SUMS] = {{{0}}};  // one of them, unless DIGITS
     const int64_t size = width / 4 * rows;  // words of a kind
-    for (const int32_t *end = x + size; x < end; x += 8 / bits * rows)
+    for (const int32_t *end = x + size; x < end; x += 8 / bits * rows) {
+        Bits packed[4];
         UNROLL for (int v = 0; v < vectors; v++, w[v - 1] += BLOCK_STEP) {
-            const Bits packed = load_bits(w[v]);
-            __builtin_prefetch(w[v] + PREFETCH);
-            UNROLL for (int half = 0; half < 8 / bits; half++)
-                UNROLL for (int word = 0; word < 2; word++)
+            packed[v] = load_bits(w[v]);
+            PREFETCH(w[v]);
+        }
+        UNROLL for (int half = 0; half < 8 / bits; half++)
+            UNROLL for (int word = 0; word < 2; word++)
+                UNROLL for (int v = 0; v < vectors; v++) {
+                    const Bits levels = unpack(packed[v], half, word, bits);
                     UNROLL for (int r = 0; r < rows; r++) {
                         Ints *to = &sum[word / WORD_LEVELS][r * vectors + v];
-                        *to = add_products(*to, unpack(packed, half, word, bits),
-                                           x + word * size + half * rows, r);
+                        *to = add_products(*to, levels, x + word * size + half * rows, r);
                     }
-        }
+                }
+    }
     UNROLL for (int i = 0; i < vectors * rows; i++) total[i] = sum[0][i] + (sum[1][i] << 8);
 }
 
@@ -577,7 +587,6 @@ INLINE void add_columns(const StoredProduct *t, const uint16_t *const *w, const 
         const uint16_t *from = w[o] + c;
         uint16_t last[LANES] = {0};
         if (is_last) from = memcpy(last, from, 2 * (t->in - c));
-        else __builtin_prefetch(from + PREFETCH / 2);
         const Floats weight = load_stored(from, is_bfloat16);
         UNROLL for (int r = 0; r < rows; r++)
             sum[o * rows + r] = multiply_add(weight, columns[r], sum[o * rows + r]);
@@ -624,7 +633,7 @@ INLINE void multiply_stored_unit(const StoredProduct *t, int64_t unit, const int
     const int64_t first = unit * STORED_UNIT, last = smaller(first + STORED_UNIT, t->out);
     for (int64_t row = 0; row < t->num_rows; row += ROWS)
         switch (count_tile_rows(t->num_rows - row)) {
-            case 1: multiply_stored_rows(t, first, last, row, is_bfloat16, 4, 1); break;
+            case 1: multiply_stored_rows(t, first, last, row, is_bfloat16, 8, 1); break;
             case 2: multiply_stored_rows(t, first, last, row, is_bfloat16, 4, 2); break;
             case 4: multiply_stored_rows(t, first, last, row, is_bfloat16, 4 / PARTS, 4); break;
 #if ROWS == 8
