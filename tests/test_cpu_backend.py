@@ -108,7 +108,7 @@ def test_formula(isa, bits, group_size):
 @pytest.mark.parametrize("factor", [1, 20, 1000])
 @each_way
 def test_products_are_more_exact_than_those_of_float16(isa, bits, group_size, factor):
-    """Also with large columns: the others of a group are rounded as these."""
+    """Also with large columns, though the others of their group share the scale."""
     torch.manual_seed(0)
     layer = create_layer(bits, group_size, 1024, 256)
     x = torch.randn(32, 1024)

@@ -4,28 +4,28 @@
 //   weight[k] = e^(score[k] - greatest score)
 //   output[c] = sum over k of weight[k] * value[k][c] / sum over k of weight[k]
 //
-// The lanes of a vector are heads. A *bundle* is LANES query heads of a token that share a key/value
-// head. They are multiplied by the same number of a key or value, so nothing is added up across
-// lanes. With H query heads and G key/value heads of d numbers, query head g * H / G + i is lane
-// i % LANES of bundle i / LANES of key/value head g.
+// The lanes of a vector are heads. A *bundle* is LANES query heads of a token that share a
+// key/value head. They are multiplied by the same number of a key or value, so nothing is added up
+// across lanes. With H query heads and G key/value heads of d numbers, query head g * H / G + i is
+// lane i % LANES of bundle i / LANES of key/value head g.
 //
 // The cache of a conversation has G x capacity x d numbers, of float32, float16 or bfloat16. Each
 // block of KEY_BLOCK keys has its own softmax (FlashAttention, arXiv 2205.14135, section 3.1), and
 // the blocks are weighed against each other afterwards.
 //
-// A row (a token of a conversation) gets the same bits alone, in a batch and in a prompt: its blocks
-// begin at multiples of KEY_BLOCK, and each lane is added up in the order of the columns and keys.
-// Only *which* bundles are computed together depends on the other rows.
+// A row (a token of a conversation) gets the same bits alone, in a batch and in a prompt: its
+// blocks begin at multiples of KEY_BLOCK, and each lane is added up in the order of the columns and
+// keys. Only *which* bundles are computed together depends on the other rows.
 #include "layer.h"
 
 #define QUERIES 32         // rows whose partial results are held
-#define TILE_ROWS 8        // rows for which a thread reads the same keys and values
+#define UNIT_ROWS 8        // rows for which a thread reads the same keys and values
 #define KEY_BLOCK 512      // keys that a thread takes at a time
 #define KEYS 64            // keys whose scores are held
-#define SCORES (KEYS + 8)  // and those by which a last tile exceeds them
+#define SCORES (KEYS + 8)  // the last tile may exceed KEYS
 #define MAX_BUNDLES 2      // bundles that are multiplied by the same tile
 #define READ 16            // cached numbers that are read at a time; a multiple of LANES
-#define PREFETCH 4096      // bytes
+#define PREFETCH 4096      // bytes ahead
 #define MAX_HEAD_DIM 256
 
 // A tile is some keys, or columns of values. Its sums, for one or two bundles, fill the registers.
@@ -62,7 +62,7 @@ void chatglm_size_attention(Task *t, int64_t *query_size, int64_t *partial_size)
         if (t->conversations[i].length > longest) longest = t->conversations[i].length;
     t->max_blocks = (longest + t->num_new - 1) / KEY_BLOCK + 1;
     t->bundles = divide_up(layer->num_heads / layer->num_kv_heads, LANES);
-    const int64_t rows = smaller(ROWS, t->num_rows);
+    const int64_t rows = smaller(MAX_ROWS, t->num_rows);
     t->queries = smaller(QUERIES, rows);
     *query_size = rows * layer->num_kv_heads * t->bundles * layer->head_dim * LANES;
     *partial_size = t->max_blocks * size_block(t);
@@ -135,8 +135,9 @@ static void place_heads(const void *task, int64_t row) {
     }
 }
 
-// Cached numbers on their way to float32. The loops that multiply also read what is multiplied next,
-// some numbers at each other step, so nothing waits for memory. Float32 is only prefetched.
+// Cached numbers that are converted to float32. The loops that multiply also read the numbers that
+// are multiplied next, READ of them at every second step, so nothing waits for memory. A cache of
+// float32 is only prefetched.
 typedef struct {
     const uint8_t *from;
     float *to;
@@ -199,8 +200,8 @@ INLINE void score_tile(const float *query, const float *keys, int64_t d, int64_t
         UNROLL for (int k = 0; k < tile; k++) scores[b * SCORES + k] = sum[b * tile + k];
 }
 
-// Replaces the scores by weights, and adds them to the sum of the partial result. Returns the factor
-// for what was added up with the greatest score before.
+// Replaces the scores by weights, and adds them to the sum of the partial result. Returns the
+// factor for the sums that were computed with the previous greatest score.
 INLINE Floats weigh_keys(Floats *scores, int64_t count, float *partial) {
     const Floats before = load(partial);
     Floats greatest = before;
@@ -238,8 +239,8 @@ INLINE void add_tile(const Floats *weights, const float *values, int64_t d, int6
             store(output + b * stride + c * LANES, sum[b * tile + c]);
 }
 
-// Adds keys and values to the partial results of neighbouring bundles. Reads these values, and the
-// keys that are next.
+// Adds keys and values to the partial results of neighbouring bundles. Meanwhile reads the values,
+// and the next keys.
 INLINE void attend_keys(const float *query, const float *keys, int64_t d, int64_t count,
                         Reading *values, Reading *next_keys, float *partial, const int bundles) {
     const int tile = TILE(bundles);
@@ -270,7 +271,7 @@ typedef struct {
 } Rows;
 
 // Adds `count` keys from position `begin` on, and their values. A row sees the keys up to its own.
-// Two bundles that see as many are computed together.
+// Two bundles that see the same number of keys are computed together.
 static void attend_rows(const Rows *t, int64_t begin, int64_t count, const float *keys,
                         Reading *values, Reading *next_keys) {
     const int64_t d = t->d, first = begin > t->position ? begin - t->position : 0;
@@ -286,7 +287,8 @@ static void attend_rows(const Rows *t, int64_t begin, int64_t count, const float
     }
 }
 
-// Computes the partial results of a block for the rows from `first` on, which are of a conversation.
+// Computes the partial results of a block for the rows from `first` to `last`, which belong to one
+// conversation.
 static void attend_block(const Task *t, int64_t block, int64_t kv_head, int64_t first,
                          int64_t last) {
     const Conversation *at = find_conversation(t, first);
@@ -316,20 +318,20 @@ static int64_t count_queries(const Task *t) {
     return smaller(t->queries, t->rows - t->first_query);
 }
 
-// Returns how many rows a thread takes at a time; seldom rows of several conversations.
-static int64_t count_tile_rows(const Task *t) { return smaller(TILE_ROWS, t->num_new); }
+// Returns how many rows a thread takes at a time. They seldom belong to several conversations.
+static int64_t count_unit_rows(const Task *t) { return smaller(UNIT_ROWS, t->num_new); }
 
-// A unit is a block for some rows. Consecutive units have the same block, which is then in the CPU's
-// cache.
-static void attend_tile(const void *task, int64_t unit) {
+// Computes the partial results of a unit: a block for some rows. Consecutive units have the same
+// block, which is then in the CPU's cache.
+static void attend_unit(const void *task, int64_t unit) {
     const Task *t = task;
-    const int64_t rows = count_tile_rows(t), tiles = divide_up(count_queries(t), rows);
-    const int64_t kv_head = unit / tiles % t->layer->num_kv_heads;
-    const int64_t block = unit / tiles / t->layer->num_kv_heads;
-    const int64_t begin = unit % tiles * rows;
+    const int64_t rows = count_unit_rows(t), parts = divide_up(count_queries(t), rows);
+    const int64_t kv_head = unit / parts % t->layer->num_kv_heads;
+    const int64_t block = unit / parts / t->layer->num_kv_heads;
+    const int64_t begin = unit % parts * rows;
     const int64_t last = t->first_query + smaller(begin + rows, count_queries(t));
     for (int64_t row = t->first_query + begin, end; row < last; row = end) {
-        end = smaller(last, row + t->num_new - (t->first + row) % t->num_new);  // of a conversation
+        end = smaller(last, row + t->num_new - (t->first + row) % t->num_new);  // one conversation
         attend_block(t, block, kv_head, row, end);
     }
 }
@@ -364,8 +366,8 @@ void chatglm_attend(Task *t, int num_threads) {
     const int64_t num_kv_heads = t->layer->num_kv_heads;
     run(place_heads, t, t->rows, num_threads);
     for (t->first_query = 0; t->first_query < t->rows; t->first_query += t->queries) {
-        const int64_t tiles = divide_up(count_queries(t), count_tile_rows(t));
-        run(attend_tile, t, tiles * num_kv_heads * t->max_blocks, num_threads);
+        const int64_t parts = divide_up(count_queries(t), count_unit_rows(t));
+        run(attend_unit, t, parts * num_kv_heads * t->max_blocks, num_threads);
         run(join_blocks, t, count_queries(t) * num_kv_heads * t->bundles, num_threads);
     }
 }

@@ -34,7 +34,7 @@ SOURCE_NAMES = ("attention.c", "cpu.c", "layer.c", "cpu.h", "layer.h")
 SOURCES = [Path(__file__).with_name(name) for name in SOURCE_NAMES]
 COMPILERS = ("cc", "gcc", "clang")
 ZIG = [sys.executable, "-m", "ziglang", "cc", "-mcpu=baseline"]  # a later flag replaces it
-ZIG_ARM = ("-march=armv8.2-a", "-mcpu=generic+v8_2a")  # a flag of others, and its own for it
+ZIG_ARM = ("-march=armv8.2-a", "-mcpu=generic+v8_2a")  # the same for gcc or clang, and for zig
 FLAGS = ["-std=gnu11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-Wno-psabi"]
 FLAGS += ["-shared", "-fPIC", "-pthread"]
 SYSTEM_COMPILERS = {"linux": "apt install gcc", "darwin": "xcode-select --install"}

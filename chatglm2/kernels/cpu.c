@@ -35,7 +35,7 @@
 #define LARGEST 32639           // 127 * 256 + 127: both digits are signed bytes
 #define TINY 1e-30f             // a group of smaller numbers becomes zeros
 #define STORED_UNIT 32          // outputs that a thread takes at a time
-#define STORED_PANEL 1024       // columns of a row of x that stay in the first cache
+#define STORED_PANEL 4096       // numbers of x that stay in the first cache
 #if LANES == 16
 #define PREFETCH(place) __builtin_prefetch((place) + 1024, 0, 2)  // into the second cache
 #else
@@ -54,15 +54,14 @@
 // Each four columns of a row of x are two words of 32 bits; see "Products" below.
 #if defined(AVX512) || defined(NEON)
 #define DIGITS        // a word has one digit of each column
-#define WORD_LEVELS 1 // vectors of unpacked levels for the two words
+#define WORD_LEVELS 1  // vectors of unpacked levels for the two words
 #else
 #define WORD_LEVELS 2
 #endif
 
-typedef int8_t Bytes __attribute__((vector_size(LANES)));
-
 // Adds to each lane its levels times the numbers of x[word]: four bytes each, or two of 16 bits.
-// Assembly keeps the instructions in order; gcc 12 orders them so that sums leave the registers.
+// The assembly, also the empty one, fixes the order of the instructions. With its own order gcc 12
+// has too few registers for the sums.
 INLINE Ints add_products(Ints sum, Bits levels, const int32_t *x, const int word) {
 #ifdef AVX512
     __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(levels), "v"(spread_int(x[word])));
@@ -86,7 +85,8 @@ INLINE Ints add_products(Ints sum, Bits levels, const int32_t *x, const int word
 #elif defined(__SSE2__) && LANES == 4
     return sum + (Ints)_mm_madd_epi16((__m128i)levels, _mm_set1_epi32(x[word]));
 #else
-    return sum + (Ints)(levels & 0xffff) * (int16_t)x[word] + (Ints)(levels >> 16) * (x[word] >> 16);
+    sum += (Ints)(levels & 0xffff) * (int16_t)x[word];
+    return sum + (Ints)(levels >> 16) * (x[word] >> 16);
 #endif
 }
 
@@ -153,8 +153,9 @@ static void restore_block(const void *task, int64_t block) {
     }
 }
 
-// Products with INT8 and INT4 weights. Each group of GROUP columns of x is converted to integers of
-// 16 bits that share a scale, largest |x| / LARGEST. Products and sums of integers are exact:
+// Products with INT8 and INT4 weights. Each group of GROUP columns of x is converted to 16-bit
+// integers that share a scale, largest |x| / LARGEST. Products and sums of integers are exact, at
+// most GROUP * LARGEST * 255 < 2^31.
 //
 //   y[r, o] = sum over groups of scale[o, group] * x_scale[r, group] *
 //             (sum over c of integer[r, c] * (level(o, c) + offset) - offset * sum of integer[r, c])
@@ -186,7 +187,7 @@ typedef struct {
     int32_t *x_start;  // [group][row]: -offset * sum of integers
 } Product;
 
-// Returns what `unpack_group` gives for level 0.
+// Returns what `unpack` gives for level 0.
 static int find_offset(int bits) {
 #ifdef NEON
     if (bits == 8) return 0;  // bytes are signed
@@ -274,6 +275,7 @@ static float choose_scale(const float *x) {
     return max < TINY ? 0 : max / LARGEST;
 }
 
+// Returns word 0 or 1 of four columns.
 static int32_t make_word(const int32_t *integer, int word) {
 #ifdef DIGITS
     uint32_t bytes = 0;
@@ -287,7 +289,8 @@ static int32_t make_word(const int32_t *integer, int word) {
 #endif
 }
 
-// Converts a group of a row of x to words, which are stored `rows` words apart.
+// Converts a group of a row of x to words, which are stored `rows` words apart, and sets `sum` to
+// the sum of its integers.
 static void quantize_group(const float *x, float scale, int64_t width, int64_t rows, int32_t *words,
                            int32_t *sum) {
     const float inverse = scale > 0 ? 1 / scale : 0;
@@ -371,7 +374,7 @@ INLINE int8x16_t pair_words(const int32_t *words, const int rows, const int pair
 // Does what `multiply_unpacked` does, with the result of `pair_levels`.
 INLINE void multiply_pairs(const uint8_t *levels, const int32_t *x, int64_t width, const int rows,
                            Ints *total) {
-    const int pairs = (rows + 1) / 2, vectors = 2 * VECTORS;  // of two outputs
+    const int pairs = (rows + 1) / 2, vectors = 2 * VECTORS;  // a vector has two outputs
     int32x4_t sum[ROWS * VECTORS] = {{0}};
     for (int word = 1; word >= 0; word--) {
         const int8_t *from = (const int8_t *)levels, *end = from + width * VECTORS * LANES;
@@ -419,6 +422,7 @@ INLINE void unpack_group(const Product *t, int64_t first, int64_t column, int64_
 // Sums of a tile over a group of columns. `vectors` and `rows` are constants after inlining, so
 // that the sums are in registers.
 
+// Multiplies the levels that `unpack_group` has stored.
 INLINE void multiply_unpacked(const uint8_t *levels, const int32_t *x, int64_t width,
                               const int rows, Ints *total) {
 #ifdef I8MM
@@ -450,10 +454,11 @@ INLINE void multiply_unpacked(const uint8_t *levels, const int32_t *x, int64_t w
     UNROLL for (int i = 0; i < VECTORS * rows; i++) total[i] = sum[i];
 }
 
+// Multiplies weights as they are in memory, and moves `w` to the next group.
 INLINE void multiply_packed(const uint8_t **w, const int32_t *x, int64_t width, int bits,
                             const int vectors, const int rows, Ints *total) {
-    Ints sum[2][MAX_SUMS] = {{{0}}};  // one of them, unless DIGITS
-    const int64_t size = width / 4 * rows;  // words of a kind
+    Ints sum[2][MAX_SUMS] = {{{0}}};  // of words 0 and 1; without DIGITS sum[0] is of both
+    const int64_t size = width / 4 * rows;  // of word 0, and of word 1
     for (const int32_t *end = x + size; x < end; x += 8 / bits * rows) {
         Bits packed[4];
         UNROLL for (int v = 0; v < vectors; v++, w[v - 1] += BLOCK_STEP) {
@@ -487,7 +492,7 @@ INLINE void add_group(const Product *t, int64_t first, int64_t row, int64_t grou
     }
 }
 
-// Multiplies a panel, whose unpacked levels are given.
+// Multiplies a tile of rows by a panel of columns, whose unpacked levels are given.
 INLINE void multiply_panel(const Product *t, int64_t first, int64_t row, int64_t column,
                            int64_t end, const uint8_t *levels, const int rows) {
     Floats total[ROWS * VECTORS];
@@ -598,8 +603,8 @@ INLINE void multiply_stored_tile(const StoredProduct *t, int64_t output, int64_t
                                  int64_t column, int64_t end, const int is_bfloat16,
                                  const int outputs, const int rows, Floats *sum) {
     const float *x = t->x + row * t->columns;
-    const uint16_t *w[8];
-    Floats part[16];
+    const uint16_t *w[8];  // the most outputs that `multiply_stored_unit` gives a tile
+    Floats part[16];       // and its most sums; these are in registers, unlike `sum`
     UNROLL for (int o = 0; o < outputs; o++) w[o] = t->weight + (output + o) * t->in;
     UNROLL for (int i = 0; i < outputs * rows; i++) part[i] = sum[i];
     int64_t c = column;
@@ -613,7 +618,7 @@ INLINE void multiply_stored_tile(const StoredProduct *t, int64_t output, int64_t
 INLINE void multiply_stored_rows(const StoredProduct *t, int64_t first, int64_t last, int64_t row,
                                  const int is_bfloat16, const int outputs, const int rows) {
     Floats sum[STORED_UNIT * ROWS] = {{0}};
-    const int64_t panel = 4 * STORED_PANEL / rows;
+    const int64_t panel = STORED_PANEL / rows;
     for (int64_t column = 0; column < t->in; column += panel) {
         const int64_t end = smaller(column + panel, t->in);
         int64_t o = first;
@@ -652,8 +657,8 @@ static void multiply_stored(const void *task, int64_t unit) {
 
 const char *chatglm_isa(void) { return ISA; }
 
-// Whether the CPU has the instructions that this file uses, and the system saves their registers.
-// Not by __builtin_cpu_supports, which is always 0 with zig's clang.
+// Whether the CPU has the instructions of this library, and the system saves their registers.
+// __builtin_cpu_supports is not used, because it is always 0 with zig's clang.
 int chatglm_runs_here(void) {
 #if defined(AVX512) || defined(AVX2)
     unsigned eax, ebx, ecx, edx, saved;
@@ -705,7 +710,7 @@ int chatglm_multiply(const Linear *linear, const float *x, float *y, int64_t num
     task.x_groups = divide_up(linear->in, GROUP);
     const int64_t num_tiles = divide_up(num_rows, ROWS), last = (num_tiles - 1) * ROWS;
     const int64_t filled = task.filled_rows = last + count_tile_rows(num_rows - last);
-    // and four words, because NEON reads four at a time
+    // The last 16 bytes are for NEON, which reads four words at a time.
     task.x_words = allocate(filled * (2 * task.columns + 8 * task.x_groups) + 16);
     if (!task.x_words) return -1;
     task.x_start = task.x_words + filled * task.columns / 2;

@@ -4,8 +4,9 @@
 // `multiply_add` decides between one rounding and two. So a result depends neither on the number of
 // threads nor on what is computed beside it.
 //
-// The language is GNU C (gcc, clang), for little-endian machines. CPUs differ in this file; in cpu.c
-// by ROWS, DIGITS, I8MM and `add_products`; and in attention.c by TILE.
+// The language is GNU C (gcc, clang), for little-endian machines. The code that depends on the CPU
+// is in this file, in cpu.c (its first macros, `add_products`, `find_offset`, `unpack`, DIGITS, I8MM
+// and `chatglm_runs_here`) and in attention.c (TILE).
 #pragma once
 
 #include <float.h>
@@ -16,7 +17,7 @@
 #include <string.h>
 
 #if defined(PORTABLE)
-// by request
+// no special instructions, by request
 #elif defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VNNI__)
 #define ISA "avx512"
 #define AVX512
@@ -157,7 +158,7 @@ INLINE Floats load_stored(const uint16_t *from, int is_bfloat16) {
 
 typedef void (*Work)(const void *task, int64_t unit);
 
-#define MAX_THREADS 64  // of our own
+#define MAX_THREADS 64  // that the kernels start themselves
 
 // Starts a parallel region in the OpenMP library that torch has loaded, if it has this function of
 // "The libgomp ABI" (manual of libgomp). So torch and the kernels use the same threads, one after
@@ -187,6 +188,7 @@ static void *take_units_in_thread(void *queue) {
     return NULL;
 }
 
+// Calls `work` once for each unit.
 static void run(Work work, const void *task, int64_t num_units, int num_threads) {
     Queue queue = {work, task, num_units, 0};
     if (GOMP_parallel && num_units > 1) {

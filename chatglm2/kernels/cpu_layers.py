@@ -23,7 +23,7 @@ from . import cpu_backend
 from .build_cpu import Conversation, Layer, get_library
 
 CACHE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # as in layer.h
-MAX_HEAD_DIM = 256
+MAX_HEAD_DIM = 256  # as in attention.c
 ATTENTION_IMPLEMENTATIONS = ("sdpa", "eager")
 ARGUMENTS = {  # of `GLMTransformer.forward`, that C honours; all others must be None or False
     "hidden_states",

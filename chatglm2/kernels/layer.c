@@ -86,7 +86,7 @@ static int compute_rows(Task *t, int num_threads) {
 static int64_t lay_out(Task *t, float *memory) {
     const Layer *layer = t->layer;
     const int64_t hidden = layer->qkv.in, inner = layer->h_to_4h.out;
-    const int64_t rows = smaller(ROWS, t->num_rows);
+    const int64_t rows = smaller(MAX_ROWS, t->num_rows);
     int64_t query_size, partial_size;
     chatglm_size_attention(t, &query_size, &partial_size);
     struct {
@@ -122,8 +122,8 @@ int chatglm_compute_layer(const Layer *layer, float *hidden, const float *cos, c
                           int cache_type, void *memory, int num_threads) {
     Task task = {layer, conversations, num_new, num_rows, cos, sin, hidden, cache_type};
     lay_out(&task, (float *)(divide_up((intptr_t)memory, ALIGNMENT) * ALIGNMENT));
-    for (; task.first < num_rows; task.first += ROWS) {
-        task.rows = smaller(ROWS, num_rows - task.first);
+    for (; task.first < num_rows; task.first += MAX_ROWS) {
+        task.rows = smaller(MAX_ROWS, num_rows - task.first);
         if (compute_rows(&task, num_threads)) return -1;
     }
     return 0;

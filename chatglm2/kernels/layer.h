@@ -3,7 +3,7 @@
 
 #include "cpu.h"
 
-#define ROWS 256  // rows that are computed at a time
+#define MAX_ROWS 256  // rows that are computed at a time
 
 typedef struct {
     Linear qkv, dense, h_to_4h, h4_to_h;
@@ -30,9 +30,10 @@ typedef struct {
     // The caller leaves the rest empty. Rows are counted from row `first` of `hidden`.
     int64_t first, rows, first_query, queries, bundles, max_blocks;
     float *normed, *qkv, *attended, *inner, *activated;  // [row][...]
-    float *query;    // [key/value head][row][bundle][d][LANES], divided by sqrt(d)
-    float *partial;  // [block][key/value head][query][bundle]: vectors of the greatest score, of the
-                     // sum of exponentials, and [d] of values
+    float *query;  // [key/value head][row][bundle][d][LANES], divided by sqrt(d)
+    // [block][key/value head][query][bundle]: a vector of greatest scores, one of sums of weights,
+    // and d of outputs
+    float *partial;
     const float *norm;  // weight of the current norm
 } Task;
 
@@ -45,8 +46,8 @@ static inline int64_t find_position(const Task *t, int64_t row) {
     return find_conversation(t, row)->length + (t->first + row) % t->num_new;
 }
 
-// e^x of numbers up to 88, from the Taylor series around the nearest multiple of ln 2. Numbers below
-// -87 count as -87, so that the result is never 0.
+// e^x of numbers up to 88, from the Taylor series around the nearest multiple of ln 2. Numbers
+// below -87 count as -87, so that the result is never 0.
 INLINE Floats exponential(Floats x) {
     x = max_of(spread(-87), x);  // in this order of the arguments, NaN stays NaN
     // Adding 1.5 * 2^23 rounds to an integer, which is in the last bits.
