@@ -9,10 +9,10 @@ dialogue's answer, held-out rewordings that get their intent's answer, held-out 
 that get the demonstration sentence, learnt questions that wrongly get it, and answers that end
 with eos.
 
-With --quantized it asks a sample, with each kind of quantized weights. It then feeds the right
-answers token by token, and prints their perplexity and how often the likeliest token is that of
-the unquantized model. Where prompts are rounded (by the C kernels only) these answers are rounded
-too, which is more than a user gets. It exits with 1 if INT4 loses more than `MAX_LOSS` on a set.
+With --quantized it asks a sample, with each kind of quantized weights. It then gives the models the
+right answers, and prints their perplexity, the KL divergence from the unquantized model, and how
+often the likeliest token differs; the last two also for the rounding of activations by the C
+kernels. It exits with 1 if INT4 loses more than `MAX_LOSS` on a set.
 """
 
 import argparse
