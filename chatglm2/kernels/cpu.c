@@ -85,8 +85,8 @@ INLINE Ints add_products(Ints sum, Bits levels, const int32_t *x, const int word
 #elif defined(__SSE2__) && LANES == 4
     return sum + (Ints)_mm_madd_epi16((__m128i)levels, _mm_set1_epi32(x[word]));
 #else
-    sum += (Ints)(levels & 0xffff) * (int16_t)x[word];
-    return sum + (Ints)(levels >> 16) * (x[word] >> 16);
+    return sum + (Ints)(levels & 0xffff) * (int16_t)x[word] +
+           (Ints)(levels >> 16) * (x[word] >> 16);
 #endif
 }
 
