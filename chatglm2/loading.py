@@ -24,7 +24,7 @@ from .quantization import ChatGLMQuantizationConfig, get_quantization, prepare_l
 from .recognition import check_shapes
 from .tokenization_chatglm import ChatGLMTokenizer
 
-TOKENS_PER_S = {4: 10.7, 8: 6.0}  # of ChatGLM2-6B on two CPU cores: docs/performance.md
+TOKENS_PER_S = {4: 9.1, 8: 6.6}  # of ChatGLM2-6B on two CPU cores: docs/performance.md
 LARGE = 3e9  # bytes: the user of a CPU should know memory and speed
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
