@@ -402,7 +402,7 @@ ADVICE = "better add --quantize 4: 4.0 GB, ChatGLM2-6B generates 9.1 tokens/s on
         (OFFICIAL, "cpu", None, "auto", f"memory 25.5 GB, all of which.*{ADVICE}"),
         (OFFICIAL, "cpu", INT4, "auto", "memory 4.0 GB; ChatGLM2-6B generates 9.1 tokens/s on "),
         (SAVED_INT4, "cpu", INT4, "auto", "memory 4.0 GB; ChatGLM2-6B generates 9.1 tokens/s on "),
-        (OFFICIAL, "cpu", INT8, "float32", "memory 6.9 GB; ChatGLM2-6B generates 6.0 tokens/s on "),
+        (OFFICIAL, "cpu", INT8, "float32", "memory 6.9 GB; ChatGLM2-6B generates 6.6 tokens/s on "),
         (OFFICIAL, "cpu", None, "float32", "^$"),
         (OFFICIAL, "cpu", INT4, "bfloat16", "^$"),
         (OFFICIAL, "cuda", None, "auto", "^$"),
