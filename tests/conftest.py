@@ -117,6 +117,26 @@ def isa(request, monkeypatch):
         build_cpu.get_library.cache_clear()
 
 
+@pytest.fixture(scope="module")
+def server(tiny_model, tiny_tokenizer):
+    """openai_api.py with the bundled model."""
+    from servers import serve
+
+    import openai_api
+
+    with serve(openai_api.create_app, tiny_model, tiny_tokenizer) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    """OpenAI's client of the server."""
+    import openai
+
+    base_url = str(server.base_url).rstrip("/") + "/v1"
+    return openai.OpenAI(base_url=base_url, api_key="none", max_retries=0)
+
+
 @pytest.fixture
 def need_library(request):
     if "isa" not in request.fixturenames:

@@ -31,19 +31,6 @@ HELLO = {"messages": [USER], "temperature": 0}
 WILD = {"temperature": 2, "top_p": 1, "top_k": 0, "max_tokens": 12}  # few answers are equal
 
 
-@pytest.fixture(scope="module")
-def server(tiny_model, tiny_tokenizer):
-    with serve(openai_api.create_app, tiny_model, tiny_tokenizer) as client:
-        yield client
-
-
-@pytest.fixture(scope="module")
-def client(server):
-    """OpenAI's client."""
-    address = str(server.base_url).rstrip("/")
-    return openai.OpenAI(base_url=address + "/v1", api_key="none", max_retries=0)
-
-
 def post(server, path: str, **body) -> dict:
     response = server.post(path, content=json.dumps(body), headers=JSON)
     assert response.status_code == 200, response.text

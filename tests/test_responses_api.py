@@ -37,19 +37,6 @@ EVENTS = {
 LONG_STREAM = HELLO | {"stream": True, "ignore_eos": True, "max_output_tokens": 300}
 
 
-@pytest.fixture(scope="module")
-def server(tiny_model, tiny_tokenizer):
-    with serve(openai_api.create_app, tiny_model, tiny_tokenizer) as client:
-        yield client
-
-
-@pytest.fixture(scope="module")
-def client(server):
-    """OpenAI's client."""
-    base_url = str(server.base_url).rstrip("/") + "/v1"
-    return openai.OpenAI(base_url=base_url, api_key="none", max_retries=0)
-
-
 def create(server, **body) -> dict:
     response = server.post(PATH, json=HELLO | body)
     assert response.status_code == 200, response.text
