@@ -56,6 +56,14 @@ class StoreOnce(argparse.Action):
         setattr(namespace, self.dest, values)
 
 
+class Extend(argparse.Action):
+    """Collects the values of a flag that may be repeated; they replace the default."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        given = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, values if given is self.default else given + values)
+
+
 def add_model_arguments(parser: argparse.ArgumentParser):
     """Add the arguments of `load_model`; return the group of the advanced ones."""
     model = parser.add_argument_group("model")
@@ -189,9 +197,11 @@ def add_auth(group):
     group.add_argument(
         "--auth",
         type=read_logins,
+        action=Extend,
         metavar="USER:PASSWORD",
-        help="ask for this user and password; @FILE reads one or more of them from the lines of a "
-        "file, where the list of processes does not show them (default: no login)",
+        help="ask for this user and password; may be repeated; @FILE reads one or more of them "
+        "from the lines of a file, where the list of processes does not show them (default: no "
+        "login)",
     )
 
 
@@ -226,10 +236,12 @@ def add_server_arguments(parser: argparse.ArgumentParser):
     server.add_argument(
         "--api-key",
         type=read_keys,
+        action=Extend,
         default=os.environ.get("CHATGLM_API_KEY") or None,
         metavar="KEY",
-        help="key that clients must send; @FILE reads one or more keys from the lines of a file, "
-        "where the list of processes does not show them (default: $CHATGLM_API_KEY, else none)",
+        help="key that clients must send; may be repeated; @FILE reads one or more keys from the "
+        "lines of a file, where the list of processes does not show them (default: "
+        "$CHATGLM_API_KEY, else none)",
     )
     add_allowed_host(server)
     server.add_argument(

@@ -51,19 +51,16 @@ def test_a_wrong_key_is_refused_before_the_body_is_read(guarded):
         assert guarded.get("/v1/models", headers=headers).status_code == 200
 
 
-def test_each_key_has_its_own_caches(tiny_model, tiny_tokenizer, tmp_path):
+def test_each_key_has_its_own_caches(tiny_model, tiny_tokenizer):
     """What one client asks shows neither in the cached tokens of another, nor by their loss."""
-    keys = tmp_path / "keys"
-    keys.write_text("one\ntwo\n", "utf-8")
+    keys = ("--api-key", "one", "--api-key", "two")
 
     def count_cached(key: str, content: str, **fields) -> int:
         body = SHORT | {"messages": [{"role": "user", "content": content}], **fields}
         answer = client.post(CHAT, headers={"Authorization": f"Bearer {key}"}, json=body)
         return answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"]
 
-    with serve(
-        openai_api.create_app, tiny_model, tiny_tokenizer, "--api-key", f"@{keys}"
-    ) as client:
+    with serve(openai_api.create_app, tiny_model, tiny_tokenizer, *keys) as client:
         assert count_cached("one", "你好") == 0
         assert count_cached("two", "你好") == 0 < count_cached("two", "你好")
         assert count_cached("two", "你好", max_tokens=40) > 0  # a longer one replaces its own only

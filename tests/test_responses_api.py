@@ -328,10 +328,8 @@ def test_the_store_is_bounded(monkeypatch):
     assert not store.kept and store.num_bytes == 0
 
 
-def test_each_key_has_its_own_responses(tiny_model, tiny_tokenizer, tmp_path):
-    keys = tmp_path / "keys"
-    keys.write_text("one\ntwo\n", "utf-8")
-    flags = ("--api-key", f"@{keys}")
+def test_each_key_has_its_own_responses(tiny_model, tiny_tokenizer):
+    flags = ("--api-key", "one", "--api-key", "two")
     with serve(openai_api.create_app, tiny_model, tiny_tokenizer, *flags) as server:
         server.headers["Authorization"] = "Bearer one"
         response = create(server)

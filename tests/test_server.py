@@ -50,6 +50,8 @@ def test_flags(monkeypatch, tmp_path):
     keys.write_bytes("\ufeffone\r\n\n 密钥 key\n".encode())
     monkeypatch.setenv("CHATGLM_API_KEY", f"@{keys}")
     assert parse().api_key == parse("--api-key", f"@{keys}").api_key == ["one", "密钥 key"]
+    several = parse("--api-key", "two", "--api-key", f"@{keys}", "--api-key", "three").api_key
+    assert several == ["two", "one", "密钥 key", "three"]
     assert parse("--cors", "http://LocalHost:3000/").cors == ["http://localhost:3000"]
     names = ["GPU.example.", "[::1]", "例子.example"]
     args = parse(*(part for name in names for part in ("--allowed-host", name)))

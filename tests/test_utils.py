@@ -163,7 +163,9 @@ def test_users_and_passwords(parse_login, tmp_path):
     assert parse_login("--auth", "ann:a:b c") == [("ann", "a:b c")]
     file = tmp_path / "logins"
     file.write_text("\ufeffann:secret\r\n\nbob:密码\n", "utf-8")
-    assert parse_login("--auth", f"@{file}") == [("ann", "secret"), ("bob", "密码")]
+    several = [("ann", "secret"), ("bob", "密码")]
+    assert parse_login("--auth", f"@{file}") == several
+    assert parse_login("--auth", "eve:x", "--auth", f"@{file}") == [("eve", "x"), *several]
 
 
 @pytest.mark.parametrize(
