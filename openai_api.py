@@ -116,6 +116,7 @@ class Service:
         for ids in prompts:
             echo_text = self.tokenizer.decode(ids) if body.echo else None
             settings = {"num_logprobs": body.logprobs, "echo_text": echo_text}
+            settings["prompt_logprobs"] = []  # shared by the answers to the prompt
             requests += [self.build_request(body, matcher, ids, i, **settings) for i in range(n)]
         return requests
 

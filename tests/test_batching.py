@@ -211,6 +211,38 @@ def test_a_prompt_alone(make_batcher, ask):
         run(batcher, Request([7] * 301, max_new_tokens=0))
 
 
+@pytest.fixture
+def computed(tiny_model):
+    """A list that gets the number of tokens of each call of the model."""
+    counts = []
+    hook = tiny_model.transformer.register_forward_pre_hook(
+        lambda _, args: counts.append(args[0].numel())
+    )
+    yield counts
+    hook.remove()
+
+
+@pytest.mark.parametrize("max_batch", [1, 4])
+@pytest.mark.parametrize("max_new_tokens", [0, 3])
+def test_answers_to_one_prompt_measure_it_once(
+    max_batch, max_new_tokens, make_batcher, ask, computed
+):
+    batcher = make_batcher(max_batch=max_batch)
+    fields = {"num_logprobs": 2, "max_new_tokens": max_new_tokens, "ignore_eos": True}
+    request = ask(LONG, echo_text="a", **fields)
+    (alone,) = run(batcher, replace(request, prompt_logprobs=[], client=1))
+    computed.clear()
+    wholes = run(batcher, *[request] * 3)
+    length, num_steps = len(request.input_ids), max(max_new_tokens - 1, 0)
+    assert sum(computed) == length + 2 + 3 * num_steps  # the last token of the prompt, and answers
+    for whole in wholes:
+        assert whole.text == alone.text and len(whole.logprobs) == length + max_new_tokens
+        assert whole.logprobs[:length] == alone.logprobs[:length]
+        for mine, other in zip(whole.logprobs[length:], alone.logprobs[length:], strict=True):
+            assert mine.token_id == other.token_id
+            assert mine.logprob == pytest.approx(other.logprob, abs=1e-4)
+
+
 def test_the_end_of_an_answer_is_measured_behind_an_echo(make_batcher, ask, tiny_tokenizer):
     batcher = make_batcher()
     for stop in ([], ["小"]):

@@ -278,6 +278,20 @@ def test_echo_has_the_prompt_with_its_logprobs(server, tiny_tokenizer, prompt):
     assert not any("logprobs" in choice for choice in plain)
 
 
+def test_several_answers_share_the_echo_of_each_prompt(server, monkeypatch, tiny_tokenizer):
+    requests = record_requests(server, monkeypatch)
+    prompts = ["你好" * 20, "再见" * 20]
+    body = {"prompt": prompts, "n": 2, "echo": True, "logprobs": 0, "max_tokens": 2}
+    choices = post(server, COMPLETIONS, **body)["choices"]
+    measured = [request.prompt_logprobs for request in requests]
+    assert measured[0] is measured[1] is not measured[2] is measured[3]
+    for prompt, pair in zip(prompts, (choices[:2], choices[2:]), strict=True):
+        for choice in pair:
+            values = choice["logprobs"]["token_logprobs"]
+            assert len(values) >= len(tiny_tokenizer.encode(prompt)) and values[0] is None
+            assert choice["text"].startswith(prompt)
+
+
 def test_the_tokens_of_an_echo_are_limited(server):
     body = {"echo": True, "logprobs": 20, "max_tokens": 0}
     for prompt, n, limit in (

@@ -62,6 +62,18 @@ class PromptTooLong(ValueError):
 
 
 @dataclass
+class TokenLogprob:
+    """The log-probability of a token, before temperature; `top` has (id, logprob) pairs.
+
+    Both are `None` for the first token of a prompt.
+    """
+
+    token_id: int
+    logprob: float | None = None
+    top: list[tuple[int, float]] | None = None
+
+
+@dataclass
 class Request:
     """A prompt, and how to answer it.
 
@@ -83,6 +95,8 @@ class Request:
         echo_text: Text of the prompt, with which the first chunk begins. With `num_logprobs` the
             chunk also has the log-probabilities of the prompt, which is then computed as a whole,
             and the last chunk that of the end of the answer.
+        prompt_logprobs: Filled with the log-probabilities of the prompt. Requests for several
+            answers to one prompt share the list, and with it the prompt is computed once.
         process_text: Applied to the answer so far; a longer answer must give a longer text.
         is_embedding: Compute the mean of the last hidden states instead of an answer.
         client: Who asks. The cache of a request is only continued by requests of the same client.
@@ -102,21 +116,10 @@ class Request:
     processors: LogitsProcessorList = field(default_factory=LogitsProcessorList)
     num_logprobs: int | None = None
     echo_text: str | None = None
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     process_text: Callable[[str], str] = str
     is_embedding: bool = False
     client: int | None = None
-
-
-@dataclass
-class TokenLogprob:
-    """The log-probability of a token, before temperature; `top` has (id, logprob) pairs.
-
-    Both are `None` for the first token of a prompt.
-    """
-
-    token_id: int
-    logprob: float | None = None
-    top: list[tuple[int, float]] | None = None
 
 
 def measure(scores: torch.Tensor, token_ids: list[int], num_top: int) -> list[TokenLogprob]:
@@ -239,13 +242,16 @@ class Generation:
             self.generator.manual_seed(request.seed)
         self.text = AnswerText(tokenizer, self.ids[-1], request.stop, request.process_text)
         self.hidden_sum = 0.0  # of an embedding
-        self.echo = Chunk(request.echo_text or "")
-        if self.measures_prompt:
-            self.echo.logprobs = [TokenLogprob(self.ids[0])]
+        self.echo = request.echo_text
 
     @property
-    def measures_prompt(self) -> bool:
+    def reports_prompt(self) -> bool:
+        """Whether the chunks have the log-probabilities of the prompt and of the end."""
         return self.request.echo_text is not None and self.request.num_logprobs is not None
+
+    @property
+    def is_unmeasured(self) -> bool:
+        return self.reports_prompt and len(self.request.prompt_logprobs) < self.prompt_length
 
     def cancel(self):
         """End the generation within a token; after its end this does nothing."""
@@ -268,7 +274,9 @@ class Generation:
 
     def add_echo(self, chunk: Chunk) -> Chunk:
         """Return a chunk of the answer, the first one with the echo of the prompt before it."""
-        whole, self.echo = self.echo, Chunk()
+        if self.echo is None:
+            return chunk
+        whole, self.echo = Chunk(self.echo, logprobs=[*self.request.prompt_logprobs]), None
         whole.add(chunk)
         return whole
 
@@ -276,7 +284,7 @@ class Generation:
         """Append the next token, sampled from scores [1, V], and return its chunk."""
         if token_id in eos_token_ids and not self.request.ignore_eos:
             text, _ = self.text.push(self.ids[self.prompt_length :], is_last=True)
-            logprobs = self.measure(scores, token_id) if self.measures_prompt else []
+            logprobs = self.measure(scores, token_id) if self.reports_prompt else []
             return Chunk(text, logprobs=logprobs, finish_reason="stop")
         self.ids.append(token_id)
         is_full = len(self.ids) >= self.end
@@ -501,7 +509,7 @@ class Batcher:
                 mean = generation.hidden_sum / generation.prompt_length
                 self.finish(generation, Chunk(finish_reason="stop", embedding=mean))
             return
-        if generation.measures_prompt:
+        if generation.is_unmeasured:
             self.measure_prompt(generation, hidden_states[0])
         if generation.is_in_prompt():
             return
@@ -511,8 +519,8 @@ class Batcher:
             self.take_tokens([generation], hidden_states[:, -1])
 
     def measure_prompt(self, generation: Generation, hidden_states: torch.Tensor):
-        """Add to the echo the tokens that follow those of a segment, [s, h]."""
-        logprobs = generation.echo.logprobs
+        """Measure the tokens that follow those of a segment, [s, h]."""
+        logprobs = generation.request.prompt_logprobs
         if targets := generation.ids[len(logprobs) :][: len(hidden_states)]:
             scores = self.score(hidden_states[: len(targets)])
             logprobs += measure(scores, targets, generation.request.num_logprobs)
@@ -578,7 +586,9 @@ class Batcher:
 
     def find_prefix(self, generation: Generation) -> ChatGLMCache:
         """Return a cache with as much of a prompt as the client has, except its last id."""
-        if generation.request.is_embedding or generation.measures_prompt:
+        if generation.is_unmeasured:
+            generation.request.prompt_logprobs[:] = [TokenLogprob(generation.ids[0])]
+        if generation.request.is_embedding or generation.is_unmeasured:
             return ChatGLMCache()
         client = generation.request.client
         running = [g for g in self.running if g.cache is not None and g.request.client == client]
