@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import random
 import subprocess
 import sys
 from dataclasses import replace
@@ -284,7 +285,7 @@ def test_a_stop_is_never_shown_and_nothing_before_it_lost(make_batcher, ask):
 
 def test_the_placeholder_is_replaced(tiny_tokenizer, tiny_model):
     ids = tiny_tokenizer.encode("我 [[训练时间]]训练的 [[x ", add_special_tokens=False)
-    text = AnswerText(tiny_tokenizer, 2, [], tiny_model.process_response)
+    text = AnswerText(tiny_tokenizer, [2], [], tiny_model.process_response)
     parts = [text.push(ids[: i + 1], i == len(ids) - 1)[0] for i in range(len(ids))]
     assert "".join(parts) == "我 2023年训练的 [[x" and sum(part != "" for part in parts) > 3
 
@@ -294,11 +295,29 @@ def test_parts_make_up_the_whole_without_half_characters(step, any_tokenizer):
     sentence = "Here:  def f(x):\n\treturn '🤖' # 龘ꙮ  end "
     ids = any_tokenizer.encode(sentence, add_special_tokens=False)
     for begin in range(1, len(ids) - 1):
-        text, answer = AnswerText(any_tokenizer, ids[begin - 1], ["\n\n\n"], str), ids[begin:]
+        text, answer = AnswerText(any_tokenizer, ids[:begin], ["\n\n\n"], str), ids[begin:]
         ends = [*range(step, len(answer), step), len(answer)]
         parts = [text.push(answer[:end], end == len(answer))[0] for end in ends]
         whole = any_tokenizer.decode(ids[:begin]) + "".join(parts)
         assert whole == sentence or "\ufffd" in whole  # where the answer begins in a character
+
+
+def test_text_continues_any_prompt_as_decoding_both_does(any_tokenizer):
+    """Also behind ids without text at the end of the prompt, and when it has no text at all."""
+    tokenizer, choose = any_tokenizer, random.Random(0).choice
+    pieces = tokenizer.convert_ids_to_tokens(range(tokenizer.vocab_size))
+    words = [i for i, piece in enumerate(pieces) if piece.startswith("▁")]
+    without_text = [0, 2, tokenizer.get_command("sop"), tokenizer.vocab_size + 5]
+    for length in range(500):
+        prompt, answer = (
+            [choose(choose((words, without_text))) for _ in range(1 + length % size)]
+            for size in (5, 3)
+        )
+        text = AnswerText(tokenizer, prompt, [], str)
+        ends = range(1, len(answer) + 1)
+        parts = [text.push(answer[:end], end == len(answer))[0] for end in ends]
+        whole = tokenizer.decode(prompt + answer)
+        assert tokenizer.decode(prompt) + "".join(parts) == whole, (prompt, answer)
 
 
 # Places, errors, the end.

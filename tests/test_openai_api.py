@@ -305,12 +305,14 @@ def test_the_tokens_of_an_echo_are_limited(server):
 
 def test_offsets_of_an_answer_at_the_start_of_a_text(server, tiny_tokenizer):
     """SentencePiece drops a space there, and keeps it behind other text."""
-    for prompt in ("", "问：", [[tiny_tokenizer.get_command("sop")]]):
+    end = [*tiny_tokenizer.encode("问："), tiny_tokenizer.eos_token_id]
+    for prompt in ("", "问：", [[tiny_tokenizer.get_command("sop")]], end):
         bias = {str(tiny_tokenizer.convert_tokens_to_ids("▁a")): 100}
         body = {"prompt": prompt, "max_tokens": 3, "logprobs": 0, "logit_bias": bias}
         (choice,) = post(server, COMPLETIONS, **body)["choices"]
-        assert choice["text"] == (" a a a" if prompt == "问：" else "a a a")
-        offsets = [0, 2, 4] if prompt == "问：" else [0, 1, 3]
+        has_text = prompt in ("问：", end)
+        assert choice["text"] == (" a a a" if has_text else "a a a")
+        offsets = [0, 2, 4] if has_text else [0, 1, 3]
         assert choice["logprobs"]["text_offset"] == offsets
 
 

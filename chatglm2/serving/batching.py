@@ -190,15 +190,19 @@ class AnswerText:
     """The part of a growing answer that can be shown: whole characters and nothing of a stop.
 
     Args:
-        last_id: Last prompt token. It is decoded together with the answer, because SentencePiece
-            drops a space at the start of a text.
+        prompt_ids: The prompt from its last token with text on is decoded together with the answer,
+            because SentencePiece drops a space at the start of a text.
     """
 
     def __init__(
-        self, tokenizer, last_id: int, stop: list[str], process_text: Callable[[str], str]
+        self, tokenizer, prompt_ids: list[int], stop: list[str], process_text: Callable[[str], str]
     ):
         self.decoder = AnswerDecoder(tokenizer)
-        self.context, self.decoder.end = [last_id], 1
+        begin = len(prompt_ids) - 1
+        while begin > 0 and not tokenizer.decode(prompt_ids[begin : begin + 1]):
+            begin -= 1
+        self.context = prompt_ids[begin:]
+        self.decoder.end = len(self.context)
         self.stop, self.process_text, self.shown = stop, process_text, ""
 
     def count_held(self, text: str) -> int:
@@ -240,7 +244,7 @@ class Generation:
             self.generator.seed()
         else:
             self.generator.manual_seed(request.seed)
-        self.text = AnswerText(tokenizer, self.ids[-1], request.stop, request.process_text)
+        self.text = AnswerText(tokenizer, request.input_ids, request.stop, request.process_text)
         self.hidden_sum = 0.0  # of an embedding
         self.echo = request.echo_text
 

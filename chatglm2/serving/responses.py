@@ -160,10 +160,13 @@ class Completions:
         self.tokenizer = tokenizer
         id = f"{self.prefix}-{uuid.uuid4().hex}"
         self.envelope = {"id": id, "created": int(time.time()), "model": model}
-        # An answer begins a text if nothing is shown before it.
+        # An answer begins a text if nothing before it has text, or if that is echoed.
         self.offsets = [
-            TextOffsets(r.echo_text is not None or not read_bytes(tokenizer, r.input_ids[-1]))
-            for r in requests
+            TextOffsets(
+                request.echo_text is not None
+                or not any(read_bytes(tokenizer, i) for i in request.input_ids)
+            )
+            for request in requests
         ]
 
     def respond(self, answers: list[Chunk], usage: CompletionUsage) -> BaseModel:
