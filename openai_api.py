@@ -27,7 +27,7 @@ from chatglm2.serving.batching import Batcher, OccurrencePenalty, Request
 from chatglm2.serving.json_grammar import JsonGrammar, JsonProcessor
 from chatglm2.serving.responses import TextCompletion, as_json
 from chatglm2.serving.responses_api import ResponsesApi
-from chatglm2.serving.responses_schema import DeletedResponse, ResponseObject
+from chatglm2.serving.responses_schema import DeletedResponse, InputItems, ResponseObject
 from chatglm2.serving.server import RequestError
 from chatglm2.serving.tokens_api import DetokenizeResponse, TokenizeResponse, TokensApi
 
@@ -217,12 +217,14 @@ def create_app(model, tokenizer, args) -> FastAPI:
     name = Path(args.model).resolve().name  # resolve, because "." has no name
     service = Service(model, tokenizer, name, app.state.batcher)
     api, tokens = ResponsesApi(service), TokensApi(service)
-    events = {"content": {"text/event-stream": {}}}
+    events, items = {"content": {"text/event-stream": {}}}, {"model": InputItems}
     for add, path, handler, response in (
         (app.post, "/v1/chat/completions", service.chat, {"model": ChatCompletion, **events}),
         (app.post, "/v1/responses", api.create, {"model": ResponseObject, **events}),
         (app.get, "/v1/responses/{response_id}", api.show, {"model": ResponseObject}),
         (app.delete, "/v1/responses/{response_id}", api.delete, {"model": DeletedResponse}),
+        (app.get, "/v1/responses/{response_id}/input_items", api.list_inputs, items),
+        (app.post, "/v1/responses/{response_id}/cancel", api.cancel, {"model": ResponseObject}),
         (app.post, "/v1/completions", service.complete, {"model": TextCompletion, **events}),
         (app.post, "/v1/embeddings", service.embed, {"model": responses.EmbeddingList}),
         (app.post, "/tokenize", tokens.tokenize, {"model": TokenizeResponse}),

@@ -13,6 +13,7 @@ import pydantic
 import pytest
 from conftest import ROOT
 from openai.types.responses import Response, ResponseStreamEvent
+from openai.types.responses.response_item_list import ResponseItemList
 from servers import check_error, format_request, record_requests, sending, serve, wait_until
 from test_readme import blocks
 
@@ -307,6 +308,93 @@ def test_stored_responses_are_shown_and_deleted(server):
     assert server.get(f"{PATH}/{other['id']}").json() == other
 
 
+def list_items(server, id: str, **query) -> dict:
+    response = server.get(f"{PATH}/{id}/input_items", params=query)
+    assert response.status_code == 200, response.text
+    if response.json()["data"]:
+        ResponseItemList.model_validate(response.json())
+    return response.json()
+
+
+def test_the_input_items_of_a_response(server, client):
+    """The messages that the model has seen, without the instructions; pages of them."""
+    first = create(server, instructions="甲")
+    parts = [{"type": "input_text", "text": "乙"}, {"type": "input_text", "text": "丙"}]
+    items = [{"role": "developer", "content": parts}, {"role": "user", "content": "再见"}]
+    id = create(server, input=items, previous_response_id=first["id"], instructions="丁")["id"]
+    whole = list_items(server, id, order="asc")
+    assert (whole["object"], whole["has_more"]) == ("list", False)
+    seen = [
+        ("user", "你好"),
+        ("assistant", text_of(first)),
+        ("developer", "乙丙"),
+        ("user", "再见"),
+    ]
+    assert [(i["role"], i["content"][0]["text"]) for i in whole["data"]] == seen
+    kinds = [item["content"][0]["type"] for item in whole["data"]]
+    assert kinds == ["input_text", "output_text", "input_text", "input_text"]
+    ids = [item["id"] for item in whole["data"]]
+    assert len(set(ids)) == 4 and (whole["first_id"], whole["last_id"]) == (ids[0], ids[3])
+    latest = list_items(server, id, limit=2)
+    assert latest["data"] == whole["data"][:1:-1] and latest["has_more"]
+    rest = list_items(server, id, limit=2, after=latest["last_id"])
+    assert rest["data"] == whole["data"][1::-1] and not rest["has_more"]
+    empty = {"object": "list", "data": [], "first_id": None, "last_id": None, "has_more": False}
+    assert list_items(server, id, after=rest["last_id"], include="x") == empty
+    page = client.responses.input_items.list(id, limit=1, order="asc")
+    assert len(page.data) == 1 and [item.id for item in page] == ids  # fetches the other pages
+    path = f"{PATH}/{id}/input_items"
+    for name, *values in (("limit", 0, 101, "x", ""), ("order", "up", "")):
+        for value in values:
+            message = check_error(server.get(path, params={name: value}), 400, name)
+            assert message.startswith(f"{name}: expected ")
+    check_error(server.get(path, params={"after": first["id"]}), 404, "after")
+    check_error(server.get(f"{PATH}/resp_x/input_items"), 404, "response_id")
+
+
+def test_nothing_can_be_cancelled(client):
+    response = client.responses.create(model="m", **HELLO)
+    with pytest.raises(openai.BadRequestError, match="in the background") as caught:
+        client.responses.cancel(response.id)
+    assert caught.value.param == "response_id"
+    assert client.responses.retrieve(response.id) == response
+
+
+def test_a_long_conversation_is_shortened(server, monkeypatch, tiny_tokenizer):
+    """Only with "auto": the oldest messages are dropped, and the next rounds continue."""
+    requests = record_requests(server, monkeypatch)
+    rounds = [(f"问题 {i} " + "甲" * 20, f"回答 {i} " + "乙" * 20) for i in range(100)]
+    roles = ("user", "assistant")
+    items = [
+        {"role": role, "content": text}
+        for texts in rounds
+        for role, text in zip(roles, texts, strict=True)
+    ]
+    body = {"input": [*items, {"role": "user", "content": "你好"}], "instructions": "请简短回答。"}
+    for truncation in ({}, {"truncation": "disabled"}):
+        message = check_error(server.post(PATH, json=body | truncation), 400, "input")
+        assert "the context 2048" in message
+    first = create(server, **body, truncation="auto", max_output_tokens=20)
+    request = requests[-1]
+    kept = list_items(server, first["id"], order="asc", limit=100)["data"]
+    num_rounds = len(kept) // 2
+    assert len(kept) == 2 * num_rounds + 1 and kept[0]["role"] == "user" and 5 < num_rounds < 100
+    history = rounds[-num_rounds:]
+    history[0] = (f"请简短回答。\n\n{history[0][0]}", history[0][1])
+    expected = tiny_tokenizer.encode(tiny_tokenizer.build_prompt("你好", history))
+    assert request.input_ids == expected
+    limit = (2048 - 20) * 3 // 4
+    longest_round = max(len(tiny_tokenizer.encode("\n\n".join(texts))) for texts in rounds) + 20
+    assert limit - longest_round < len(expected) <= limit
+    later = {"previous_response_id": first["id"], "truncation": "auto", "max_output_tokens": 5}
+    second = create(server, **later, instructions="请简短回答。")
+    assert second["truncation"] == "auto" and first["truncation"] == "auto"
+    assert second["usage"]["input_tokens_details"]["cached_tokens"] >= len(expected) - 1
+    short = create(server, **later, instructions="请简短回答。", max_length=300)
+    assert short["usage"]["input_tokens"] <= 300 * 3 // 4
+    check_error(server.post(PATH, json=later | {"input": "好" * 3000}), 400, "input")
+
+
 def test_the_store_is_bounded(monkeypatch):
     store = responses_api.ResponseStore()
 
@@ -338,6 +426,7 @@ def test_each_key_has_its_own_responses(tiny_model, tiny_tokenizer):
         server.headers["Authorization"] = "Bearer two"
         for send in (server.get, server.delete):
             check_error(send(path), 404, "response_id")
+        check_error(server.get(f"{path}/input_items"), 404, "response_id")
         check_error(server.post(PATH, json=later), 404, "previous_response_id")
         check_error(server.post(PATH, json=HELLO | {"input": [reference]}), 404, "input")
         server.headers["Authorization"] = "Bearer one"
@@ -376,7 +465,7 @@ REFUSED = {
     "background": [True],
     "conversation": ["conv_a"],
     "prompt": [{"id": "a"}],
-    "truncation": ["auto"],
+    "truncation": ["all", True],
     "service_tier": ["flex"],
     "n": [2],
     "max_tokens": [8],

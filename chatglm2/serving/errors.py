@@ -15,12 +15,14 @@ RETRY_AFTER = {"Retry-After": "1"}  # seconds
 SHOWN_VALUE_LENGTH = 80  # characters of a wrong value that an error message shows
 
 EXPECTED = {  # by the types of pydantic's errors
+    "bool_parsing": "true or false",
     "bool_type": "true or false",
     "dict_type": "an object",
     "finite_number": "a finite number",
     "float_type": "a number",
     "greater_than_equal": "at least {ge}",
     "int_from_float": "an integer",
+    "int_parsing": "an integer",
     "int_type": "an integer",
     "less_than_equal": "at most {le}",
     "list_type": "a list",

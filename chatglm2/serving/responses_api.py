@@ -3,12 +3,13 @@
 import json
 import time
 import uuid
+from bisect import bisect_left
 from collections import defaultdict
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
+from fastapi import Query, Response
 from fastapi import Request as HTTPRequest
-from fastapi import Response
 from openai.types.responses import ResponseError, ResponseUsage
 from openai.types.responses.response import IncompleteDetails
 from openai.types.responses.response_usage import InputTokensDetails, OutputTokensDetails
@@ -21,16 +22,21 @@ from .errors import RequestError
 from .responses import describe_tokens
 from .responses_schema import (
     DeletedResponse,
+    InputItem,
+    InputItems,
     ItemReference,
     OutputMessage,
     OutputText,
     ResponseObject,
     ResponsesRequest,
+    TextPart,
 )
 from .schema import Message
 
 MAX_STORED = 1000  # responses of each client
 MAX_STORED_BYTES = 64_000_000  # of the responses and conversations of each client
+MAX_ITEMS = 100  # in a page of input items
+MAX_ANSWER_ROOM = 512  # tokens that a shortened conversation leaves for an answer
 TEXT = {"format": {"type": "text"}, "verbosity": "medium"}
 ECHOED = ResponsesRequest.model_fields.keys() & ResponseObject.model_fields.keys()
 ECHOED -= {"text", "temperature", "top_p", "service_tier"}
@@ -48,6 +54,13 @@ def renaming():
     except InvalidRequest as error:
         message = str(error).replace("response_format", "text.format", 1)
         raise InvalidRequest(message, "text") from error
+
+
+def describe_item(id: str, role: str, content: str) -> InputItem | OutputMessage:
+    """Return a message of a conversation as an item."""
+    if role == "assistant":
+        return OutputMessage(id=id, status="completed", content=[OutputText(text=content)])
+    return InputItem(id=id, role=role, content=[TextPart(type="input_text", text=content)])
 
 
 class Stored(NamedTuple):
@@ -207,10 +220,34 @@ class ResponsesApi:
     def find_store(self, request: HTTPRequest) -> ResponseStore:
         return self.stores[request.state.client]
 
-    def build_request(self, body: ResponsesRequest, conversation: list[dict], matcher) -> Request:
+    def encode(self, body: ResponsesRequest, conversation: list[dict]) -> list[int]:
         system = [] if body.instructions is None else [("system", body.instructions)]
         messages = [*system, *((message["role"], message["content"]) for message in conversation)]
-        ids = self.service.encode_chat([Message(role=r, content=text) for r, text in messages])
+        return self.service.encode_chat([Message(role=r, content=text) for r, text in messages])
+
+    def find_first(self, body: ResponsesRequest, conversation: list[dict], limit: int) -> int:
+        """Return the index of the first message to keep, so that the prompt has `limit` ids."""
+
+        def fits(first: int) -> bool:
+            return len(self.encode(body, conversation[first:])) <= limit
+
+        last = len(conversation) - 1
+        first = bisect_left(range(last), True, key=fits)
+        while first < last and conversation[first]["role"] == "assistant":
+            first += 1
+        return first
+
+    def build_request(self, body: ResponsesRequest, conversation: list[dict], matcher) -> Request:
+        """Return the request for the batcher; a conversation may lose its oldest messages."""
+        ids = self.encode(body, conversation)
+        if body.truncation == "auto":
+            context = self.service.batcher.context
+            most = min(context, body.max_length or context)
+            limit = most - min(most // 4, body.max_output_tokens or MAX_ANSWER_ROOM)
+            if len(ids) > limit:
+                # Three quarters, so that some rounds can continue with the kept keys and values.
+                del conversation[: self.find_first(body, conversation, limit * 3 // 4)]
+                ids = self.encode(body, conversation)
         settings = {"process_text": self.service.model.process_response}
         num_logprobs = body.count_logprobs()
         return self.service.build_request(
@@ -264,6 +301,37 @@ class ResponsesApi:
             raise RequestError(400, "stream: A stored response is returned whole.", "stream")
         stored = self.find_store(request).find(response_id, "response_id")
         return as_json(stored.response)
+
+    async def list_inputs(
+        self,
+        response_id: str,
+        request: HTTPRequest,
+        after: str | None = None,
+        limit: Annotated[int, Query(ge=1, le=MAX_ITEMS)] = 20,
+        order: Literal["asc", "desc"] = "desc",
+    ):
+        """List the messages that a stored response answers, the last one first."""
+        stored = self.find_store(request).find(response_id, "response_id")
+        key = response_id.replace("resp_", "msg_", 1)
+        items = {f"{key}_{i}": m for i, m in enumerate(json.loads(stored.conversation))}
+        ids = list(items if order == "asc" else reversed(items))
+        if after is not None and after not in items:
+            raise RequestError(404, f"after: {after[:80]!r} is no item of this response.", "after")
+        begin = 0 if after is None else ids.index(after) + 1
+        page = ids[begin : begin + limit]
+        inputs = InputItems(
+            data=[describe_item(id, **items[id]) for id in page],
+            first_id=page[0] if page else None,
+            last_id=page[-1] if page else None,
+            has_more=begin + limit < len(ids),
+        )
+        return as_json(to_json(inputs))
+
+    async def cancel(self, response_id: str):
+        """Refuse: only a response that is computed in the background could be cancelled."""
+        message = "response_id: Only a response that is computed in the background can be "
+        message += "cancelled, and there are none; closing its connection ends an answer."
+        raise RequestError(400, message, "response_id")
 
     async def delete(self, response_id: str, request: HTTPRequest):
         """Delete a stored response."""

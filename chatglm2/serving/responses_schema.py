@@ -106,8 +106,8 @@ class ResponsesRequest(schema.SamplingRequest):
     background: refused("Answers are not computed in the background", False) = None
     conversation: refused("Use previous_response_id") = None
     prompt: refused("There are no prompt templates") = None
-    truncation: refused("A conversation is not shortened", "disabled") = None
-    context_management: refused("A conversation is not shortened", []) = None
+    truncation: Literal["auto", "disabled"] | None = None
+    context_management: refused("Use truncation", []) = None
     moderation: refused("There is no moderation") = None
     service_tier: refused("There is one tier", "auto", "default") = None
     n: refused("There is one answer", 1) = None
@@ -183,6 +183,7 @@ class ResponseObject(BaseModel):
     tools: list[dict] = []
     tool_choice: Literal["none", "auto"] = "auto"
     reasoning: dict = {"effort": None, "summary": None}
+    truncation: Literal["auto", "disabled"] = "disabled"
     # Fields of OpenAI's with only this value here.
     background: Literal[False] = False
     max_tool_calls: None = None
@@ -190,8 +191,25 @@ class ResponseObject(BaseModel):
     prompt_cache_key: None = None
     safety_identifier: None = None
     service_tier: Literal["default"] = "default"
-    truncation: Literal["disabled"] = "disabled"
     user: None = None
+
+
+class InputItem(BaseModel):
+    type: Literal["message"] = "message"
+    id: str
+    role: Literal["system", "developer", "user"]
+    status: Literal["completed"] = "completed"
+    content: list[TextPart]
+
+
+class InputItems(BaseModel):
+    """A page of the messages before an answer; the ids are `None` if it is empty."""
+
+    object: Literal["list"] = "list"
+    data: list[InputItem | OutputMessage]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
 
 
 class DeletedResponse(BaseModel):
