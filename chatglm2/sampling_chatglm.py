@@ -46,6 +46,8 @@ PLAIN_SAMPLING = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": None}
 # If `generate` has no other fields than these, `SamplingLogitsProcessor` samples.
 SAMPLER_FIELDS = CHECKPOINT_FIELDS | SPECIAL_IDS | {"max_length", "max_new_tokens"}
 
+NUM_SORTED = 4096  # likeliest ids that are sorted for `top_p`; all are if these are too few
+
 
 def read_fields(generation_config: GenerationConfig) -> dict:
     """Return the fields that are set."""
@@ -154,6 +156,21 @@ class InvalidScoreLogitsProcessor(LogitsProcessor):
         return torch.where(is_whole, scores, forced)
 
 
+class LikeliestTopPLogitsWarper(TopPLogitsWarper):
+    """Sorts only the likeliest ids, if they have the probability `top_p` together."""
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        if scores.shape[-1] <= NUM_SORTED:
+            return super().__call__(input_ids, scores)
+        top, ids = scores.softmax(-1).topk(NUM_SORTED)
+        before = top.cumsum(-1) - top  # probability of likelier ids
+        if (before[:, -1] < self.top_p).any():
+            return super().__call__(input_ids, scores)
+        is_dropped = (before > 0) & (before >= self.top_p)
+        kept = scores.gather(1, ids).masked_fill(is_dropped, -torch.inf)
+        return torch.full_like(scores, -torch.inf).scatter(1, ids, kept)
+
+
 class SamplingLogitsProcessor(LogitsProcessor):
     """Samples the next id and bans all others, so that greedy `generate` returns it.
 
@@ -170,7 +187,7 @@ class SamplingLogitsProcessor(LogitsProcessor):
         if temperature not in (None, 1):
             self.warpers.append(TemperatureLogitsWarper(temperature))
         if top_p is not None and top_p < 1:
-            self.warpers.append(TopPLogitsWarper(top_p))
+            self.warpers.append(LikeliestTopPLogitsWarper(top_p))
         if min_p:
             self.warpers.append(MinPLogitsWarper(min_p))
 

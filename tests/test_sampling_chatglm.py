@@ -26,6 +26,7 @@ from chatglm2.chat.conversation import Conversation
 from chatglm2.chat.shared_model import sampling_sliders
 from chatglm2.sampling_chatglm import (
     CHECKPOINT_FIELDS,
+    NUM_SORTED,
     PLAIN_FIELDS,
     SAMPLER_FIELDS,
     SPECIAL_IDS,
@@ -198,6 +199,32 @@ def test_candidates_are_those_of_transformers(rows, temperature, top_k, top_p, m
     found = torch.zeros(scores.shape).scatter(1, ids, found)
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-4)
     assert torch.equal(found > 0, expected > 0)
+
+
+@pytest.mark.parametrize("top_p", [0.0, 0.3, 0.8, 0.95, 0.9999])
+@pytest.mark.parametrize("rows", [*ROWS, "mixed"])
+def test_candidates_of_a_whole_vocabulary_are_those_of_transformers(rows, top_p, monkeypatch):
+    """Without top_k only the likeliest ids are sorted, if they suffice for each row."""
+    calls = []
+    sort = torch.sort
+    monkeypatch.setattr(torch, "sort", lambda *args, **kw: calls.append(1) or sort(*args, **kw))
+    scores = torch.randn(2, 65024, generator=torch.Generator().manual_seed(1)) * 3
+    scale = {"flat": 1e-3, "peaked": 100, "random": 1, "ties": 1}
+    if rows == "mixed":
+        scores[1] /= 1000
+    elif rows in scale:
+        scores = (scores * scale[rows]).round(decimals=0 if rows == "ties" else 8)
+    else:
+        scores = F.pad(ROWS[rows], (0, 65024 - NUM_IDS), value=-INF)
+    _, found = SamplingLogitsProcessor(None, 0, top_p).find_candidates(scores)
+    is_whole = bool(calls)
+    expected = TopPLogitsWarper(top_p)(None, scores).softmax(-1)
+    if rows in ("ties", "forced", "few"):  # any of the ids with the same score may be dropped
+        expected, found = expected.sort(-1).values, found.sort(-1).values
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-4)
+    num_candidates = (expected > 0).sum(-1)
+    assert is_whole == (num_candidates.max() > NUM_SORTED)
+    assert torch.equal(num_candidates, (found > 0).sum(-1))
 
 
 def test_samples_have_the_probabilities_of_the_candidates():
