@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import ROOT
 from fastapi.exceptions import RequestValidationError
-from servers import record_requests, serve, wait_until
+from servers import check_error, record_requests, serve, wait_until
 
 import openai_api
 from chatglm2.serving import responses, responses_schema, schema, tokens_api
@@ -531,12 +531,35 @@ def test_no_value_of_a_field_makes_the_server_fail(server, path, body_type):
                 body_type.model_validate(body)
             except pydantic.ValidationError as error:
                 errors = [e | {"loc": ("body", *e["loc"])} for e in error.errors()]
-                assert describe_invalid(RequestValidationError(errors))[1] == name
+                message, param = describe_invalid(RequestValidationError(errors))
+                assert param == name and "Input should" not in message  # pydantic's words
                 continue
             assert published.is_valid(value), body
             response = server.post(path, content=json.dumps(body), headers=JSON)
             is_unknown = response.status_code == 404  # a stored response
             assert response.is_success or is_unknown or check_refused(response, name), body
+
+
+def test_bodies_and_routes_that_are_none(server):
+    for content, words in (
+        ("{", "is not JSON"),
+        ("", "must be a JSON object"),
+        ("null", "must be a JSON object"),
+        ("[" * 100_000, "nested too deeply"),
+        (b'{"messages": "\xff"}', "not in UTF-8"),
+        (f'{{"seed": {"9" * 5000}}}', "too many digits"),
+    ):
+        assert words in check_error(server.post(CHAT, content=content, headers=JSON), 400)
+    for status, method, path in (
+        (404, "POST", "/chat/completions"),  # the base URL lacks /v1
+        (404, "GET", "/v1/models/THUDM/chatglm2-6b"),
+        (405, "GET", CHAT),
+        (405, "POST", "/v1/responses/compact"),
+        (404, "GET", "/" + "a" * 5000),
+    ):
+        message = check_error(server.request(method, path), status)
+        assert f"no route {method} {path[:100]};" in message and len(message) < 200
+    assert server.get(CHAT).headers["allow"] == "POST"
 
 
 def test_fields_that_exclude_each_other(server):

@@ -27,9 +27,11 @@ EXPECTED = {  # by the types of pydantic's errors
     "less_than_equal": "at most {le}",
     "list_type": "a list",
     "literal_error": "{expected}",
+    "model_attributes_type": "an object",
     "model_type": "an object",
     "string_pattern_mismatch": "a token id",
     "string_type": "a text",
+    "string_unicode": "a text",
     "too_long": "at most {max_length}",
     "too_short": "at least {min_length}",
 }
@@ -132,13 +134,22 @@ def add_error_handlers(app: FastAPI, invalid_status: int):
 
     @app.exception_handler(HTTPException)
     async def on_http_error(request: HTTPRequest, error: HTTPException):
+        if isinstance(error, RequestError):
+            fields = error.detail, error.param, error.code, error.headers
+            return error_response(error.status_code, *fields)
+        if error.status_code in (404, 405):
+            path = f"{request.method} {request.url.path:.100}"
+            message = f"There is no route {path}; GET /docs lists all routes."
+            return error_response(error.status_code, message, headers=error.headers)
         # FastAPI hides why it could not parse a body.
-        if isinstance(error.__cause__, UnicodeDecodeError):
-            return error_response(invalid_status, "The body is not JSON: it is not in UTF-8.")
-        if isinstance(error.__cause__, RecursionError):
-            return error_response(invalid_status, "The body is nested too deeply.")
-        param, code = getattr(error, "param", None), getattr(error, "code", None)
-        return error_response(error.status_code, error.detail, param, code, error.headers)
+        for kind, reason in (
+            (UnicodeDecodeError, "is not JSON: it is not in UTF-8"),
+            (RecursionError, "is nested too deeply"),
+            (ValueError, "has a number with too many digits"),
+        ):
+            if isinstance(error.__cause__, kind):
+                return error_response(invalid_status, f"The body {reason}.")
+        return error_response(error.status_code, error.detail, headers=error.headers)
 
     @app.exception_handler(InvalidRequest)
     async def on_invalid_request(request: HTTPRequest, error: InvalidRequest):
