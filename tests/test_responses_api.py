@@ -361,7 +361,7 @@ def test_nothing_can_be_cancelled(client):
 
 
 def test_a_long_conversation_is_shortened(server, monkeypatch, tiny_tokenizer):
-    """Only with "auto": the oldest messages are dropped, and the next rounds continue."""
+    """Only with "auto": the oldest questions and answers go, and the next rounds continue."""
     requests = record_requests(server, monkeypatch)
     rounds = [(f"问题 {i} " + "甲" * 20, f"回答 {i} " + "乙" * 20) for i in range(100)]
     roles = ("user", "assistant")
@@ -370,17 +370,23 @@ def test_a_long_conversation_is_shortened(server, monkeypatch, tiny_tokenizer):
         for texts in rounds
         for role, text in zip(roles, texts, strict=True)
     ]
-    body = {"input": [*items, {"role": "user", "content": "你好"}], "instructions": "请简短回答。"}
+    items = [
+        {"role": "system", "content": "请用中文。"},
+        *items,
+        {"role": "user", "content": "你好"},
+    ]
+    body = {"input": items, "instructions": "请简短回答。"}
     for truncation in ({}, {"truncation": "disabled"}):
         message = check_error(server.post(PATH, json=body | truncation), 400, "input")
         assert "the context 2048" in message
     first = create(server, **body, truncation="auto", max_output_tokens=20)
     request = requests[-1]
-    kept = list_items(server, first["id"], order="asc", limit=100)["data"]
+    system, *kept = list_items(server, first["id"], order="asc", limit=100)["data"]
+    assert system["role"] == "system"
     num_rounds = len(kept) // 2
     assert len(kept) == 2 * num_rounds + 1 and kept[0]["role"] == "user" and 5 < num_rounds < 100
     history = rounds[-num_rounds:]
-    history[0] = (f"请简短回答。\n\n{history[0][0]}", history[0][1])
+    history[0] = (f"请简短回答。\n\n请用中文。\n\n{history[0][0]}", history[0][1])
     expected = tiny_tokenizer.encode(tiny_tokenizer.build_prompt("你好", history))
     assert request.input_ids == expected
     limit = (2048 - 20) * 3 // 4

@@ -225,17 +225,19 @@ class ResponsesApi:
         messages = [*system, *((message["role"], message["content"]) for message in conversation)]
         return self.service.encode_chat([Message(role=r, content=text) for r, text in messages])
 
-    def find_first(self, body: ResponsesRequest, conversation: list[dict], limit: int) -> int:
-        """Return the index of the first message to keep, so that the prompt has `limit` ids."""
+    def drop_oldest(self, body: ResponsesRequest, conversation: list[dict], limit: int):
+        """Drop the oldest messages, so that the prompt has `limit` ids; system messages stay."""
+        system = [m for m in conversation if m["role"] in ("system", "developer")]
+        others = [m for m in conversation if m["role"] in ("user", "assistant")]
 
         def fits(first: int) -> bool:
-            return len(self.encode(body, conversation[first:])) <= limit
+            return len(self.encode(body, system + others[first:])) <= limit
 
-        last = len(conversation) - 1
+        last = len(others) - 1
         first = bisect_left(range(last), True, key=fits)
-        while first < last and conversation[first]["role"] == "assistant":
+        while first < last and others[first]["role"] == "assistant":
             first += 1
-        return first
+        conversation[:] = system + others[first:]
 
     def build_request(self, body: ResponsesRequest, conversation: list[dict], matcher) -> Request:
         """Return the request for the batcher; a conversation may lose its oldest messages."""
@@ -246,7 +248,7 @@ class ResponsesApi:
             limit = most - min(most // 4, body.max_output_tokens or MAX_ANSWER_ROOM)
             if len(ids) > limit:
                 # Three quarters, so that some rounds can continue with the kept keys and values.
-                del conversation[: self.find_first(body, conversation, limit * 3 // 4)]
+                self.drop_oldest(body, conversation, limit * 3 // 4)
                 ids = self.encode(body, conversation)
         settings = {"process_text": self.service.model.process_response}
         num_logprobs = body.count_logprobs()
