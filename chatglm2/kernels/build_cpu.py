@@ -30,7 +30,7 @@ from .cache import CACHE_VARIABLE, get_cache_folder
 
 logger = logging.get_logger(__name__)
 
-SOURCE_NAMES = ("attention.c", "cpu.c", "layer.c", "cpu.h", "layer.h")
+SOURCE_NAMES = ("attention.c", "cpu.c", "layer.c", "packing.c", "stored.c", "cpu.h", "layer.h")
 SOURCES = [Path(__file__).with_name(name) for name in SOURCE_NAMES]
 COMPILERS = ("cc", "gcc", "clang")
 ZIG = [sys.executable, "-m", "ziglang", "cc", "-mcpu=baseline"]  # a later flag replaces it

@@ -1,18 +1,26 @@
-// Products with INT8, INT4, float16 and bfloat16 weights, for CPUs.
+// Products with INT8 and INT4 weights, for CPUs.
 //
 //   y[r, o] = sum over c of x[r, c] * W[o, c],   W[o, c] = level(o, c) * scale[o, c / group_size]
 //
-// Order of the weights in memory: a *block* is 16 outputs, which are lanes side by side. A lane has
-// 32 bits: 8 columns of INT4, or 4 of INT8. With o = 16 * block + lane,
+// The weights are in the order of packing.c. Each group of GROUP columns of x is converted to
+// 16-bit integers that share a scale, largest |x| / LARGEST. Products and sums of integers are
+// exact, at most GROUP * LARGEST * 255 < 2^31.
 //
-//   INT4: byte ((block * ceil(in / 8) + c / 8) * 16 + lane) * 4 + c % 4
-//         holds level + 8, in its low four bits if c % 8 < 4, else in the high ones
-//   INT8: byte ((block * ceil(in / 4) + c / 4) * 16 + lane) * 4 + c % 4   holds level + 128
-//   scale: float ((block * in / group_size) + c / group_size) * 16 + lane
+//   y[r, o] = sum over groups of scale[o, group] * x_scale[r, group] *
+//             (sum over c of integer[r, c] * (level(o, c) + offset) - offset * sum of integer[r, c])
 //
-// Example, INT4, in = 16, level(17, 13) = -3: block 1, lane 1, c / 8 = 1, c % 8 = 5, so the high
-// bits of byte ((1 * 2 + 1) * 16 + 1) * 4 + 1 = 197 are -3 + 8 = 5. The last block and the last
-// lane are filled up with level 0.
+// The error of a result is less than that of float16 arithmetic, also with columns that are 1000
+// times as large as the others.
+//
+// Each four columns of a row of x are two words of 32 bits:
+//
+//   DIGITS  word 1 has the high digits, word 0 the low ones, integer = 256 * high + low; one
+//           instruction multiplies four bytes of a lane. The sum for word 1 is multiplied by 256.
+//   else    word 0 has the integers of columns 0 and 2, word 1 those of columns 1 and 3; levels are
+//           widened to 16 bits.
+//
+// In memory, x is [group][tile of rows][word][column / 4][row of the tile]. Unpacked levels are
+// [group][word, unless DIGITS][column / 4][vector][lane].
 //
 // The result of a row depends neither on the other rows nor on their number: integer sums are exact
 // in any order, and all tiles below add groups of columns in the same order.
@@ -26,32 +34,22 @@
 #include <sys/sysctl.h>
 #endif
 
-#define BLOCK 16                // outputs
 #define BLOCK_STEP (4 * BLOCK)  // bytes: 32 bits of each output
-#define PARTS (BLOCK / LANES)   // vectors of a block
 #define UNIT (4 * PARTS)        // vectors that a thread takes at a time
 #define GROUP 128               // columns of x that share a scale
 #define PANEL 512               // columns whose unpacked levels are kept in the first cache
 #define LARGEST 32639           // 127 * 256 + 127: both digits are signed bytes
 #define TINY 1e-30f             // a group of smaller numbers becomes zeros
-#define STORED_UNIT 32          // outputs that a thread takes at a time
-#define STORED_PANEL 4096       // numbers of x that stay in the first cache
 #if LANES == 16
 #define PREFETCH(place) __builtin_prefetch((place) + 1024, 0, 2)  // into the second cache
 #else
 #define PREFETCH(place) __builtin_prefetch((place) + 2048)
 #endif
 
-// A tile is some rows of x times some vectors of outputs. Its sums are in registers.
-#if defined(AVX512) || defined(NEON)  // 32 registers
-#define ROWS 8
-#else
-#define ROWS 4
-#endif
-#define VECTORS 2
+#define VECTORS 2   // of a tile
 #define MAX_SUMS 8  // of the tile of a product with few rows
 
-// Each four columns of a row of x are two words of 32 bits; see "Products" below.
+// Each four columns of a row of x are two words of 32 bits; see above.
 #if defined(AVX512) || defined(NEON)
 #define DIGITS        // a word has one digit of each column
 #define WORD_LEVELS 1  // vectors of unpacked levels for the two words
@@ -90,89 +88,6 @@ INLINE Ints add_products(Ints sum, Bits levels, const int32_t *x, const int word
 #endif
 }
 
-// The official order and back
-
-typedef struct {
-    const uint8_t *official;     // INT4: column 2 * i is in the high bits of byte i
-    uint8_t *packed, *restored;  // one of them is written
-    int64_t out, row_bytes;
-    int bits;
-} Packing;
-
-static int64_t count_steps(const Packing *t) { return divide_up(t->row_bytes, 4); }
-
-// Reorders the INT4 columns of a lane: 1 0 3 2 5 4 7 6, from low to high bits, become
-// 0 4 1 5 2 6 3 7. Inverting the sign bit adds 8 to an INT4 level, or 128 to an INT8 level.
-static uint32_t pack_lane(uint32_t v, int bits) {
-    if (bits == 8) return v ^ 0x80808080u;
-    const uint32_t even = v >> 4 & 0x0f0f0f0fu, odd = v & 0x0f0f0f0fu;  // columns 0 2 4 6, 1 3 5 7
-    // columns 0 1 2 3 and 4 5 6 7
-    const uint32_t low = (even & 0xff) | (odd & 0xff) << 8 | (even & 0xff00) << 8 |
-                         (odd & 0xff00) << 16;
-    const uint32_t high = (even >> 16 & 0xff) | (odd >> 8 & 0xff00) | (even >> 8 & 0xff0000) |
-                          (odd & 0xff000000u);
-    return (low | high << 4) ^ 0x88888888u;
-}
-
-static uint32_t restore_lane(uint32_t v, int bits) {
-    if (bits == 8) return v ^ 0x80808080u;
-    const uint32_t signed_levels = v ^ 0x88888888u;
-    const uint32_t low = signed_levels & 0x0f0f0f0fu, high = signed_levels >> 4 & 0x0f0f0f0fu;
-    const uint32_t even = (low & 0xff) | (low >> 8 & 0xff00) | (high & 0xff) << 16 |
-                          (high & 0xff0000) << 8;
-    const uint32_t odd = (low >> 8 & 0xff) | (low >> 16 & 0xff00) | (high & 0xff00) << 8 |
-                         (high & 0xff000000u);
-    return even << 4 | odd;
-}
-
-static void pack_block(const void *task, int64_t block) {
-    const Packing *t = task;
-    const int64_t steps = count_steps(t), whole = t->row_bytes / 4;
-    uint32_t *packed = (uint32_t *)t->packed + block * steps * BLOCK;
-    for (int lane = 0; lane < BLOCK; lane++) {
-        const int64_t row = block * BLOCK + lane;
-        const uint8_t *from = t->official + row * t->row_bytes;
-        for (int64_t step = 0; step < steps; step++) {
-            uint32_t v = 0;
-            if (row < t->out) memcpy(&v, from + 4 * step, step < whole ? 4 : t->row_bytes % 4);
-            packed[step * BLOCK + lane] = pack_lane(v, t->bits);
-        }
-    }
-}
-
-static void restore_block(const void *task, int64_t block) {
-    const Packing *t = task;
-    const int64_t steps = count_steps(t), whole = t->row_bytes / 4;
-    const uint32_t *packed = (const uint32_t *)t->packed + block * steps * BLOCK;
-    for (int lane = 0; lane < smaller(BLOCK, t->out - block * BLOCK); lane++) {
-        uint8_t *to = t->restored + (block * BLOCK + lane) * t->row_bytes;
-        for (int64_t step = 0; step < steps; step++) {
-            const uint32_t v = restore_lane(packed[step * BLOCK + lane], t->bits);
-            memcpy(to + 4 * step, &v, step < whole ? 4 : t->row_bytes % 4);
-        }
-    }
-}
-
-// Products with INT8 and INT4 weights. Each group of GROUP columns of x is converted to 16-bit
-// integers that share a scale, largest |x| / LARGEST. Products and sums of integers are exact, at
-// most GROUP * LARGEST * 255 < 2^31.
-//
-//   y[r, o] = sum over groups of scale[o, group] * x_scale[r, group] *
-//             (sum over c of integer[r, c] * (level(o, c) + offset) - offset * sum of integer[r, c])
-//
-// The error of a result is less than that of float16 arithmetic, also with columns that are 1000
-// times as large as the others.
-//
-// Each four columns of a row of x are two words of 32 bits:
-//
-//   DIGITS  word 1 has the high digits, word 0 the low ones, integer = 256 * high + low; one
-//           instruction multiplies four bytes of a lane. The sum for word 1 is multiplied by 256.
-//   else    word 0 has the integers of columns 0 and 2, word 1 those of columns 1 and 3; levels are
-//           widened to 16 bits.
-//
-// In memory, x is [group][tile of rows][word][column / 4][row of the tile]. Unpacked levels are
-// [group][word, unless DIGITS][column / 4][vector][lane].
-
 typedef struct {
     const Linear *linear;
     const float *x;
@@ -193,13 +108,6 @@ static int find_offset(int bits) {
     if (bits == 8) return 0;  // bytes are signed
 #endif
     return bits == 4 ? 8 : 128;
-}
-
-// Returns the rows of a tile, 1, 2, 4 or 8. Zeros fill up the last tile.
-static int64_t count_tile_rows(int64_t rows_left) {
-    int64_t rows = 1;
-    while (rows < rows_left && rows < ROWS) rows *= 2;
-    return rows;
 }
 
 static int64_t count_vectors(int64_t out) { return divide_up(out, BLOCK) * PARTS; }
@@ -571,88 +479,6 @@ static void multiply_unit(const void *task, int64_t unit) {
     else multiply_outputs(t, unit, 8);
 }
 
-// Products with weights of 16 bits, which are read as they are stored, [out, in]. The lanes of a
-// vector are columns here, and x is copied so that zeros fill up its rows to whole vectors.
-
-typedef struct {
-    const uint16_t *weight;
-    const float *x;
-    float *y;
-    int64_t num_rows, in, out, columns;
-    int is_bfloat16;
-} StoredProduct;
-
-// Adds the products of LANES columns from c on; the last ones are filled up with zeros.
-INLINE void add_columns(const StoredProduct *t, const uint16_t *const *w, const float *x,
-                        const int is_bfloat16, const int outputs, const int rows, int64_t c,
-                        const int is_last, Floats *sum) {
-    Floats columns[ROWS];
-    UNROLL for (int r = 0; r < rows; r++) columns[r] = load(x + r * t->columns + c);
-    UNROLL for (int o = 0; o < outputs; o++) {
-        const uint16_t *from = w[o] + c;
-        uint16_t last[LANES] = {0};
-        if (is_last) from = memcpy(last, from, 2 * (t->in - c));
-        const Floats weight = load_stored(from, is_bfloat16);
-        UNROLL for (int r = 0; r < rows; r++)
-            sum[o * rows + r] = multiply_add(weight, columns[r], sum[o * rows + r]);
-    }
-}
-
-// Multiplies the columns from `column` to `end`. `sum` has a vector for each output and row.
-INLINE void multiply_stored_tile(const StoredProduct *t, int64_t output, int64_t row,
-                                 int64_t column, int64_t end, const int is_bfloat16,
-                                 const int outputs, const int rows, Floats *sum) {
-    const float *x = t->x + row * t->columns;
-    const uint16_t *w[8];  // the most outputs that `multiply_stored_unit` gives a tile
-    Floats part[16];       // and its most sums; these are in registers, unlike `sum`
-    UNROLL for (int o = 0; o < outputs; o++) w[o] = t->weight + (output + o) * t->in;
-    UNROLL for (int i = 0; i < outputs * rows; i++) part[i] = sum[i];
-    int64_t c = column;
-    for (; c + LANES <= end; c += LANES)
-        add_columns(t, w, x, is_bfloat16, outputs, rows, c, 0, part);
-    if (c < end) add_columns(t, w, x, is_bfloat16, outputs, rows, c, 1, part);
-    UNROLL for (int i = 0; i < outputs * rows; i++) sum[i] = part[i];
-}
-
-// Multiplies in panels of columns, whose x stays in the first cache.
-INLINE void multiply_stored_rows(const StoredProduct *t, int64_t first, int64_t last, int64_t row,
-                                 const int is_bfloat16, const int outputs, const int rows) {
-    Floats sum[STORED_UNIT * ROWS] = {{0}};
-    const int64_t panel = STORED_PANEL / rows;
-    for (int64_t column = 0; column < t->in; column += panel) {
-        const int64_t end = smaller(column + panel, t->in);
-        int64_t o = first;
-        for (; o + outputs <= last; o += outputs)
-            multiply_stored_tile(t, o, row, column, end, is_bfloat16, outputs, rows,
-                                 sum + (o - first) * rows);
-        for (; o < last; o++)
-            multiply_stored_tile(t, o, row, column, end, is_bfloat16, 1, rows,
-                                 sum + (o - first) * rows);
-    }
-    for (int64_t o = first; o < last; o++)
-        for (int64_t r = 0; r < smaller(rows, t->num_rows - row); r++)
-            t->y[(row + r) * t->out + o] = add_lanes(sum[(o - first) * rows + r]);
-}
-
-INLINE void multiply_stored_unit(const StoredProduct *t, int64_t unit, const int is_bfloat16) {
-    const int64_t first = unit * STORED_UNIT, last = smaller(first + STORED_UNIT, t->out);
-    for (int64_t row = 0; row < t->num_rows; row += ROWS)
-        switch (count_tile_rows(t->num_rows - row)) {
-            case 1: multiply_stored_rows(t, first, last, row, is_bfloat16, 8, 1); break;
-            case 2: multiply_stored_rows(t, first, last, row, is_bfloat16, 4, 2); break;
-            case 4: multiply_stored_rows(t, first, last, row, is_bfloat16, 4 / PARTS, 4); break;
-#if ROWS == 8
-            case 8: multiply_stored_rows(t, first, last, row, is_bfloat16, 2, 8); break;
-#endif
-        }
-}
-
-static void multiply_stored(const void *task, int64_t unit) {
-    const StoredProduct *t = task;
-    if (t->is_bfloat16) multiply_stored_unit(t, unit, 1);
-    else multiply_stored_unit(t, unit, 0);
-}
-
 // Functions for Python. Those that compute return 0, or -1 if there is no memory.
 
 const char *chatglm_isa(void) { return ISA; }
@@ -690,18 +516,6 @@ int chatglm_runs_here(void) {
     return 1;
 }
 
-void chatglm_pack(const uint8_t *official, uint8_t *packed, int64_t out, int64_t row_bytes,
-                  int bits, int num_threads) {
-    const Packing task = {official, packed, NULL, out, row_bytes, bits};
-    run(pack_block, &task, divide_up(out, BLOCK), num_threads);
-}
-
-void chatglm_restore(const uint8_t *packed, uint8_t *restored, int64_t out, int64_t row_bytes,
-                     int bits, int num_threads) {
-    const Packing task = {NULL, (uint8_t *)packed, restored, out, row_bytes, bits};
-    run(restore_block, &task, divide_up(out, BLOCK), num_threads);
-}
-
 int chatglm_multiply(const Linear *linear, const float *x, float *y, int64_t num_rows,
                      int num_threads) {
     Product task = {linear, x, y, num_rows};
@@ -718,19 +532,5 @@ int chatglm_multiply(const Linear *linear, const float *x, float *y, int64_t num
     run(quantize_tile, &task, num_tiles * task.x_groups, num_threads);
     run(multiply_unit, &task, divide_up(count_vectors(linear->out), UNIT), num_threads);
     release(task.x_words);
-    return 0;
-}
-
-int chatglm_multiply_stored(const uint16_t *weight, const float *x, float *y, int64_t num_rows,
-                            int64_t in, int64_t out, int is_bfloat16, int num_threads) {
-    const int64_t columns = divide_up(in, LANES) * LANES;
-    const int64_t size = 4 * columns * divide_up(num_rows, ROWS) * ROWS;
-    float *rows = allocate(size);
-    if (!rows) return -1;
-    memset(rows, 0, size);
-    for (int64_t row = 0; row < num_rows; row++) memcpy(rows + row * columns, x + row * in, 4 * in);
-    const StoredProduct task = {weight, rows, y, num_rows, in, out, columns, is_bfloat16};
-    run(multiply_stored, &task, divide_up(out, STORED_UNIT), num_threads);
-    release(rows);
     return 0;
 }

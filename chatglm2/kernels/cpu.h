@@ -226,11 +226,28 @@ static inline void release(void *memory) {
 #endif
 }
 
-// Products (cpu.c)
+// Products (cpu.c, stored.c)
+
+#define BLOCK 16               // outputs; see packing.c
+#define PARTS (BLOCK / LANES)  // vectors of a block
+
+// A tile is some rows of x times some vectors of outputs. Its sums are in registers.
+#if defined(AVX512) || defined(NEON)  // 32 registers
+#define ROWS 8
+#else
+#define ROWS 4
+#endif
+
+// Returns the rows of a tile, 1, 2, 4 or 8. Zeros fill up the last tile.
+static inline int64_t count_tile_rows(int64_t rows_left) {
+    int64_t rows = 1;
+    while (rows < rows_left && rows < ROWS) rows *= 2;
+    return rows;
+}
 
 typedef struct {
-    const uint8_t *weight;  // in the order of cpu.c
-    const float *scale;     // in the order of cpu.c
+    const uint8_t *weight;  // in the order of packing.c
+    const float *scale;     // in the order of packing.c
     const float *bias;      // or NULL
     int64_t in, out, group_size;
     int64_t bits;

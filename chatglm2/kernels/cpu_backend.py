@@ -1,4 +1,4 @@
-"""INT8, INT4 and 16-bit weights on a CPU, by the C kernels of cpu.c, which give the formulas.
+"""INT8, INT4 and 16-bit weights on a CPU, by the C kernels of cpu.c and stored.c.
 
 Activations are converted to float32, and for INT8 and INT4 weights to 16-bit integers with a scale
 for each 128 columns. The result is rounded once, to the dtype of x. The result of a row is the
@@ -22,7 +22,7 @@ from .build_cpu import Linear, get_library
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 GROUP_SIZES = (None, GROUP_SIZE)
-BLOCK = 16  # outputs; see cpu.c
+BLOCK = 16  # outputs; see packing.c
 HUGE_PAGE = 2 << 20
 
 
@@ -82,7 +82,7 @@ def allocate(size: int) -> torch.Tensor:
 
 @dataclass
 class PackedWeight:
-    """A weight in the order of cpu.c. It replaces the official one, which it restores exactly.
+    """A weight in the order of packing.c. It replaces the official one, which it restores exactly.
 
     Attributes:
         shape: The shape of the official weight.
