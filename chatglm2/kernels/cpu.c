@@ -183,37 +183,40 @@ static float choose_scale(const float *x) {
     return max < TINY ? 0 : max / LARGEST;
 }
 
-// Returns word 0 or 1 of four columns.
-static int32_t make_word(const int32_t *integer, int word) {
+// Writes the words of LANES columns of a row, `step` words apart; word 1 is `size` words behind
+// word 0. No more than `count` columns are written.
+INLINE void write_words(Ints integer, int64_t count, int64_t step, int64_t size, int32_t *to) {
+    int32_t words[2][LANES / 4];
 #ifdef DIGITS
-    uint32_t bytes = 0;
-    for (int c = 0; c < 4; c++) {
-        const int32_t low = (int8_t)integer[c];
-        bytes |= (uint32_t)(uint8_t)(word ? (integer[c] - low) >> 8 : low) << 8 * c;
-    }
-    return bytes;
+    typedef int8_t Bytes __attribute__((vector_size(LANES)));
+    const Bytes low = __builtin_convertvector(integer, Bytes);
+    integer = (integer - __builtin_convertvector(low, Ints)) >> 8;
+    const Bytes high = __builtin_convertvector(integer, Bytes);
+    memcpy(words[0], &low, sizeof low);
+    memcpy(words[1], &high, sizeof high);
 #else
-    return (uint16_t)integer[word] | (uint32_t)integer[word + 2] << 16;
+    for (int i = 0; i < LANES / 4; i++)
+        for (int word = 0; word < 2; word++)
+            words[word][i] = (uint16_t)integer[4 * i + word] |
+                             (uint32_t)integer[4 * i + word + 2] << 16;
 #endif
+    for (int i = 0; i < smaller(LANES, count) / 4; i++, to += step)
+        to[0] = words[0][i], to[size] = words[1][i];
 }
 
-// Converts a group of a row of x to words, which are stored `rows` words apart, and sets `sum` to
-// the sum of its integers.
-static void quantize_group(const float *x, float scale, int64_t width, int64_t rows, int32_t *words,
-                           int32_t *sum) {
+// Converts a group of a row of x to words, and returns the sum of its integers.
+static int32_t quantize_group(const float *x, float scale, int64_t width, int64_t step,
+                              int64_t size, int32_t *words) {
     const float inverse = scale > 0 ? 1 / scale : 0;
-    int32_t integer[GROUP] = {0};
     Ints sums = {0};
-    if (inverse > 0)
-        for (int c = 0; c < GROUP; c += LANES) {
-            const Ints rounded = round_to_ints(load(x + c) * inverse);
-            memcpy(integer + c, &rounded, sizeof rounded);
-            sums += rounded;
-        }
-    for (int word = 0; word < 2; word++)
-        for (int64_t c = 0; c < width; c += 4, words += rows) *words = make_word(integer + c, word);
-    *sum = 0;
-    for (int i = 0; i < LANES; i++) *sum += sums[i];
+    for (int64_t c = 0; c < width; c += LANES, words += LANES / 4 * step) {
+        const Ints integer = inverse > 0 ? round_to_ints(load(x + c) * inverse) : spread_int(0);
+        write_words(integer, width - c, step, size, words);
+        sums += integer;
+    }
+    int32_t sum = 0;
+    for (int i = 0; i < LANES; i++) sum += sums[i];
+    return sum;
 }
 
 // Returns the words of a group of columns of the tile that begins with a row.
@@ -227,6 +230,8 @@ static void quantize_tile(const void *task, int64_t unit) {
     const Product *t = task;
     const int64_t first_row = unit / t->x_groups * ROWS, group = unit % t->x_groups;
     const int64_t rows = count_tile_rows(t->num_rows - first_row), first = group * GROUP;
+    const int64_t width = smaller(GROUP, t->columns - first);
+    int32_t *words = find_words(t, first_row, group);
     for (int64_t r = 0; r < rows; r++) {
         float x[GROUP] = {0};
         if (first_row + r < t->num_rows)
@@ -234,9 +239,8 @@ static void quantize_tile(const void *task, int64_t unit) {
                    4 * smaller(GROUP, t->linear->in - first));
         const int64_t place = group * t->filled_rows + first_row + r;
         t->x_scale[place] = choose_scale(x);
-        quantize_group(x, t->x_scale[place], smaller(GROUP, t->columns - first), rows,
-                       find_words(t, first_row, group) + r, &t->x_start[place]);
-        t->x_start[place] *= -find_offset(t->linear->bits);
+        t->x_start[place] = -find_offset(t->linear->bits) *
+            quantize_group(x, t->x_scale[place], width, rows, rows * width / 4, words + r);
     }
 }
 
