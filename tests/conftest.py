@@ -20,7 +20,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "resources" / "chatglm2-tiny"
-X86_ISAS, ARM_ISAS = ["avx512", "avxvnni", "avx2", "portable"], ["i8mm", "neon", "portable"]
+X86_ISAS = ["amx", "avx512", "avxvnni", "avx2", "portable"]
+ARM_ISAS = ["i8mm", "neon", "portable"]
 ISAS = ARM_ISAS if platform.machine() in ("aarch64", "arm64") else X86_ISAS  # of the C kernels
 FOLDERS = [ROOT, ROOT / "resources", TINY / "training", ROOT / "evaluation"]
 sys.path[:0] = map(str, FOLDERS)

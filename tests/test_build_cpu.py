@@ -109,7 +109,7 @@ def test_command(quick, capsys, caplog, monkeypatch):
     build_cpu.get_library.cache_clear()
     with pytest.raises(SystemExit) as stop:
         build_cpu.main()
-    allowed = "avx512, avxvnni, avx2, i8mm, neon, portable"
+    allowed = "amx, avx512, avxvnni, avx2, i8mm, neon, portable"
     assert f"'avx1024': give one of {allowed}, or unset it" in stop.value.code
 
 
@@ -271,10 +271,13 @@ def test_folder_that_cannot_be_written(quick, tmp_path, monkeypatch, caplog):
     assert not Path(library._name).exists()
 
 
-def test_library_for_another_cpu(monkeypatch):
-    library = Mock(**{"chatglm_isa.return_value": b"avx512", "chatglm_runs_here.return_value": 0})
+@pytest.mark.parametrize(("runs_here", "requested"), [(0, ""), (0, "avx512"), (1, "amx")])
+def test_library_for_another_cpu(runs_here, requested, monkeypatch):
+    returned = {"chatglm_isa": b"avx512", "chatglm_runs_here": runs_here}
+    library = Mock(**{f"{name}.return_value": value for name, value in returned.items()})
     monkeypatch.setattr(build_cpu.ctypes, "CDLL", lambda path: library)
-    with pytest.raises(RuntimeError, match="this CPU lacks avx512 instructions"):
+    monkeypatch.setenv("CHATGLM_CPU_ISA", requested)
+    with pytest.raises(RuntimeError, match=f"this CPU lacks {requested or 'avx512'} instructions"):
         build_cpu.load(Path("x"))
 
 

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("need_library")
 CPU = torch.device("cpu")
 BACKEND = CPUBackend()
 matmul, stored_matmul = BACKEND.matmul, BACKEND.stored_matmul
-SIZES = [(384, 80), (2, 1), (6, 5), (130, 33), (1000, 100), (256, 17)]  # in, out
+SIZES = [(384, 80), (2, 1), (6, 5), (130, 33), (1000, 100), (256, 17), (1088, 40)]  # in, out
 LAYERS = [(bits, None, *sizes) for bits in (8, 4) for sizes in SIZES]
 LAYERS += [(4, 128, 384, 80), (4, 128, 256, 17), (8, None, 7, 20), (8, None, 131, 33)]
 each_layer = pytest.mark.parametrize("layer", LAYERS, ids=str)
@@ -79,10 +79,12 @@ def test_product_is_that_of_plain_torch(isa, layer):
 @each_layer
 def test_row_is_the_same_alone_and_in_a_batch(isa, layer):
     layer = create_layer(*layer)
-    x = torch.randn(21, layer.in_features)
+    x = torch.randn(277, layer.in_features)
     expected = matmul(x, layer)
-    for num_rows in (1, 2, 3, 5, 8, 16):
-        assert torch.equal(matmul(x[2 : 2 + num_rows], layer), expected[2 : 2 + num_rows])
+    for num_rows in (1, 2, 3, 5, 8, 16, 21):
+        for first in (2, 250):
+            rows = slice(first, first + num_rows)
+            assert torch.equal(matmul(x[rows], layer), expected[rows])
 
 
 @each_way

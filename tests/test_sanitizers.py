@@ -65,6 +65,7 @@ def test_kernels_under_sanitizers(way, tmp_path):
     preloaded = [find_library(compiler, name) for name in ("libasan.so", "libstdc++.so.6")]
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     variables = {"LD_PRELOAD": " ".join(map(str, preloaded)), "ASAN_OPTIONS": OPTIONS}
+    variables |= {build_cpu.ISA_VARIABLE: way if way in ISAS else ""}
     variables |= {"UBSAN_OPTIONS": "print_stacktrace=1", "PYTHONPATH": path}
     run = subprocess.run(
         [sys.executable, __file__, str(library), str(SEED)],

@@ -4,9 +4,9 @@
 
 compiles now and prints the result; otherwise the first use compiles. The compiler is $CC, or else
 the first of cc, gcc, clang and zig (the Python package ziglang) that works. Environment variables:
-CHATGLM_CPU_ISA (avx512, avxvnni, avx2, i8mm, neon or portable) chooses these instructions instead
-of all that this CPU has; CHATGLM_CACHE names the folder of the compiled files instead of the user's
-cache.
+CHATGLM_CPU_ISA (amx, avx512, avxvnni, avx2, i8mm, neon or portable) chooses these instructions
+instead of all that this CPU has; CHATGLM_CACHE names the folder of the compiled files instead of
+the user's cache.
 """
 
 import ctypes
@@ -39,8 +39,10 @@ FLAGS = ["-std=gnu11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-Wno-psab
 FLAGS += ["-shared", "-fPIC", "-pthread"]
 SYSTEM_COMPILERS = {"linux": "apt install gcc", "darwin": "xcode-select --install"}
 ISA_VARIABLE = "CHATGLM_CPU_ISA"
+AVX512_FLAGS = ["-mavx512f", "-mavx512bw", "-mavx512vnni", "-mfma", "-mf16c"]
 ISA_FLAGS = {
-    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vnni", "-mfma", "-mf16c"],
+    "amx": [*AVX512_FLAGS, "-mamx-tile", "-mamx-int8"],
+    "avx512": AVX512_FLAGS,
     "avxvnni": ["-mavx2", "-mavxvnni", "-mfma", "-mf16c"],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "i8mm": ["-march=armv8.2-a+dotprod+i8mm"],
@@ -217,12 +219,14 @@ def load(library: Path) -> ctypes.CDLL:
     """Load the library and declare its functions.
 
     Raises:
-        RuntimeError: This CPU lacks its instructions.
+        RuntimeError: This CPU lacks its instructions, or those of $CHATGLM_CPU_ISA.
     """
     loaded = ctypes.CDLL(str(library))
     loaded.chatglm_isa.restype = ctypes.c_char_p
-    if not loaded.chatglm_runs_here():
-        raise RuntimeError(f"this CPU lacks {loaded.chatglm_isa().decode()} instructions")
+    runs_here, isa = loaded.chatglm_runs_here(), loaded.chatglm_isa().decode()
+    wanted = os.environ.get(ISA_VARIABLE) or isa
+    if not runs_here or isa != wanted:
+        raise RuntimeError(f"this CPU lacks {wanted} instructions")
     pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     for name in ("pack", "restore"):
         function = getattr(loaded, f"chatglm_{name}")

@@ -19,7 +19,8 @@
 //   else    word 0 has the integers of columns 0 and 2, word 1 those of columns 1 and 3; levels are
 //           widened to 16 bits.
 //
-// In memory, x is [group][tile of rows][word][column / 4][row of the tile]. Unpacked levels are
+// In memory, x is [panel][tile of rows][group][word][column / 4][row of the tile], or for AMX
+// [panel][tile of rows][group][word][row of the tile][column / 4]. Unpacked levels are
 // [group][word, unless DIGITS][column / 4][vector][lane].
 //
 // The result of a row depends neither on the other rows nor on their number: integer sums are exact
@@ -33,11 +34,21 @@
 #elif defined(NEON) && defined(__APPLE__)
 #include <sys/sysctl.h>
 #endif
+#ifdef AMX
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #define BLOCK_STEP (4 * BLOCK)  // bytes: 32 bits of each output
 #define UNIT (4 * PARTS)        // vectors that a thread takes at a time
+#ifdef AMX
+#define MAX_UNIT (4 * UNIT)     // for many rows, so that a panel of x is read less often
+#else
+#define MAX_UNIT UNIT
+#endif
 #define GROUP 128               // columns of x that share a scale
 #define PANEL 512               // columns whose unpacked levels are kept in the first cache
+#define PANEL_ROWS 256          // rows whose words and totals are kept in the second cache
 #define LARGEST 32639           // 127 * 256 + 127: both digits are signed bytes
 #define TINY 1e-30f             // a group of smaller numbers becomes zeros
 #if LANES == 16
@@ -97,6 +108,9 @@ typedef struct {
     int64_t filled_rows;  // `num_rows`, rounded up to whole tiles
     int64_t columns;      // `in`, rounded up to whole lanes
     int64_t groups, x_groups;
+    int64_t tile_rows;  // of the largest tile
+    int64_t unit;       // vectors that a thread takes at a time
+    int uses_amx;
     int32_t *x_words;
     float *x_scale;    // [group][row]
     int32_t *x_start;  // [group][row]: -offset * sum of integers
@@ -108,6 +122,11 @@ static int find_offset(int bits) {
     if (bits == 8) return 0;  // bytes are signed
 #endif
     return bits == 4 ? 8 : 128;
+}
+
+// Returns the rows of the tile that begins with a row.
+static int64_t count_rows(const Product *t, int64_t row) {
+    return t->uses_amx ? t->tile_rows : count_tile_rows(t->num_rows - row);
 }
 
 static int64_t count_vectors(int64_t out) { return divide_up(out, BLOCK) * PARTS; }
@@ -150,20 +169,12 @@ INLINE void write_outputs(float *to, int64_t v, int64_t out, Floats value) {
     else if (left > 0) memcpy(to + v * LANES, &value, 4 * left);
 }
 
-// Returns the sum over the columns before `column`, which the previous panel has left in y.
-INLINE Floats read_total(const Product *t, int64_t row, int64_t v, int64_t column) {
-    if (column == 0 || row >= t->num_rows) return spread(0);
-    return read_outputs(t->y + row * t->linear->out, v, t->linear->out);
-}
-
-// Stores the sum over the columns before `column`, which is the result after the last column.
-INLINE void write_total(const Product *t, int64_t row, int64_t v, int64_t column, Floats total) {
+// Writes a result, whose sum is given, to y.
+INLINE void write_total(const Product *t, int64_t row, int64_t v, Floats total) {
     const Linear *linear = t->linear;
     if (row >= t->num_rows) return;
-    if (column == t->columns) {
-        if (t->groups == 1) total *= find_scale(t, v, 0);
-        if (linear->bias) total += read_outputs(linear->bias, v, linear->out);
-    }
+    if (t->groups == 1) total *= find_scale(t, v, 0);
+    if (linear->bias) total += read_outputs(linear->bias, v, linear->out);
     write_outputs(t->y + row * linear->out, v, linear->out, total);
 }
 
@@ -183,23 +194,35 @@ static float choose_scale(const float *x) {
     return max < TINY ? 0 : max / LARGEST;
 }
 
+// Stores the low byte of each lane.
+INLINE void store_bytes(void *to, Ints v) {
+#ifdef AVX512
+    _mm_storeu_si128(to, _mm512_cvtepi32_epi8((__m512i)v));
+#else
+    typedef int8_t Bytes __attribute__((vector_size(LANES)));
+    const Bytes bytes = __builtin_convertvector(v, Bytes);
+    memcpy(to, &bytes, sizeof bytes);
+#endif
+}
+
 // Writes the words of LANES columns of a row, `step` words apart; word 1 is `size` words behind
 // word 0. No more than `count` columns are written.
 INLINE void write_words(Ints integer, int64_t count, int64_t step, int64_t size, int32_t *to) {
     int32_t words[2][LANES / 4];
 #ifdef DIGITS
-    typedef int8_t Bytes __attribute__((vector_size(LANES)));
-    const Bytes low = __builtin_convertvector(integer, Bytes);
-    integer = (integer - __builtin_convertvector(low, Ints)) >> 8;
-    const Bytes high = __builtin_convertvector(integer, Bytes);
-    memcpy(words[0], &low, sizeof low);
-    memcpy(words[1], &high, sizeof high);
+    store_bytes(words[0], integer);
+    store_bytes(words[1], (integer + 128) >> 8);
 #else
     for (int i = 0; i < LANES / 4; i++)
         for (int word = 0; word < 2; word++)
             words[word][i] = (uint16_t)integer[4 * i + word] |
                              (uint32_t)integer[4 * i + word + 2] << 16;
 #endif
+    if (step == 1 && count >= LANES) {
+        memcpy(to, words[0], LANES);
+        memcpy(to + size, words[1], LANES);
+        return;
+    }
     for (int i = 0; i < smaller(LANES, count) / 4; i++, to += step)
         to[0] = words[0][i], to[size] = words[1][i];
 }
@@ -219,28 +242,31 @@ static int32_t quantize_group(const float *x, float scale, int64_t width, int64_
     return sum;
 }
 
-// Returns the words of a group of columns of the tile that begins with a row.
-INLINE int32_t *find_words(const Product *t, int64_t row, int64_t group) {
-    const int64_t width = smaller(GROUP, t->columns - group * GROUP);
-    return t->x_words + (group * GROUP * t->filled_rows + row * width) / 2;
+// Returns the words of the tile that begins with a row, from a column on that begins a group.
+INLINE int32_t *find_words(const Product *t, int64_t row, int64_t column) {
+    const int64_t panel = column / PANEL * PANEL, width = smaller(PANEL, t->columns - panel);
+    return t->x_words +
+           (panel * t->filled_rows + row * width + (column - panel) * count_rows(t, row)) / 2;
 }
 
 // Converts a group of the rows of a tile.
 static void quantize_tile(const void *task, int64_t unit) {
     const Product *t = task;
-    const int64_t first_row = unit / t->x_groups * ROWS, group = unit % t->x_groups;
-    const int64_t rows = count_tile_rows(t->num_rows - first_row), first = group * GROUP;
+    const int64_t first_row = unit / t->x_groups * t->tile_rows, group = unit % t->x_groups;
+    const int64_t rows = count_rows(t, first_row), first = group * GROUP;
     const int64_t width = smaller(GROUP, t->columns - first);
-    int32_t *words = find_words(t, first_row, group);
+    int32_t *words = find_words(t, first_row, first);
     for (int64_t r = 0; r < rows; r++) {
-        float x[GROUP] = {0};
-        if (first_row + r < t->num_rows)
-            memcpy(x, t->x + (first_row + r) * t->linear->in + first,
-                   4 * smaller(GROUP, t->linear->in - first));
+        const float *x = t->x + (first_row + r) * t->linear->in + first;
+        float filled[GROUP] = {0};
+        if (first_row + r >= t->num_rows) x = filled;
+        else if (t->linear->in - first < GROUP)
+            x = memcpy(filled, x, 4 * (t->linear->in - first));
         const int64_t place = group * t->filled_rows + first_row + r;
         t->x_scale[place] = choose_scale(x);
         t->x_start[place] = -find_offset(t->linear->bits) *
-            quantize_group(x, t->x_scale[place], width, rows, rows * width / 4, words + r);
+            quantize_group(x, t->x_scale[place], width, t->uses_amx ? 1 : rows, rows * width / 4,
+                           words + (t->uses_amx ? r * width / 4 : r));
     }
 }
 
@@ -404,24 +430,107 @@ INLINE void add_group(const Product *t, int64_t first, int64_t row, int64_t grou
     }
 }
 
-// Multiplies a tile of rows by a panel of columns, whose unpacked levels are given.
+// Multiplies a tile of rows by a panel of columns, whose unpacked levels are given, and adds the
+// results to `totals`, [row][vector].
 INLINE void multiply_panel(const Product *t, int64_t first, int64_t row, int64_t column,
-                           int64_t end, const uint8_t *levels, const int rows) {
-    Floats total[ROWS * VECTORS];
-    UNROLL for (int r = 0; r < rows; r++)
-        UNROLL for (int v = 0; v < VECTORS; v++)
-            total[r * VECTORS + v] = read_total(t, row + r, first + v, column);
+                           int64_t end, const uint8_t *levels, const int rows, Floats *totals) {
+    Floats total[ROWS * VECTORS];  // in registers, unlike `totals`
+    const int32_t *words = find_words(t, row, column);
+    UNROLL for (int i = 0; i < rows * VECTORS; i++) total[i] = totals[i];
     for (; column < end; column += GROUP) {
-        const int64_t width = smaller(GROUP, end - column), group = column / GROUP;
+        const int64_t width = smaller(GROUP, end - column);
         Ints sum[ROWS * VECTORS];
-        multiply_unpacked(levels, find_words(t, row, group), width, rows, sum);
+        multiply_unpacked(levels, words, width, rows, sum);
         levels += width * VECTORS * LANES * WORD_LEVELS;
-        add_group(t, first, row, group, VECTORS, rows, sum, total);
+        words += width * rows / 2;
+        add_group(t, first, row, column / GROUP, VECTORS, rows, sum, total);
     }
-    UNROLL for (int r = 0; r < rows; r++)
-        UNROLL for (int v = 0; v < VECTORS; v++)
-            write_total(t, row + r, first + v, end, total[r * VECTORS + v]);
+    UNROLL for (int i = 0; i < rows * VECTORS; i++) totals[i] = total[i];
 }
+
+#ifdef AMX
+// A register of AMX has up to 16 rows of 64 bytes. One instruction multiplies 64 columns of 16 rows
+// of x by 64 columns of 16 outputs, and adds the results to the sums of these rows and outputs.
+
+#define AMX_ROWS 16
+#define AMX_COLUMNS 64
+
+typedef struct {
+    uint8_t palette, start_row, reserved[14];
+    uint16_t row_bytes[16];
+    uint8_t rows[16];
+} Registers;  // 0 to 3: sums [digit][vector]; 4 and 5: digits of x; 6 and 7: levels of a vector
+
+#define ROW_BYTES {64, 64, 64, 64, 64, 64, 64, 64}
+static const Registers EIGHT_ROWS = {1, 0, {0}, ROW_BYTES, {8, 8, 8, 8, 8, 8, 16, 16}};
+static const Registers SIXTEEN_ROWS = {1, 0, {0}, ROW_BYTES, {16, 16, 16, 16, 16, 16, 16, 16}};
+
+static int may_use_amx;  // set by `chatglm_runs_here`
+
+// Sums of a group of columns, in registers.
+INLINE void multiply_by_amx(const uint8_t *levels, const int32_t *x, int64_t width,
+                            int64_t rows) {
+    const int64_t stride = 4 * VECTORS * LANES;
+    __asm__ volatile("" ::: "memory");  // gcc does not know that _tile_loadd reads memory
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t c = 0; c < width; c += AMX_COLUMNS, levels += AMX_COLUMNS / 4 * stride) {
+        _tile_loadd(4, x + c / 4, width);
+        _tile_loadd(5, x + (rows * width + c) / 4, width);
+        _tile_loadd(6, levels, stride);
+        _tile_loadd(7, levels + 4 * LANES, stride);
+        _tile_dpbsud(0, 4, 6);
+        _tile_dpbsud(1, 4, 7);
+        _tile_dpbsud(2, 5, 6);
+        _tile_dpbsud(3, 5, 7);
+    }
+}
+
+typedef Ints AMXSums[2][AMX_ROWS][VECTORS];  // [digit][row][vector]
+
+INLINE void store_amx_sums(AMXSums sum) {
+    const int64_t stride = 4 * VECTORS * LANES;
+    _tile_stored(0, sum[0], stride);
+    _tile_stored(1, &sum[0][0][1], stride);
+    _tile_stored(2, sum[1], stride);
+    _tile_stored(3, &sum[1][0][1], stride);
+}
+
+// Does what `add_group` does. `next` are the words of x that AMX will read next.
+INLINE void add_amx_sums(const Product *t, int64_t first, int64_t row, int64_t group, AMXSums sum,
+                         const int32_t *next, Floats *totals) {
+    const int64_t place = group * t->filled_rows + row;
+    Floats scale[VECTORS];
+    for (int v = 0; v < VECTORS; v++) scale[v] = find_group_scale(t, first + v, group);
+    for (int64_t r = 0; r < t->tile_rows; r++, next += GROUP / 2) {
+        UNROLL for (int i = 0; i < 2 * GROUP; i += 64) __builtin_prefetch((const char *)next + i);
+        UNROLL for (int v = 0; v < VECTORS; v++, totals++) {
+            const Ints all = sum[0][r][v] + (sum[1][r][v] << 8);
+            const Floats s = to_floats(all + spread_int(t->x_start[place + r]));
+            *totals = multiply_add(s, scale[v] * t->x_scale[place + r], *totals);
+        }
+    }
+}
+
+// Does what `multiply_panel` does. While AMX multiplies a group, the stored sums of the previous
+// group are added to the totals.
+static void multiply_panel_by_amx(const Product *t, int64_t first, int64_t row, int64_t column,
+                                  int64_t end, const uint8_t *levels, Floats *totals) {
+    const int32_t *words = find_words(t, row, column);
+    AMXSums sum;
+    for (int64_t c = column; c < end; c += GROUP) {
+        const int64_t width = smaller(GROUP, end - c);
+        multiply_by_amx(levels, words, width, t->tile_rows);
+        levels += width * VECTORS * LANES;
+        words += width * t->tile_rows / 2;
+        if (c > column) add_amx_sums(t, first, row, c / GROUP - 1, sum, words, totals);
+        store_amx_sums(sum);
+    }
+    add_amx_sums(t, first, row, (end - 1) / GROUP, sum, words, totals);
+}
+#endif
 
 // Multiplies a single tile of rows. The weights are read once, from the first column to the last.
 INLINE void multiply_few(const Product *t, int64_t begin, int64_t last, int bits,
@@ -433,39 +542,73 @@ INLINE void multiply_few(const Product *t, int64_t begin, int64_t last, int bits
         for (int64_t group = 0; group < t->x_groups; group++) {
             Ints sum[MAX_SUMS];
             const int64_t width = smaller(GROUP, t->columns - group * GROUP);
-            multiply_packed(w, find_words(t, 0, group), width, bits, vectors, rows, sum);
+            multiply_packed(w, find_words(t, 0, group * GROUP), width, bits, vectors, rows, sum);
             add_group(t, first, 0, group, vectors, rows, sum, total);
         }
         UNROLL for (int r = 0; r < rows; r++)
             UNROLL for (int v = 0; v < vectors; v++)
-                write_total(t, r, first + v, t->columns, total[r * vectors + v]);
+                write_total(t, r, first + v, total[r * vectors + v]);
     }
 }
 
-// Multiplies many rows. All of them use the levels of a panel of columns, unpacked once.
-INLINE void multiply_many(const Product *t, int64_t begin, int64_t last, int bits) {
+INLINE void multiply_tile(const Product *t, int64_t first, int64_t row, int64_t column,
+                          int64_t end, const uint8_t *levels, Floats *totals) {
+#ifdef AMX
+    if (t->uses_amx) {
+        multiply_panel_by_amx(t, first, row, column, end, levels, totals);
+        return;
+    }
+#endif
+    switch (count_rows(t, row)) {
+        case 1: multiply_panel(t, first, row, column, end, levels, 1, totals); break;
+        case 2: multiply_panel(t, first, row, column, end, levels, 2, totals); break;
+        case 4: multiply_panel(t, first, row, column, end, levels, 4, totals); break;
+#if ROWS == 8
+        case 8: multiply_panel(t, first, row, column, end, levels, 8, totals); break;
+#endif
+    }
+}
+
+// Multiplies up to PANEL_ROWS rows, which use the levels of a panel of columns, unpacked once.
+INLINE void multiply_many(const Product *t, int64_t begin, int64_t last, int64_t first_row,
+                          int bits) {
     uint8_t levels[PANEL * VECTORS * LANES * WORD_LEVELS] __attribute__((aligned(ALIGNMENT)));
+    Floats totals[MAX_UNIT / VECTORS][PANEL_ROWS][VECTORS];
+    const int64_t end_row = smaller(first_row + PANEL_ROWS, t->filled_rows);
+    for (int64_t pair = 0; pair < t->unit / VECTORS; pair++)
+        memset(totals[pair], 0, (end_row - first_row) * sizeof totals[pair][0]);
     for (int64_t column = 0; column < t->columns; column += PANEL) {
         const int64_t end = smaller(column + PANEL, t->columns);
         for (int64_t first = begin; first < last; first += VECTORS) {
             for (int64_t c = column; c < end; c += GROUP)
                 unpack_group(t, first, c, smaller(GROUP, end - c), bits,
                              levels + (c - column) * VECTORS * LANES * WORD_LEVELS);
-            for (int64_t row = 0; row < t->num_rows; row += ROWS)
-                switch (count_tile_rows(t->num_rows - row)) {
-                    case 1: multiply_panel(t, first, row, column, end, levels, 1); break;
-                    case 2: multiply_panel(t, first, row, column, end, levels, 2); break;
-                    case 4: multiply_panel(t, first, row, column, end, levels, 4); break;
-#if ROWS == 8
-                    case 8: multiply_panel(t, first, row, column, end, levels, 8); break;
-#endif
-                }
+            for (int64_t row = first_row; row < end_row; row += t->tile_rows)
+                multiply_tile(t, first, row, column, end, levels,
+                              totals[(first - begin) / VECTORS][row - first_row]);
         }
     }
+    for (int64_t row = first_row; row < end_row; row++)
+        for (int64_t v = begin; v < last; v++)
+            write_total(t, row, v, totals[(v - begin) / VECTORS][row - first_row][v % VECTORS]);
+}
+
+INLINE void multiply_all(const Product *t, int64_t begin, int64_t last, int bits) {
+    for (int64_t row = 0; row < t->num_rows; row += PANEL_ROWS)
+        multiply_many(t, begin, last, row, bits);
 }
 
 INLINE void multiply_outputs(const Product *t, int64_t unit, int bits) {
-    const int64_t first = unit * UNIT, last = smaller(first + UNIT, count_vectors(t->linear->out));
+    const int64_t first = unit * t->unit;
+    const int64_t last = smaller(first + t->unit, count_vectors(t->linear->out));
+#ifdef AMX
+    if (t->uses_amx) {
+        _tile_loadconfig(t->tile_rows == 8 ? &EIGHT_ROWS : &SIXTEEN_ROWS);
+        multiply_all(t, first, last, bits);
+        _tile_release();
+        return;
+    }
+#endif
     switch (t->filled_rows) {
         case 1: multiply_few(t, first, last, bits, 4, 1); break;
         case 2: multiply_few(t, first, last, bits, 4, 2); break;
@@ -473,7 +616,7 @@ INLINE void multiply_outputs(const Product *t, int64_t unit, int bits) {
 #if ROWS == 8
         case 8: multiply_few(t, first, last, bits, 1, 8); break;
 #endif
-        default: multiply_many(t, first, last, bits);
+        default: multiply_all(t, first, last, bits);
     }
 }
 
@@ -485,7 +628,12 @@ static void multiply_unit(const void *task, int64_t unit) {
 
 // Functions for Python. Those that compute return 0, or -1 if there is no memory.
 
-const char *chatglm_isa(void) { return ISA; }
+const char *chatglm_isa(void) {
+#ifdef AMX
+    if (may_use_amx) return "amx";
+#endif
+    return ISA;
+}
 
 // Whether the CPU has the instructions of this library, and the system saves their registers.
 // __builtin_cpu_supports is not used, because it is always 0 with zig's clang.
@@ -503,6 +651,10 @@ int chatglm_runs_here(void) {
 #endif
     if ((saved & registers) != registers || (ebx & in_ebx) != in_ebx || (ecx & in_ecx) != in_ecx)
         return 0;
+#ifdef AMX  // docs.kernel.org/arch/x86/xstate.html
+    const int request_permission = 0x1023, tile_data = 18;
+    may_use_amx = !syscall(SYS_arch_prctl, request_permission, tile_data);
+#endif
 #ifdef AVXVNNI
     if (!__get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) || !(eax & bit_AVXVNNI)) return 0;
 #endif
@@ -526,15 +678,26 @@ int chatglm_multiply(const Linear *linear, const float *x, float *y, int64_t num
     task.columns = divide_up(linear->in, 32 / linear->bits) * (32 / linear->bits);
     task.groups = linear->in / linear->group_size;
     task.x_groups = divide_up(linear->in, GROUP);
-    const int64_t num_tiles = divide_up(num_rows, ROWS), last = (num_tiles - 1) * ROWS;
-    const int64_t filled = task.filled_rows = last + count_tile_rows(num_rows - last);
+    task.tile_rows = ROWS;
+    task.unit = UNIT;
+#ifdef AMX
+    task.uses_amx = may_use_amx && num_rows > 4 && task.columns % AMX_COLUMNS == 0;
+    if (task.uses_amx && num_rows > 8) {
+        task.tile_rows = AMX_ROWS;
+        while (task.unit < MAX_UNIT && count_vectors(linear->out) / task.unit > 8 * num_threads)
+            task.unit *= 2;
+    }
+#endif
+    const int64_t num_tiles = divide_up(num_rows, task.tile_rows);
+    const int64_t last = (num_tiles - 1) * task.tile_rows;
+    const int64_t filled = task.filled_rows = last + count_rows(&task, last);
     // The last 16 bytes are for NEON, which reads four words at a time.
     task.x_words = allocate(filled * (2 * task.columns + 8 * task.x_groups) + 16);
     if (!task.x_words) return -1;
     task.x_start = task.x_words + filled * task.columns / 2;
     task.x_scale = (float *)(task.x_start + filled * task.x_groups);
     run(quantize_tile, &task, num_tiles * task.x_groups, num_threads);
-    run(multiply_unit, &task, divide_up(count_vectors(linear->out), UNIT), num_threads);
+    run(multiply_unit, &task, divide_up(count_vectors(linear->out), task.unit), num_threads);
     release(task.x_words);
     return 0;
 }

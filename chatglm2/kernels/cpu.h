@@ -5,8 +5,8 @@
 // threads nor on what is computed beside it.
 //
 // The language is GNU C (gcc, clang), for little-endian machines. The code that depends on the CPU
-// is in this file, in cpu.c (its first macros, `add_products`, `find_offset`, `unpack`, DIGITS, I8MM
-// and `chatglm_runs_here`) and in attention.c (TILE).
+// is in this file, in cpu.c (its first macros, DIGITS, I8MM, AMX, `add_products`, `store_bytes`,
+// `find_offset`, `unpack` and `chatglm_runs_here`) and in attention.c (TILE).
 #pragma once
 
 #include <float.h>
@@ -21,6 +21,9 @@
 #elif defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VNNI__)
 #define ISA "avx512"
 #define AVX512
+#if (defined(__AMX_INT8__) || defined(__AMXINT8__)) && defined(__linux__)  // gcc, older clang
+#define AMX  // for many rows, if the system allows it
+#endif
 #define LANES 16  // numbers of 32 bits in a vector
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #ifdef __AVXVNNI__
