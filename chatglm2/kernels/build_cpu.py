@@ -30,8 +30,7 @@ from .cache import CACHE_VARIABLE, get_cache_folder
 
 logger = logging.get_logger(__name__)
 
-SOURCE_NAMES = ("attention.c", "cpu.c", "layer.c", "packing.c", "stored.c", "cpu.h", "layer.h")
-SOURCES = [Path(__file__).with_name(name) for name in SOURCE_NAMES]
+SOURCES = sorted(Path(__file__).parent.glob("*.[ch]"))
 COMPILERS = ("cc", "gcc", "clang")
 ZIG = [sys.executable, "-m", "ziglang", "cc", "-mcpu=baseline"]  # a later flag replaces it
 ZIG_ARM = ("-march=armv8.2-a", "-mcpu=generic+v8_2a")  # the same for gcc or clang, and for zig
@@ -144,9 +143,8 @@ def compile_into(folder: Path, name: str, command: list[str]) -> Path:
     library = folder / name
     if not library.exists():
         programs = [str(source) for source in SOURCES if source.suffix == ".c"]
-        names = ", ".join(Path(program).name for program in programs)
         compiler = name_compiler(command)
-        logger.warning_once(f"Compiling {names} with {compiler}, once on this machine")
+        logger.warning_once(f"Compiling the CPU kernels with {compiler}, once on this machine")
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, suffix=".unfinished") as unfinished:
             run([*command, *programs, "-o", str(Path(unfinished, name)), "-lm"])

@@ -12,60 +12,23 @@
 // The error of a result is less than that of float16 arithmetic, also with columns that are 1000
 // times as large as the others.
 //
-// Each four columns of a row of x are two words of 32 bits:
-//
-//   DIGITS  word 1 has the high digits, word 0 the low ones, integer = 256 * high + low; one
-//           instruction multiplies four bytes of a lane. The sum for word 1 is multiplied by 256.
-//   else    word 0 has the integers of columns 0 and 2, word 1 those of columns 1 and 3; levels are
-//           widened to 16 bits.
-//
-// In memory, x is [panel][tile of rows][group][word][column / 4][row of the tile], or for AMX
-// [panel][tile of rows][group][word][row of the tile][column / 4]. Unpacked levels are
-// [group][word, unless DIGITS][column / 4][vector][lane].
-//
 // The result of a row depends neither on the other rows nor on their number: integer sums are exact
-// in any order, and all tiles below add groups of columns in the same order.
-#include "cpu.h"
-
-#if defined(AVX512) || defined(AVX2)
-#include <cpuid.h>
-#elif defined(NEON) && defined(__linux__)
-#include <sys/auxv.h>
-#elif defined(NEON) && defined(__APPLE__)
-#include <sys/sysctl.h>
-#endif
-#ifdef AMX
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
+// in any order, and all tiles add groups of columns in the same order.
+#include "product.h"
 
 #define BLOCK_STEP (4 * BLOCK)  // bytes: 32 bits of each output
+#define PANEL_ROWS 256          // rows whose words and totals are kept in the second cache
+#define MAX_SUMS 8              // of the tile of a product with few rows
 #define UNIT (4 * PARTS)        // vectors that a thread takes at a time
 #ifdef AMX
 #define MAX_UNIT (4 * UNIT)     // for many rows, so that a panel of x is read less often
 #else
 #define MAX_UNIT UNIT
 #endif
-#define GROUP 128               // columns of x that share a scale
-#define PANEL 512               // columns whose unpacked levels are kept in the first cache
-#define PANEL_ROWS 256          // rows whose words and totals are kept in the second cache
-#define LARGEST 32639           // 127 * 256 + 127: both digits are signed bytes
-#define TINY 1e-30f             // a group of smaller numbers becomes zeros
 #if LANES == 16
 #define PREFETCH(place) __builtin_prefetch((place) + 1024, 0, 2)  // into the second cache
 #else
 #define PREFETCH(place) __builtin_prefetch((place) + 2048)
-#endif
-
-#define VECTORS 2   // of a tile
-#define MAX_SUMS 8  // of the tile of a product with few rows
-
-// Each four columns of a row of x are two words of 32 bits; see above.
-#if defined(AVX512) || defined(NEON)
-#define DIGITS        // a word has one digit of each column
-#define WORD_LEVELS 1  // vectors of unpacked levels for the two words
-#else
-#define WORD_LEVELS 2
 #endif
 
 // Adds to each lane its levels times the numbers of x[word]: four bytes each, or two of 16 bits.
@@ -99,59 +62,10 @@ INLINE Ints add_products(Ints sum, Bits levels, const int32_t *x, const int word
 #endif
 }
 
-typedef struct {
-    const Linear *linear;
-    const float *x;
-    float *y;
-    int64_t num_rows;
-    // The caller leaves the rest empty.
-    int64_t filled_rows;  // `num_rows`, rounded up to whole tiles
-    int64_t columns;      // `in`, rounded up to whole lanes
-    int64_t groups, x_groups;
-    int64_t tile_rows;  // of the largest tile
-    int64_t unit;       // vectors that a thread takes at a time
-    int uses_amx;
-    int32_t *x_words;
-    float *x_scale;    // [group][row]
-    int32_t *x_start;  // [group][row]: -offset * sum of integers
-} Product;
-
-// Returns what `unpack` gives for level 0.
-static int find_offset(int bits) {
-#ifdef NEON
-    if (bits == 8) return 0;  // bytes are signed
-#endif
-    return bits == 4 ? 8 : 128;
-}
-
-// Returns the rows of the tile that begins with a row.
-static int64_t count_rows(const Product *t, int64_t row) {
-    return t->uses_amx ? t->tile_rows : count_tile_rows(t->num_rows - row);
-}
-
-static int64_t count_vectors(int64_t out) { return divide_up(out, BLOCK) * PARTS; }
-
-// Vector v of the outputs is part v % PARTS of block v / PARTS. The last tile may have more vectors
-// than are left: they are computed from the last vector and not written.
-INLINE int64_t clamp_vector(const Product *t, int64_t v) {
-    return smaller(v, count_vectors(t->linear->out) - 1);
-}
-
 INLINE const uint8_t *find_weight(const Product *t, int64_t v, int64_t column, int bits) {
     v = clamp_vector(t, v);
     return t->linear->weight + (v / PARTS * t->columns + column) * BLOCK * bits / 8 +
            v % PARTS * 4 * LANES;
-}
-
-INLINE Floats find_scale(const Product *t, int64_t v, int64_t group) {
-    v = clamp_vector(t, v);
-    return load(t->linear->scale + (v / PARTS * t->groups + group) * BLOCK + v % PARTS * LANES);
-}
-
-// Returns the scale of a group of columns, or 1 if each row of W has a single scale, which
-// `write_total` applies.
-INLINE Floats find_group_scale(const Product *t, int64_t v, int64_t group) {
-    return t->groups == 1 ? spread(1) : find_scale(t, v, group);
 }
 
 // Reads vector v of the outputs; the last one may have fewer than LANES.
@@ -176,98 +90,6 @@ INLINE void write_total(const Product *t, int64_t row, int64_t v, Floats total) 
     if (t->groups == 1) total *= find_scale(t, v, 0);
     if (linear->bias) total += read_outputs(linear->bias, v, linear->out);
     write_outputs(t->y + row * linear->out, v, linear->out, total);
-}
-
-// Returns NaN for a group with infinities or NaNs, so that its results are NaN, and 0 for a group
-// of tiny numbers, which have fewer bits. The integers of both groups are zeros.
-static float choose_scale(const float *x) {
-    Ints largest = {0};  // float32 numbers without sign can be compared as integers
-    for (int c = 0; c < GROUP; c += LANES) {
-        const Ints size = (Ints)(load_bits(x + c) & 0x7fffffffu);
-        largest = choose(size > largest, size, largest);
-    }
-    int32_t bits = 0;
-    for (int i = 0; i < LANES; i++) bits = largest[i] > bits ? largest[i] : bits;
-    float max;
-    memcpy(&max, &bits, 4);
-    if (!(max <= FLT_MAX)) return NAN;
-    return max < TINY ? 0 : max / LARGEST;
-}
-
-// Stores the low byte of each lane.
-INLINE void store_bytes(void *to, Ints v) {
-#ifdef AVX512
-    _mm_storeu_si128(to, _mm512_cvtepi32_epi8((__m512i)v));
-#else
-    typedef int8_t Bytes __attribute__((vector_size(LANES)));
-    const Bytes bytes = __builtin_convertvector(v, Bytes);
-    memcpy(to, &bytes, sizeof bytes);
-#endif
-}
-
-// Writes the words of LANES columns of a row, `step` words apart; word 1 is `size` words behind
-// word 0. No more than `count` columns are written.
-INLINE void write_words(Ints integer, int64_t count, int64_t step, int64_t size, int32_t *to) {
-    int32_t words[2][LANES / 4];
-#ifdef DIGITS
-    store_bytes(words[0], integer);
-    store_bytes(words[1], (integer + 128) >> 8);
-#else
-    for (int i = 0; i < LANES / 4; i++)
-        for (int word = 0; word < 2; word++)
-            words[word][i] = (uint16_t)integer[4 * i + word] |
-                             (uint32_t)integer[4 * i + word + 2] << 16;
-#endif
-    if (step == 1 && count >= LANES) {
-        memcpy(to, words[0], LANES);
-        memcpy(to + size, words[1], LANES);
-        return;
-    }
-    for (int i = 0; i < smaller(LANES, count) / 4; i++, to += step)
-        to[0] = words[0][i], to[size] = words[1][i];
-}
-
-// Converts a group of a row of x to words, and returns the sum of its integers.
-static int32_t quantize_group(const float *x, float scale, int64_t width, int64_t step,
-                              int64_t size, int32_t *words) {
-    const float inverse = scale > 0 ? 1 / scale : 0;
-    Ints sums = {0};
-    for (int64_t c = 0; c < width; c += LANES, words += LANES / 4 * step) {
-        const Ints integer = inverse > 0 ? round_to_ints(load(x + c) * inverse) : spread_int(0);
-        write_words(integer, width - c, step, size, words);
-        sums += integer;
-    }
-    int32_t sum = 0;
-    for (int i = 0; i < LANES; i++) sum += sums[i];
-    return sum;
-}
-
-// Returns the words of the tile that begins with a row, from a column on that begins a group.
-INLINE int32_t *find_words(const Product *t, int64_t row, int64_t column) {
-    const int64_t panel = column / PANEL * PANEL, width = smaller(PANEL, t->columns - panel);
-    return t->x_words +
-           (panel * t->filled_rows + row * width + (column - panel) * count_rows(t, row)) / 2;
-}
-
-// Converts a group of the rows of a tile.
-static void quantize_tile(const void *task, int64_t unit) {
-    const Product *t = task;
-    const int64_t first_row = unit / t->x_groups * t->tile_rows, group = unit % t->x_groups;
-    const int64_t rows = count_rows(t, first_row), first = group * GROUP;
-    const int64_t width = smaller(GROUP, t->columns - first);
-    int32_t *words = find_words(t, first_row, first);
-    for (int64_t r = 0; r < rows; r++) {
-        const float *x = t->x + (first_row + r) * t->linear->in + first;
-        float filled[GROUP] = {0};
-        if (first_row + r >= t->num_rows) x = filled;
-        else if (t->linear->in - first < GROUP)
-            x = memcpy(filled, x, 4 * (t->linear->in - first));
-        const int64_t place = group * t->filled_rows + first_row + r;
-        t->x_scale[place] = choose_scale(x);
-        t->x_start[place] = -find_offset(t->linear->bits) *
-            quantize_group(x, t->x_scale[place], width, t->uses_amx ? 1 : rows, rows * width / 4,
-                           words + (t->uses_amx ? r * width / 4 : r));
-    }
 }
 
 // Returns the levels of LANES outputs that belong to a word of x.
@@ -448,90 +270,6 @@ INLINE void multiply_panel(const Product *t, int64_t first, int64_t row, int64_t
     UNROLL for (int i = 0; i < rows * VECTORS; i++) totals[i] = total[i];
 }
 
-#ifdef AMX
-// A register of AMX has up to 16 rows of 64 bytes. One instruction multiplies 64 columns of 16 rows
-// of x by 64 columns of 16 outputs, and adds the results to the sums of these rows and outputs.
-
-#define AMX_ROWS 16
-#define AMX_COLUMNS 64
-
-typedef struct {
-    uint8_t palette, start_row, reserved[14];
-    uint16_t row_bytes[16];
-    uint8_t rows[16];
-} Registers;  // 0 to 3: sums [digit][vector]; 4 and 5: digits of x; 6 and 7: levels of a vector
-
-#define ROW_BYTES {64, 64, 64, 64, 64, 64, 64, 64}
-static const Registers EIGHT_ROWS = {1, 0, {0}, ROW_BYTES, {8, 8, 8, 8, 8, 8, 16, 16}};
-static const Registers SIXTEEN_ROWS = {1, 0, {0}, ROW_BYTES, {16, 16, 16, 16, 16, 16, 16, 16}};
-
-static int may_use_amx;  // set by `chatglm_runs_here`
-
-// Sums of a group of columns, in registers.
-INLINE void multiply_by_amx(const uint8_t *levels, const int32_t *x, int64_t width,
-                            int64_t rows) {
-    const int64_t stride = 4 * VECTORS * LANES;
-    __asm__ volatile("" ::: "memory");  // gcc does not know that _tile_loadd reads memory
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    for (int64_t c = 0; c < width; c += AMX_COLUMNS, levels += AMX_COLUMNS / 4 * stride) {
-        _tile_loadd(4, x + c / 4, width);
-        _tile_loadd(5, x + (rows * width + c) / 4, width);
-        _tile_loadd(6, levels, stride);
-        _tile_loadd(7, levels + 4 * LANES, stride);
-        _tile_dpbsud(0, 4, 6);
-        _tile_dpbsud(1, 4, 7);
-        _tile_dpbsud(2, 5, 6);
-        _tile_dpbsud(3, 5, 7);
-    }
-}
-
-typedef Ints AMXSums[2][AMX_ROWS][VECTORS];  // [digit][row][vector]
-
-INLINE void store_amx_sums(AMXSums sum) {
-    const int64_t stride = 4 * VECTORS * LANES;
-    _tile_stored(0, sum[0], stride);
-    _tile_stored(1, &sum[0][0][1], stride);
-    _tile_stored(2, sum[1], stride);
-    _tile_stored(3, &sum[1][0][1], stride);
-}
-
-// Does what `add_group` does. `next` are the words of x that AMX will read next.
-INLINE void add_amx_sums(const Product *t, int64_t first, int64_t row, int64_t group, AMXSums sum,
-                         const int32_t *next, Floats *totals) {
-    const int64_t place = group * t->filled_rows + row;
-    Floats scale[VECTORS];
-    for (int v = 0; v < VECTORS; v++) scale[v] = find_group_scale(t, first + v, group);
-    for (int64_t r = 0; r < t->tile_rows; r++, next += GROUP / 2) {
-        UNROLL for (int i = 0; i < 2 * GROUP; i += 64) __builtin_prefetch((const char *)next + i);
-        UNROLL for (int v = 0; v < VECTORS; v++, totals++) {
-            const Ints all = sum[0][r][v] + (sum[1][r][v] << 8);
-            const Floats s = to_floats(all + spread_int(t->x_start[place + r]));
-            *totals = multiply_add(s, scale[v] * t->x_scale[place + r], *totals);
-        }
-    }
-}
-
-// Does what `multiply_panel` does. While AMX multiplies a group, the stored sums of the previous
-// group are added to the totals.
-static void multiply_panel_by_amx(const Product *t, int64_t first, int64_t row, int64_t column,
-                                  int64_t end, const uint8_t *levels, Floats *totals) {
-    const int32_t *words = find_words(t, row, column);
-    AMXSums sum;
-    for (int64_t c = column; c < end; c += GROUP) {
-        const int64_t width = smaller(GROUP, end - c);
-        multiply_by_amx(levels, words, width, t->tile_rows);
-        levels += width * VECTORS * LANES;
-        words += width * t->tile_rows / 2;
-        if (c > column) add_amx_sums(t, first, row, c / GROUP - 1, sum, words, totals);
-        store_amx_sums(sum);
-    }
-    add_amx_sums(t, first, row, (end - 1) / GROUP, sum, words, totals);
-}
-#endif
-
 // Multiplies a single tile of rows. The weights are read once, from the first column to the last.
 INLINE void multiply_few(const Product *t, int64_t begin, int64_t last, int bits,
                          const int vectors, const int rows) {
@@ -555,7 +293,7 @@ INLINE void multiply_tile(const Product *t, int64_t first, int64_t row, int64_t 
                           int64_t end, const uint8_t *levels, Floats *totals) {
 #ifdef AMX
     if (t->uses_amx) {
-        multiply_panel_by_amx(t, first, row, column, end, levels, totals);
+        chatglm_multiply_by_amx(t, first, row, column, end, levels, totals);
         return;
     }
 #endif
@@ -603,9 +341,9 @@ INLINE void multiply_outputs(const Product *t, int64_t unit, int bits) {
     const int64_t last = smaller(first + t->unit, count_vectors(t->linear->out));
 #ifdef AMX
     if (t->uses_amx) {
-        _tile_loadconfig(t->tile_rows == 8 ? &EIGHT_ROWS : &SIXTEEN_ROWS);
+        chatglm_begin_amx(t->tile_rows);
         multiply_all(t, first, last, bits);
-        _tile_release();
+        chatglm_end_amx();
         return;
     }
 #endif
@@ -626,52 +364,6 @@ static void multiply_unit(const void *task, int64_t unit) {
     else multiply_outputs(t, unit, 8);
 }
 
-// Functions for Python. Those that compute return 0, or -1 if there is no memory.
-
-const char *chatglm_isa(void) {
-#ifdef AMX
-    if (may_use_amx) return "amx";
-#endif
-    return ISA;
-}
-
-// Whether the CPU has the instructions of this library, and the system saves their registers.
-// __builtin_cpu_supports is not used, because it is always 0 with zig's clang.
-int chatglm_runs_here(void) {
-#if defined(AVX512) || defined(AVX2)
-    unsigned eax, ebx, ecx, edx, saved;
-    if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx)) return 0;
-    const unsigned wanted = bit_OSXSAVE | bit_FMA | bit_F16C;
-    if ((ecx & wanted) != wanted || !__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return 0;
-    __asm__("xgetbv" : "=a"(saved), "=d"(edx) : "c"(0));
-#ifdef AVX512
-    const unsigned registers = 0xe6, in_ebx = bit_AVX512F | bit_AVX512BW, in_ecx = bit_AVX512VNNI;
-#else
-    const unsigned registers = 0x06, in_ebx = bit_AVX2, in_ecx = 0;
-#endif
-    if ((saved & registers) != registers || (ebx & in_ebx) != in_ebx || (ecx & in_ecx) != in_ecx)
-        return 0;
-#ifdef AMX  // docs.kernel.org/arch/x86/xstate.html
-    const int request_permission = 0x1023, tile_data = 18;
-    may_use_amx = !syscall(SYS_arch_prctl, request_permission, tile_data);
-#endif
-#ifdef AVXVNNI
-    if (!__get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) || !(eax & bit_AVXVNNI)) return 0;
-#endif
-#elif defined(NEON) && defined(__linux__)
-    if (!(getauxval(AT_HWCAP) & HWCAP_ASIMDDP)) return 0;
-#ifdef I8MM
-    if (!(getauxval(AT_HWCAP2) & HWCAP2_I8MM)) return 0;
-#endif
-#elif defined(I8MM) && defined(__APPLE__)  // all have the other instructions
-    int has_i8mm = 0;
-    size_t size = sizeof has_i8mm;
-    sysctlbyname("hw.optional.arm.FEAT_I8MM", &has_i8mm, &size, NULL, 0);
-    if (!has_i8mm) return 0;
-#endif
-    return 1;
-}
-
 int chatglm_multiply(const Linear *linear, const float *x, float *y, int64_t num_rows,
                      int num_threads) {
     Product task = {linear, x, y, num_rows};
@@ -681,7 +373,7 @@ int chatglm_multiply(const Linear *linear, const float *x, float *y, int64_t num
     task.tile_rows = ROWS;
     task.unit = UNIT;
 #ifdef AMX
-    task.uses_amx = may_use_amx && num_rows > 4 && task.columns % AMX_COLUMNS == 0;
+    task.uses_amx = chatglm_may_use_amx() && num_rows > 4 && task.columns % AMX_COLUMNS == 0;
     if (task.uses_amx && num_rows > 8) {
         task.tile_rows = AMX_ROWS;
         while (task.unit < MAX_UNIT && count_vectors(linear->out) / task.unit > 8 * num_threads)
@@ -696,7 +388,7 @@ int chatglm_multiply(const Linear *linear, const float *x, float *y, int64_t num
     if (!task.x_words) return -1;
     task.x_start = task.x_words + filled * task.columns / 2;
     task.x_scale = (float *)(task.x_start + filled * task.x_groups);
-    run(quantize_tile, &task, num_tiles * task.x_groups, num_threads);
+    chatglm_convert_rows(&task, num_threads);
     run(multiply_unit, &task, divide_up(count_vectors(linear->out), task.unit), num_threads);
     release(task.x_words);
     return 0;

@@ -5,8 +5,8 @@
 // threads nor on what is computed beside it.
 //
 // The language is GNU C (gcc, clang), for little-endian machines. The code that depends on the CPU
-// is in this file, in cpu.c (its first macros, DIGITS, I8MM, AMX, `add_products`, `store_bytes`,
-// `find_offset`, `unpack` and `chatglm_runs_here`) and in attention.c (TILE).
+// is in this file, amx.c, isa.c, attention.c (TILE), product.h (DIGITS, `find_offset`), activations.c
+// (`store_bytes`, `write_words`) and cpu.c (PREFETCH, `add_products`, `unpack`, I8MM).
 #pragma once
 
 #include <float.h>
@@ -192,7 +192,7 @@ static void *take_units_in_thread(void *queue) {
 }
 
 // Calls `work` once for each unit.
-static void run(Work work, const void *task, int64_t num_units, int num_threads) {
+static inline void run(Work work, const void *task, int64_t num_units, int num_threads) {
     Queue queue = {work, task, num_units, 0};
     if (GOMP_parallel && num_units > 1) {
         GOMP_parallel(take_units, &queue, num_threads, 0);
