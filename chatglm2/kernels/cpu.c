@@ -158,7 +158,7 @@ INLINE void multiply_pairs(const uint8_t *levels, const int32_t *x, int64_t widt
 }
 #endif
 
-// Unpacks the levels of a group of columns.
+// Unpacks the levels of a group of columns for VECTORS vectors of outputs.
 INLINE void unpack_group(const Product *t, int64_t first, int64_t column, int64_t width, int bits,
                          uint8_t *levels) {
     UNROLL for (int v = 0; v < VECTORS; v++) {
@@ -307,9 +307,21 @@ INLINE void multiply_tile(const Product *t, int64_t first, int64_t row, int64_t 
     }
 }
 
-// Multiplies up to PANEL_ROWS rows, which use the levels of a panel of columns, unpacked once.
-INLINE void multiply_many(const Product *t, int64_t begin, int64_t last, int64_t first_row,
-                          int bits) {
+// Unpacks the levels of a panel of columns.
+static void unpack_panel(const Product *t, int64_t first, int64_t column, int64_t end,
+                         uint8_t *levels) {
+    for (; column < end; column += GROUP) {
+        const int64_t width = smaller(GROUP, end - column);
+        if (t->linear->bits == 4) unpack_group(t, first, column, width, 4, levels);
+        else unpack_group(t, first, column, width, 8, levels);
+        levels += width * VECTORS * LANES * WORD_LEVELS;
+    }
+}
+
+// Multiplies up to PANEL_ROWS rows. The levels of a panel of columns are unpacked once for all of
+// them. This function is not inlined, because products of few rows do not need its large stack.
+static __attribute__((noinline)) void multiply_many(const Product *t, int64_t begin, int64_t last,
+                                                    int64_t first_row) {
     uint8_t levels[PANEL * VECTORS * LANES * WORD_LEVELS] __attribute__((aligned(ALIGNMENT)));
     Floats totals[MAX_UNIT / VECTORS][PANEL_ROWS][VECTORS];
     const int64_t end_row = smaller(first_row + PANEL_ROWS, t->filled_rows);
@@ -318,9 +330,7 @@ INLINE void multiply_many(const Product *t, int64_t begin, int64_t last, int64_t
     for (int64_t column = 0; column < t->columns; column += PANEL) {
         const int64_t end = smaller(column + PANEL, t->columns);
         for (int64_t first = begin; first < last; first += VECTORS) {
-            for (int64_t c = column; c < end; c += GROUP)
-                unpack_group(t, first, c, smaller(GROUP, end - c), bits,
-                             levels + (c - column) * VECTORS * LANES * WORD_LEVELS);
+            unpack_panel(t, first, column, end, levels);
             for (int64_t row = first_row; row < end_row; row += t->tile_rows)
                 multiply_tile(t, first, row, column, end, levels,
                               totals[(first - begin) / VECTORS][row - first_row]);
@@ -331,9 +341,8 @@ INLINE void multiply_many(const Product *t, int64_t begin, int64_t last, int64_t
             write_total(t, row, v, totals[(v - begin) / VECTORS][row - first_row][v % VECTORS]);
 }
 
-INLINE void multiply_all(const Product *t, int64_t begin, int64_t last, int bits) {
-    for (int64_t row = 0; row < t->num_rows; row += PANEL_ROWS)
-        multiply_many(t, begin, last, row, bits);
+static void multiply_all(const Product *t, int64_t begin, int64_t last) {
+    for (int64_t row = 0; row < t->num_rows; row += PANEL_ROWS) multiply_many(t, begin, last, row);
 }
 
 INLINE void multiply_outputs(const Product *t, int64_t unit, int bits) {
@@ -342,7 +351,7 @@ INLINE void multiply_outputs(const Product *t, int64_t unit, int bits) {
 #ifdef AMX
     if (t->uses_amx) {
         chatglm_begin_amx(t->tile_rows);
-        multiply_all(t, first, last, bits);
+        multiply_all(t, first, last);
         chatglm_end_amx();
         return;
     }
@@ -354,7 +363,7 @@ INLINE void multiply_outputs(const Product *t, int64_t unit, int bits) {
 #if ROWS == 8
         case 8: multiply_few(t, first, last, bits, 1, 8); break;
 #endif
-        default: multiply_all(t, first, last, bits);
+        default: multiply_all(t, first, last);
     }
 }
 
