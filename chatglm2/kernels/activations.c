@@ -55,7 +55,7 @@ INLINE void write_words(Ints integer, int64_t count, int64_t step, int64_t size,
 
 // Converts a group of a row of x to words, and returns the sum of its integers.
 static int32_t convert_group(const float *x, float scale, int64_t width, int64_t step,
-                              int64_t size, int32_t *words) {
+                             int64_t size, int32_t *words) {
     const float inverse = scale > 0 ? 1 / scale : 0;
     Ints sums = {0};
     for (int64_t c = 0; c < width; c += LANES, words += LANES / 4 * step) {
@@ -85,7 +85,7 @@ static void convert_tile(const void *task, int64_t unit) {
         t->x_scale[place] = choose_scale(x);
         t->x_start[place] = -find_offset(t->linear->bits) *
             convert_group(x, t->x_scale[place], width, t->uses_amx ? 1 : rows, rows * width / 4,
-                           words + (t->uses_amx ? r * width / 4 : r));
+                          words + (t->uses_amx ? r * width / 4 : r));
     }
 }
 

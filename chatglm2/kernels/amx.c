@@ -2,7 +2,7 @@
 //
 // A register of AMX has up to 16 rows of 64 bytes. One instruction multiplies 64 columns of 16 rows
 // of x by 64 columns of 16 outputs, and adds the results to the sums of these rows and outputs.
-// The integer sums are those of cpu.c.
+// The integer sums are exact, so the results are, bit for bit, those of cpu.c without AMX.
 #include "product.h"
 
 #ifdef AMX
@@ -19,9 +19,8 @@ typedef struct {
 static const Registers EIGHT_ROWS = {1, 0, {0}, ROW_BYTES, {8, 8, 8, 8, 8, 8, 16, 16}};
 static const Registers SIXTEEN_ROWS = {1, 0, {0}, ROW_BYTES, {16, 16, 16, 16, 16, 16, 16, 16}};
 
-// Sums of a group of columns, in registers.
-INLINE void multiply_group(const uint8_t *levels, const int32_t *x, int64_t width,
-                            int64_t rows) {
+// Computes the sums of a group of columns in registers 0 to 3.
+INLINE void multiply_group(const uint8_t *levels, const int32_t *x, int64_t width, int64_t rows) {
     const int64_t stride = 4 * VECTORS * LANES;
     __asm__ volatile("" ::: "memory");  // gcc does not know that _tile_loadd reads memory
     _tile_zero(0);
@@ -50,9 +49,10 @@ INLINE void store_sums(Sums sum) {
     _tile_stored(3, &sum[1][0][1], stride);
 }
 
-// Does what `add_group` does. `next` are the words of x that AMX will read next.
+// Adds the sums of a group to the totals, as `add_group` of cpu.c does. `next` are the words of x
+// that AMX will read next; they are prefetched.
 INLINE void add_sums(const Product *t, int64_t first, int64_t row, int64_t group, Sums sum,
-                         const int32_t *next, Floats *totals) {
+                     const int32_t *next, Floats *totals) {
     const int64_t place = group * t->filled_rows + row;
     Floats scale[VECTORS];
     for (int v = 0; v < VECTORS; v++) scale[v] = find_group_scale(t, first + v, group);
@@ -84,7 +84,7 @@ void chatglm_multiply_by_amx(const Product *t, int64_t first, int64_t row, int64
 
 int chatglm_may_use_amx(void) {
     static int answer = -1;
-    const int request_permission = 0x1023, tile_data = 18;  // docs.kernel.org/arch/x86/xstate.html
+    const long request_permission = 0x1023, tile_data = 18;  // docs.kernel.org/arch/x86/xstate.html
     if (answer < 0) answer = !syscall(SYS_arch_prctl, request_permission, tile_data);
     return answer;
 }

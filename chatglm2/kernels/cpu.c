@@ -3,11 +3,11 @@
 //   y[r, o] = sum over c of x[r, c] * W[o, c],   W[o, c] = level(o, c) * scale[o, c / group_size]
 //
 // The weights are in the order of packing.c. Each group of GROUP columns of x is converted to
-// 16-bit integers that share a scale, largest |x| / LARGEST. Products and sums of integers are
-// exact, at most GROUP * LARGEST * 255 < 2^31.
+// 16-bit integers that share a scale, largest |x| / LARGEST (activations.c). Products and sums of
+// integers are exact, at most GROUP * LARGEST * 255 < 2^31.
 //
 //   y[r, o] = sum over groups of scale[o, group] * x_scale[r, group] *
-//             (sum over c of integer[r, c] * (level(o, c) + offset) - offset * sum of integer[r, c])
+//            (sum over c of integer[r, c] * (level(o, c) + offset) - offset * sum of integer[r, c])
 //
 // The error of a result is less than that of float16 arithmetic, also with columns that are 1000
 // times as large as the others.

@@ -5,8 +5,9 @@
 // threads nor on what is computed beside it.
 //
 // The language is GNU C (gcc, clang), for little-endian machines. The code that depends on the CPU
-// is in this file, amx.c, isa.c, attention.c (TILE), product.h (DIGITS, `find_offset`), activations.c
-// (`store_bytes`, `write_words`) and cpu.c (PREFETCH, `add_products`, `unpack`, I8MM).
+// is in this file, amx.c, isa.c, attention.c (TILE), product.h (DIGITS, `find_offset`),
+// activations.c (`store_bytes`, `write_words`) and cpu.c (PREFETCH, `add_products`, `unpack`, AMX,
+// I8MM).
 #pragma once
 
 #include <float.h>

@@ -29,19 +29,19 @@ typedef struct {
     const float *x;
     float *y;
     int64_t num_rows;
-    // The caller leaves the rest empty.
-    int64_t filled_rows;  // `num_rows`, rounded up to whole tiles
-    int64_t columns;      // `in`, rounded up to whole lanes
-    int64_t groups, x_groups;
-    int64_t tile_rows;  // of the largest tile
-    int64_t unit;       // vectors that a thread takes at a time
+    // `chatglm_multiply` sets the rest from these.
+    int64_t filled_rows;       // `num_rows`, rounded up to whole tiles
+    int64_t columns;           // `in`, rounded up to whole lanes
+    int64_t groups, x_groups;  // of columns that share a scale in W, and in x
+    int64_t tile_rows;         // of the largest tile
+    int64_t unit;              // vectors that a thread takes at a time
     int uses_amx;
     int32_t *x_words;
     float *x_scale;    // [group][row]
     int32_t *x_start;  // [group][row]: -offset * sum of integers
 } Product;
 
-// Returns what `unpack` gives for level 0.
+// Returns what `unpack` (cpu.c) gives for level 0.
 INLINE int find_offset(int bits) {
 #ifdef NEON
     if (bits == 8) return 0;  // bytes are signed
@@ -57,7 +57,7 @@ INLINE int64_t count_rows(const Product *t, int64_t row) {
 INLINE int64_t count_vectors(int64_t out) { return divide_up(out, BLOCK) * PARTS; }
 
 // Vector v of the outputs is part v % PARTS of block v / PARTS. The last tile may have more vectors
-// than are left: they are computed from the last vector and not written.
+// than are left; the others are computed from the last vector and not written.
 INLINE int64_t clamp_vector(const Product *t, int64_t v) {
     return smaller(v, count_vectors(t->linear->out) - 1);
 }
@@ -80,17 +80,18 @@ INLINE int32_t *find_words(const Product *t, int64_t row, int64_t column) {
            (panel * t->filled_rows + row * width + (column - panel) * count_rows(t, row)) / 2;
 }
 
-// Sets x_words, x_scale and x_start (activations.c).
+// Fills x_words, x_scale and x_start (activations.c).
 void chatglm_convert_rows(const Product *product, int num_threads);
 
 #ifdef AMX
-#define AMX_ROWS 16     // of a tile, or 8
+#define AMX_ROWS 16     // of a tile; 8 if there are no more rows
 #define AMX_COLUMNS 64  // that are multiplied at a time
 
-// Asks the system for AMX's registers. Returns whether it allows them.
+// Requests AMX's registers from the system, once. Returns whether it allows them. The permission is
+// for all threads of the process, also those that run already, and for processes that it forks.
 int chatglm_may_use_amx(void);
 
-// Prepares the thread's registers for tiles of 8 or 16 rows, and gives them back.
+// Configures the thread's registers for tiles of 8 or 16 rows, and releases them.
 void chatglm_begin_amx(int64_t tile_rows);
 void chatglm_end_amx(void);
 
