@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import require_library
 from memory import create_sparse
 from quantized_layers import create_exact_layer, create_layer, each_way
 
@@ -30,6 +31,7 @@ CPU = torch.device("cpu")
 BACKEND = CPUBackend()
 matmul, stored_matmul = BACKEND.matmul, BACKEND.stored_matmul
 SIZES = [(384, 80), (2, 1), (6, 5), (130, 33), (1000, 100), (256, 17), (1088, 40)]  # in, out
+SIZES.append((64, 1160))  # enough outputs for the largest units of AMX
 LAYERS = [(bits, None, *sizes) for bits in (8, 4) for sizes in SIZES]
 LAYERS += [(4, 128, 384, 80), (4, 128, 256, 17), (8, None, 7, 20), (8, None, 131, 33)]
 each_layer = pytest.mark.parametrize("layer", LAYERS, ids=str)
@@ -146,6 +148,40 @@ def test_activations_of_extreme_sizes(isa):
     x = torch.tensor([[1.0], [-1.0]]).expand(2, 512)
     expected = torch_matmul(x, layer)
     torch.testing.assert_close(matmul(x, layer), expected, rtol=1e-6, atol=0)
+
+
+WITHOUT_PERMISSION = """
+import ctypes
+
+
+class SignalStack(ctypes.Structure):
+    _fields_ = [("memory", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t)]
+
+
+memory = ctypes.create_string_buffer(8192)
+stack = SignalStack(ctypes.addressof(memory), 0, 8192)
+assert ctypes.CDLL(None).sigaltstack(ctypes.byref(stack), None) == 0
+
+import torch
+from quantized_layers import create_layer
+from chatglm2.kernels.build_cpu import get_library
+from chatglm2.kernels.cpu_backend import multiply
+
+y = multiply(torch.arange(9 * 384.0).view(9, 384), create_layer(4, None))
+print(get_library()[0].chatglm_isa().decode(), y.view(torch.int32).sum().item())
+"""
+
+
+@on_linux
+def test_amx_is_not_used_without_permission():
+    """Linux refuses it if a thread has a stack for signals that is too small for the registers."""
+    if require_library() != "amx":
+        pytest.skip("this CPU lacks amx instructions")
+    command = [sys.executable, "-c", WITHOUT_PERMISSION]
+    variables = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "CHATGLM_CPU_ISA": ""}
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300, env=variables)
+    y = matmul(torch.arange(9 * 384.0).view(9, 384), create_layer(4, None))
+    assert run.stdout == f"avx512 {y.view(torch.int32).sum().item()}\n", run.stderr
 
 
 @each_dtype
