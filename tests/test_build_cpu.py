@@ -198,7 +198,7 @@ def need_zig():
 
 
 @pytest.mark.slow  # compiles
-@pytest.mark.parametrize("isa", ["avx512", "avx2", "portable"])
+@pytest.mark.parametrize("isa", ["amx", "avx512", "avx2", "portable"])
 def test_zig(isa, tmp_path, monkeypatch, need_zig):
     """Zig compiles where nothing else does, without a home folder, and as requested."""
     for name in ("PATH", "HOME"):
