@@ -8,6 +8,8 @@ pytest.importorskip("playwright", reason="needs Playwright")
 
 import make_pictures
 
+pytestmark = pytest.mark.alone
+
 
 @pytest.mark.slow
 def test_terminal():

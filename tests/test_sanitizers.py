@@ -29,9 +29,8 @@ from chatglm2.quantization import ModelBackend, torch_matmul
 NUM_PRODUCTS, NUM_MODELS = 60, 15
 SEED = 0
 FLAGS = ["-Og", "-g1", "-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover"]
-WAYS = {  # with vectors of 8 and 16 lanes in plain C for every CPU
+WAYS = {  # with vectors of 16 lanes in plain C for every CPU
     **{isa: build_cpu.ISA_FLAGS[isa] for isa in ISAS},
-    "portable with 8 lanes": ["-DPORTABLE", "-DLANES=8"],
     "portable with 16 lanes": ["-DPORTABLE", "-DLANES=16"],
 }
 OPTIONS = "detect_leaks=0"  # Python frees little at its end

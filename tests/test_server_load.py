@@ -10,7 +10,7 @@ pytest.importorskip("psutil", reason="needs psutil")
 
 from load_test import connect, serve, spread
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 NUM_CLIENTS = 6
 NUM_TURNS = 4  # answers of each client while others disconnect and send garbage
 NUM_SOAK = 1000

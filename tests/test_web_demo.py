@@ -22,6 +22,8 @@ from pages import (
 import web_demo
 from chatglm2.chat import shared_model
 
+pytestmark = pytest.mark.alone
+
 
 @pytest.fixture(scope="module")
 def page_server(tiny_model, tiny_tokenizer):

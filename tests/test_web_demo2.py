@@ -21,6 +21,8 @@ from pages import (
 )
 from streamlit.testing.v1 import AppTest
 
+pytestmark = pytest.mark.alone
+
 SCRIPT = ROOT / "web_demo2.py"
 
 
