@@ -107,7 +107,8 @@ def check_product(y: torch.Tensor, x: torch.Tensor, expected: torch.Tensor, tole
 
 def check_quantized_product():
     bits, group_size = random.choice([(8, None), (4, None), (4, 128)])
-    in_features = random.choice([random.randint(1, 40), random.randint(100, 2500)])
+    sizes = random.randint(1, 40), random.randint(100, 2500), 64 * random.randint(1, 30)  # for AMX
+    in_features = random.choice(sizes)
     in_features += -in_features % (group_size or 8 // bits)
     layer = create_layer(bits, group_size, in_features, random.randint(1, 150))
     official = layer.weight.clone()
@@ -196,7 +197,8 @@ def check_model():
     if logits.numel():  # plain torch does not compute empty batches
         with patch.object(ModelBackend, "get", lambda *args: None):
             expected = model(**expected_inputs).logits
-        tolerance = 1e-4 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
+        # Products round activations to 16 bits. The largest error of 350 models was 1.5e-4.
+        tolerance = 5e-4 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
         assert (logits - expected).abs().max() <= tolerance * expected.abs().max()
 
 

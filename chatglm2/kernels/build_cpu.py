@@ -30,7 +30,7 @@ from .cache import CACHE_VARIABLE, get_cache_folder
 
 logger = logging.get_logger(__name__)
 
-SOURCES = sorted(Path(__file__).parent.glob("*.[ch]"))
+SOURCES = sorted(Path(__file__).parent.glob("[a-z]*.[ch]"))
 COMPILERS = ("cc", "gcc", "clang")
 ZIG = [sys.executable, "-m", "ziglang", "cc", "-mcpu=baseline"]  # a later flag replaces it
 ZIG_ARM = ("-march=armv8.2-a", "-mcpu=generic+v8_2a")  # the same for gcc or clang, and for zig
