@@ -53,7 +53,7 @@ def describe_type(schema: dict, definitions: dict, plural: str = "") -> str:
     low, high = schema.get("minimum", -MAX_BOUND), schema.get("maximum")
     if plural or low <= -MAX_BOUND:
         return kind
-    return kind + (f", at least {low:g}" if high is None else f" from {low:g} to {high:g}")
+    return kind + (f", at least {low:.15g}" if high is None else f" from {low:.15g} to {high:.15g}")
 
 
 def list_fields(schema: dict, definitions: dict):
