@@ -44,11 +44,6 @@ INLINE void write_words(Ints integer, int64_t count, int64_t step, int64_t size,
             words[word][i] = (uint16_t)integer[4 * i + word] |
                              (uint32_t)integer[4 * i + word + 2] << 16;
 #endif
-    if (step == 1 && count >= LANES) {
-        memcpy(to, words[0], LANES);
-        memcpy(to + size, words[1], LANES);
-        return;
-    }
     for (int i = 0; i < smaller(LANES, count) / 4; i++, to += step)
         to[0] = words[0][i], to[size] = words[1][i];
 }

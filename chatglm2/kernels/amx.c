@@ -60,8 +60,7 @@ INLINE void add_sums(const Product *t, int64_t first, int64_t row, int64_t group
         UNROLL for (int i = 0; i < 2 * GROUP; i += 64) __builtin_prefetch((const char *)next + i);
         UNROLL for (int v = 0; v < VECTORS; v++, totals++) {
             const Ints all = sum[0][r][v] + (sum[1][r][v] << 8);
-            const Floats s = to_floats(all + spread_int(t->x_start[place + r]));
-            *totals = multiply_add(s, scale[v] * t->x_scale[place + r], *totals);
+            *totals = add_sum(t, place + r, scale[v], all, *totals);
         }
     }
 }

@@ -224,7 +224,7 @@ INLINE void multiply_packed(const uint8_t **w, const int32_t *x, int64_t width, 
 #else
     const int in_place = rows == 1;  // with more rows, there are no registers for more sums
 #endif
-    Ints sum[2][MAX_SUMS] = {{{0}}};  // of words 0 and 1 with DIGITS, else of halves 0 and 1
+    Ints sum[2][MAX_SUMS] = {{{0}}};  // with DIGITS of words 0 and 1, with `in_place` of the halves
     const int64_t size = width / 4 * rows;  // of word 0, and of word 1
     for (const int32_t *end = x + size; x < end; x += 8 / bits * rows) {
         Bits packed[4];
@@ -254,8 +254,7 @@ INLINE void add_group(const Product *t, int64_t first, int64_t row, int64_t grou
         const Floats scale = find_group_scale(t, first + v, group);
         UNROLL for (int r = 0; r < rows; r++) {
             const int i = r * vectors + v;
-            const Floats s = to_floats(sum[i] + spread_int(t->x_start[place + r]));
-            total[i] = multiply_add(s, scale * t->x_scale[place + r], total[i]);
+            total[i] = add_sum(t, place + r, scale, sum[i], total[i]);
         }
     }
 }
@@ -284,11 +283,13 @@ INLINE void multiply_few(const Product *t, int64_t begin, int64_t last, int bits
     for (int64_t first = begin; first < last; first += vectors) {
         const uint8_t *w[4];
         UNROLL for (int v = 0; v < vectors; v++) w[v] = find_weight(t, first + v, 0, bits);
+        const int32_t *words = t->x_words;
         Floats total[MAX_SUMS] = {{0}};
         for (int64_t group = 0; group < t->x_groups; group++) {
             Ints sum[MAX_SUMS];
             const int64_t width = smaller(GROUP, t->columns - group * GROUP);
-            multiply_packed(w, find_words(t, 0, group * GROUP), width, bits, vectors, rows, sum);
+            multiply_packed(w, words, width, bits, vectors, rows, sum);
+            words += width * rows / 2;
             add_group(t, first, 0, group, vectors, rows, sum, total);
         }
         UNROLL for (int r = 0; r < rows; r++)

@@ -73,6 +73,13 @@ INLINE Floats find_group_scale(const Product *t, int64_t v, int64_t group) {
     return t->groups == 1 ? spread(1) : find_scale(t, v, group);
 }
 
+// Adds the integer sum of a group of columns to the total of a row and LANES outputs. `place` is
+// the index of group and row in x_scale and x_start. All tiles call it, so that they round alike.
+INLINE Floats add_sum(const Product *t, int64_t place, Floats scale, Ints sum, Floats total) {
+    const Floats s = to_floats(sum + spread_int(t->x_start[place]));
+    return multiply_add(s, scale * t->x_scale[place], total);
+}
+
 // Returns the words of the tile that begins with a row, from a column on that begins a group.
 INLINE int32_t *find_words(const Product *t, int64_t row, int64_t column) {
     const int64_t panel = column / PANEL * PANEL, width = smaller(PANEL, t->columns - panel);
